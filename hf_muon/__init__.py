@@ -1,0 +1,1 @@
+"""Muon for the Hugging Face Trainer: ``optim="muon"``."""

@@ -1,0 +1,1 @@
+"""Where each matrix of a parameter lives."""
