@@ -1,0 +1,383 @@
+"""Every setting of the optimizer, once.
+
+In: keyword arguments, a Trainer ``optim_args`` string, or a JSON file. Out: a frozen
+:class:`MuonConfig` that has been checked, and the plain hyper-parameters of a param group. Values
+are scalars or tuples of scalars, so that they survive command lines, JSON and checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Order = Literal["pre_polar", "post_polar", "polar_only"]
+PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
+Coefficients = Literal["polar_express", "quintic"]
+PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
+MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
+LoraUpdate = Literal["factor"]
+Distribute = Literal["auto", "owner", "redundant"]
+
+Plain = str | int | float | bool | None | tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Settings of Muon and of the AdamW half that trains what is not a hidden matrix.
+
+    β is the coefficient of the filter M ← βM + (1−β)G; its window is T = 1/(1−β) steps. An m × n
+    matrix has m = fan_out and n = fan_in. Unset rates follow the Trainer's arguments when the
+    optimizer is chosen by name.
+
+    Attributes:
+        order: ``pre_polar`` orthogonalizes the filtered gradient (Muon), ``post_polar`` filters
+            the orthogonalized gradient (Orthogonal-SGDM), ``polar_only`` filters nothing.
+        momentum: β in [0, 1).
+        nesterov: Feed (1−β)G + βM instead of M. ``polar_only`` has no filter and ignores both.
+        match_update_rms: ``post_polar`` only: rescale each update to the RMS of a polar factor,
+            1/√max(m, n).
+        polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
+        coefficients: ``polar_express`` (a triple per step, minimax) or ``quintic`` (Jordan's).
+        polar_steps: Iterations; 3 to 8 for ``polar_express``.
+        polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
+        adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
+            ``spectral`` √(m/n), ``none`` 1.
+        lr: Learning rate of the matrices.
+        adamw_lr: Learning rate of the AdamW half; None takes ``lr``, which only
+            ``match_rms_adamw`` allows.
+        weight_decay: Decoupled decay λ of the matrices: W ← (1 − lr·λ)W.
+        adamw_weight_decay: The same for the AdamW half; None takes ``weight_decay``.
+        cautious_weight_decay: Decay a matrix entry only where the update points the same way.
+        adamw_betas: β₁ and β₂ of the AdamW half.
+        adamw_eps: ε of the AdamW half.
+        momentum_start: β at the first step of the warmup.
+        momentum_warmup_steps: Steps over which β grows linearly to ``momentum``.
+        momentum_dtype: Dtype of the momentum buffer; None is the parameter's.
+        muon_params: Regexes of parameter names that go to Muon whatever the rules say.
+        adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
+        split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
+        lora_update: ``factor``: each LoRA factor is a matrix of its own.
+        distribute: ``redundant``: every rank computes the polar factors of its whole tensors.
+            ``owner`` divides them among the ranks. ``auto`` chooses.
+        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together.
+        compile: Run the polar iteration through ``torch.compile``.
+
+    Raises:
+        ValueError: A name, type, range or combination that is not allowed. The message names the
+            field, the value and what is allowed.
+    """
+
+    order: Order = "pre_polar"
+    momentum: float = 0.95
+    nesterov: bool = True
+    match_update_rms: bool = False
+    polar_method: PolarMethod = "auto"
+    coefficients: Coefficients = "polar_express"
+    polar_steps: int = 5
+    polar_dtype: PolarDtype = "auto"
+    adjust_lr: AdjustLr = "match_rms_adamw"
+    lr: float | None = None
+    adamw_lr: float | None = None
+    weight_decay: float = 0.0
+    adamw_weight_decay: float | None = None
+    cautious_weight_decay: bool = False
+    adamw_betas: tuple[float, float] = (0.9, 0.999)
+    adamw_eps: float = 1e-8
+    momentum_start: float | None = None
+    momentum_warmup_steps: int = 0
+    momentum_dtype: MomentumDtype | None = None
+    muon_params: tuple[str, ...] = ()
+    adamw_params: tuple[str, ...] = ()
+    split_fused: bool = False
+    lora_update: LoraUpdate = "factor"
+    distribute: Distribute = "auto"
+    bucket_mb: float = 32.0
+    compile: bool = False
+
+    def __new__(cls, **settings: object) -> MuonConfig:
+        """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""
+        for name in settings:
+            _known(name, (field.name for field in dataclasses.fields(cls)), "setting")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Bring every value to its declared type, then check ranges and combinations."""
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @classmethod
+    def from_optim_args(cls, optim_args: str | None, **defaults: Any) -> MuonConfig:
+        """Read the Trainer's ``optim_args``: ``key=value`` pairs separated by commas.
+
+        Number lists are separated by ``:`` (``adamw_betas=0.9:0.95``), lists of regexes by ``|``
+        outside brackets (``adamw_params=score|gate``). ``config=muon.json`` reads a file, whose
+        values the other pairs override.
+
+        Args:
+            optim_args: The string, as the Trainer takes it; spaces do not count.
+            **defaults: Values for settings that neither the string nor the file gives.
+        """
+        pairs: dict[str, str] = {}
+        for item in (optim_args or "").replace(" ", "").split(","):
+            name, equals, value = item.partition("=")
+            if not item and not optim_args:
+                continue
+            if not (name and equals and value):
+                raise ValueError(
+                    f"optim_args has {item!r} where key=value is expected, in {optim_args!r}. "
+                    "Separate pairs by commas, without one at the end; put values that hold a "
+                    "comma into a JSON file and pass config=FILE."
+                )
+            if name in pairs:
+                raise ValueError(f"optim_args gives {name!r} twice, in {optim_args!r}.")
+            pairs[name] = value
+        path = pairs.pop("config", None)
+        from_file = _read_json(path) if path is not None else {}
+        return cls(**{**defaults, **from_file, **_parsed(cls, pairs)})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> MuonConfig:
+        """Read a JSON object of settings. The file is data: nothing in it is executed."""
+        return cls(**_read_json(path))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> MuonConfig:
+        """Build from settings whose values may still be strings, as some launchers pass them."""
+        strings = {name: value for name, value in settings.items() if isinstance(value, str)}
+        return cls(**{**settings, **_parsed(cls, strings)})
+
+    def to_dict(self) -> dict[str, Plain]:
+        """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""
+        return dataclasses.asdict(self)
+
+    @property
+    def window(self) -> float:
+        """T = 1/(1−β): the number of steps that the momentum filter averages over."""
+        return 1.0 / (1.0 - self.momentum) if self.order != "polar_only" else 1.0
+
+    def muon_group(self, decay: bool = True) -> dict[str, Any]:
+        """Hyper-parameters of a group of matrices, as plain values."""
+        return {
+            "algorithm": "muon",
+            "lr": self._required_lr(),
+            "weight_decay": self.weight_decay if decay else 0.0,
+            **{field: getattr(self, field) for field in _MUON_FIELDS},
+            "momentum_start": self.momentum if self.momentum_start is None else self.momentum_start,
+            "momentum_dtype": self.momentum_dtype or "parameter",
+        }
+
+    def adamw_group(self, decay: bool = True) -> dict[str, Any]:
+        """Hyper-parameters of a group of the AdamW half, under the names of torch's AdamW."""
+        if self.adamw_lr is None and self.adjust_lr != "match_rms_adamw":
+            raise ValueError(
+                f"adamw_lr is not set, and adjust_lr={self.adjust_lr!r} gives lr a scale that does "
+                "not suit AdamW. Set adamw_lr (optim_args: adamw_lr=3e-4), or use "
+                "adjust_lr='match_rms_adamw', under which one learning rate serves both halves."
+            )
+        own_decay = self.adamw_weight_decay
+        weight_decay = self.weight_decay if own_decay is None else own_decay
+        return {
+            "algorithm": "adamw",
+            "lr": self._required_lr() if self.adamw_lr is None else self.adamw_lr,
+            "betas": self.adamw_betas,
+            "eps": self.adamw_eps,
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+
+    def _required_lr(self) -> float:
+        if self.lr is None:
+            raise ValueError("lr is not set: pass lr=…, or learning_rate to the Trainer.")
+        return self.lr
+
+
+_MUON_FIELDS = (
+    "order",
+    "momentum",
+    "nesterov",
+    "match_update_rms",
+    "momentum_warmup_steps",
+    "polar_method",
+    "coefficients",
+    "polar_steps",
+    "polar_dtype",
+    "adjust_lr",
+    "cautious_weight_decay",
+    "distribute",
+    "bucket_mb",
+    "compile",
+)
+
+
+def _known(name: str, allowed: Collection[str] | Any, kind: str) -> None:
+    """Raise for a name that is not in ``allowed``, with the nearest one."""
+    names = sorted(allowed)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"Unknown {kind} {name!r}.{hint} Allowed: {', '.join(names)}.")
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file that must hold one object."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"config={str(path)!r} is not a readable JSON file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config={str(path)!r} holds {settings!r}; a JSON object is expected.")
+    return settings
+
+
+def _parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
+    """Strings turned into the declared types of the fields they name."""
+    hints = get_type_hints(cls)
+    for name in pairs:
+        _known(name, hints, "setting")
+    return {name: _from_string(name, text, hints[name]) for name, text in pairs.items()}
+
+
+def _from_string(name: str, text: str, hint: Any) -> Any:
+    if type(None) in get_args(hint):
+        if text.lower() == "none":
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal or hint is str:
+        return text
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError(f"{name}={text!r}: true or false is expected.")
+        return words[text.lower()]
+    if get_origin(hint) is tuple:
+        if get_args(hint)[0] is str:
+            return tuple(_split_outside_brackets(text))
+        return tuple(_from_string(name, part, float) for part in text.split(":"))
+    try:
+        return hint(text)
+    except ValueError:
+        kind = "a whole number" if hint is int else "a number"
+        raise ValueError(f"{name}={text!r}: {kind} is expected.") from None
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
+    parts, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "|" and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    return [*parts, text[start:]]
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value in its declared type; int passes for float and a list for a tuple."""
+    options = get_args(hint)
+    if type(None) in options:
+        if value is None:
+            return None
+        hint = next(arg for arg in options if arg is not type(None))
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        allowed = ", ".join(map(repr, get_args(hint)))
+        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        suggestion = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of {allowed}.{suggestion}")
+    if get_origin(hint) is tuple:
+        return _typed_tuple(name, value, get_args(hint))
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; {_KIND[hint]}.")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not finite.")
+    return value
+
+
+_KIND = {
+    bool: "True or False is expected",
+    int: "a whole number is expected",
+    float: "a number is expected",
+    str: "a string is expected",
+}
+
+
+def _typed_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}={value!r}: a tuple of {hints[0].__name__} values is expected.")
+    if hints[-1] is not Ellipsis and len(value) != len(hints):
+        raise ValueError(f"{name}={value!r}: {len(hints)} values are expected.")
+    return tuple(_typed(name, item, hints[0]) for item in value)
+
+
+# Half-open or closed ranges of the numbers; None stands for no bound.
+_RANGES: dict[str, tuple[float, float | None, str]] = {
+    "momentum": (0.0, 1.0, "0 ≤ momentum < 1"),
+    "momentum_start": (0.0, 1.0, "0 ≤ momentum_start < 1"),
+    "momentum_warmup_steps": (0, None, "momentum_warmup_steps ≥ 0"),
+    "polar_steps": (1, 100, "1 ≤ polar_steps < 100"),
+    "lr": (0.0, None, "lr ≥ 0"),
+    "adamw_lr": (0.0, None, "adamw_lr ≥ 0"),
+    "weight_decay": (0.0, None, "weight_decay ≥ 0"),
+    "adamw_weight_decay": (0.0, None, "adamw_weight_decay ≥ 0"),
+    "adamw_eps": (0.0, None, "adamw_eps ≥ 0"),
+    "adamw_betas": (0.0, 1.0, "0 ≤ each beta < 1"),
+    "bucket_mb": (1e-6, None, "bucket_mb > 0"),
+}
+
+
+def _check_ranges(config: MuonConfig) -> None:
+    for name, (low, high, allowed) in _RANGES.items():
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if number is not None and not (low <= number and (high is None or number < high)):
+                raise ValueError(f"{name}={value!r} is out of range: {allowed} is allowed.")
+    for name in ("muon_params", "adamw_params"):
+        for pattern in getattr(config, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{name} holds {pattern!r}, which is not a regular expression: {error}."
+                ) from error
+
+
+def _check_combinations(config: MuonConfig) -> None:
+    if config.match_update_rms and config.order != "post_polar":
+        raise ValueError(
+            f"match_update_rms=True needs order='post_polar', not {config.order!r}: only there "
+            "does the size of the update differ from a polar factor's."
+        )
+    if (config.momentum_start is None) != (config.momentum_warmup_steps == 0):
+        raise ValueError(
+            f"momentum_start={config.momentum_start!r} and momentum_warmup_steps="
+            f"{config.momentum_warmup_steps!r} go together: set both, or neither."
+        )
+    if config.momentum_start is not None and config.order == "polar_only":
+        raise ValueError(
+            "momentum_start has no effect under order='polar_only', which has no momentum: "
+            "remove it, or choose 'pre_polar' or 'post_polar'."
+        )
+    iterates = config.polar_method != "svd"
+    if iterates and config.coefficients == "polar_express" and not 3 <= config.polar_steps <= 8:
+        raise ValueError(
+            f"polar_steps={config.polar_steps} with coefficients='polar_express': 3 to 8 steps "
+            "are allowed; 'quintic' takes any number."
+        )
+    if not iterates and config.polar_dtype in ("bfloat16", "float16"):
+        raise ValueError(
+            f"polar_dtype={config.polar_dtype!r} with polar_method='svd': an SVD needs 'float32', "
+            "'float64' or 'auto'."
+        )
