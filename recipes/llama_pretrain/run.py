@@ -1,0 +1,112 @@
+"""Pretrain a LLaMA from scratch with the stock ``Trainer``.
+
+In: ``python run.py configs/tiny.yaml [--optim muon] [--learning_rate 0.01] ...``.
+Out: in ``--output_dir``, ``results.json`` and ``loss.png``, and checkpoints when asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import figure
+import measure
+import packing
+import settings
+import transformers
+from pretraining_data import PretrainingData, prepare
+from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, set_seed
+
+import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
+
+
+def main(argv: list[str]) -> None:
+    """Train, evaluate on all held-out blocks, and write the results."""
+    started = time.perf_counter()
+    model_settings, data_settings, args = settings.parse(argv)
+    quiet_libraries()
+    with args.main_process_first(desc="tokenizer"):
+        data = prepare(data_settings, args.max_steps)
+    announce(data.description, args)
+    set_seed(args.seed)
+    model = build_model(model_settings, data)
+    clock = measure.StepClock()
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=packing.evenly_spread(data.validation, data_settings.eval_blocks),
+        data_collator=packing.collate,
+        callbacks=[clock],
+    )
+    use_quiet_progress(trainer)
+    trainer.train(resume_from_checkpoint=settings.checkpoint(args))
+    results = measure.run_results(trainer, clock, data_settings.tokens_per_step)
+    results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
+    results["data"] = data.description
+    final = trainer.evaluate(data.validation, metric_key_prefix="final")
+    results["final_validation_loss"] = final["final_loss"]
+    results["wall_seconds"] = round(time.perf_counter() - started, 1)
+    if args.save_strategy != "no":
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        write(Path(args.output_dir), results)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices out of the output."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def announce(facts: dict[str, Any], args: Any) -> None:
+    """Print what will be trained on, and how often that passes over the corpus."""
+    if args.process_index == 0:
+        epochs = f" ({facts['epochs']:.2f} epochs)" if "epochs" in facts else ""
+        print(
+            f"{facts['corpus']}: {args.max_steps} steps of {facts['tokens_per_step']:,} tokens = "
+            f"{facts['tokens_asked']:,}{epochs}; {facts['validation_tokens']:,} held out"
+        )
+
+
+def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaForCausalLM:
+    """Return the untrained model."""
+    config = LlamaConfig(
+        **vars(shape),
+        vocab_size=len(data.tokenizer),
+        max_position_embeddings=max(1024, data.description["seq_len"]),
+        bos_token_id=None,
+        eos_token_id=data.tokenizer.eos_token_id,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def use_quiet_progress(trainer: Trainer) -> None:
+    """Show the losses in the progress bar instead of a line for every log."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(measure.QuietProgress)
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json`` and the figure, and say where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    measure.write_json(folder / "results.json", results)
+    name = f"{results['optim']}, {results['data']['corpus']}, lr {results['learning_rate']:g}"
+    figure.loss_figure({results["optim"]: results}, folder / "loss.png", name)
+    speed = results["tokens_per_second"]
+    print(
+        f"{results['optim']}: validation loss {results['final_validation_loss']:.4f}"
+        + (f", {speed:,.0f} tokens/s" if speed else "")
+        + f"; {folder / 'results.json'}, {folder / 'loss.png'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except settings.RecipeError as error:
+        sys.exit(f"error: {error}")
