@@ -1,0 +1,189 @@
+"""From any matrix to its polar factor: validation, choice of method, scaling, orientation.
+
+In: real matrices (…, m, n) of any floating dtype, device, stride and norm.
+Out: O(X) = UVᵀ for X = UΣVᵀ, same shape; zero for zero.
+``polar_factor`` keeps the dtype of its input, ``orthogonalize`` returns the compute dtype.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import COEFFICIENTS, Triple
+from .coefficients import coefficients as coefficient_table
+from .exact import svd_polar
+from .gram import gram_newton_schulz, run_lengths
+from .newton_schulz import newton_schulz
+from .precision import compute_dtype, svd_dtype, unknown_name
+from .scale import prescale, unit_frobenius_
+
+METHODS = ("auto", "newton_schulz", "gram", "svd")
+
+Iteration = Callable[[Tensor, Sequence[Triple]], Tensor]
+ITERATIONS: dict[str, Iteration] = {"newton_schulz": newton_schulz, "gram": gram_newton_schulz}
+
+
+def polar_factor(
+    x: Tensor,
+    *,
+    method: str = "auto",
+    coefficients: str = "polar_express",
+    steps: int = 5,
+    dtype: str | torch.dtype | None = None,
+) -> Tensor:  # (…, m, n) -> (…, m, n)
+    """Return the polar factor of each matrix, in the dtype of ``x``.
+
+    O(X) = UVᵀ for X = UΣVᵀ: the singular vectors of X with every nonzero singular value set to one.
+    The iterations approximate it; ``svd`` is exact to rounding.
+
+    Args:
+        x: matrices (…, m, n), float16, bfloat16, float32 or float64; not modified. Entries must be
+            finite.
+        method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ),
+            ``svd``, or ``auto``: the iteration with fewer operations for this shape, see
+            ``cheapest_iteration``.
+        coefficients: ``polar_express`` or ``quintic``; ``svd`` ignores it.
+        steps: iterations, 3 to 8 for ``polar_express``, at least 1 for ``quintic``; ``svd`` ignores
+            it.
+        dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
+            None or ``auto`` takes bfloat16 where the device has it natively, else float32. ``svd``
+            computes in float32, and in float64 for float64 input or on request.
+
+    Returns:
+        Shape and dtype of ``x``. A tall result is the transposed view of a contiguous tensor.
+
+    Raises:
+        TypeError: ``x`` is not a strided tensor of real floating-point numbers, or an argument has
+            the wrong type.
+        ValueError: ``x`` has fewer than two dimensions, or an argument is not among those allowed.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
+        >>> polar_factor(x, method="svd")
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
+    """
+    factor = orthogonalize(x, method=method, coefficients=coefficients, steps=steps, dtype=dtype)
+    return factor.to(x.dtype)
+
+
+@torch.no_grad()
+def orthogonalize(
+    x: Tensor,
+    *,
+    method: str,
+    coefficients: str,
+    steps: int,
+    dtype: str | torch.dtype | None,
+    compile: bool = False,
+) -> Tensor:  # (…, m, n) -> (…, m, n)
+    """Return the polar factor of each matrix, in the compute dtype; no gradient is recorded.
+
+    Arguments, result and errors are those of ``polar_factor``, but for the dtype of the result.
+    Tall matrices are iterated as their contiguous transposes, so that O(Xᵀ) = O(X)ᵀ exactly when X
+    is not square. A batch of more than one uses batched kernels: on a CPU in float32 its results
+    equal those of its matrices one by one; elsewhere libraries may round differently.
+
+    Args:
+        x: matrices (…, m, n); not modified.
+        method: see ``polar_factor``.
+        coefficients: see ``polar_factor``.
+        steps: see ``polar_factor``.
+        dtype: see ``polar_factor``.
+        compile: run the iteration through ``torch.compile``, compiled once per shape. Matrix
+            products stay library calls and results differ from the plain ones by rounding at most.
+
+    Returns:
+        Shape of ``x``, in the compute dtype.
+    """
+    _check_matrices(x)
+    triples = _check_choices(method, coefficients, steps)
+    is_exact = method == "svd"
+    target = svd_dtype(dtype, x.dtype) if is_exact else compute_dtype(dtype, x.device)
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=target)
+
+    is_tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if is_tall else x  # (…, s, l), s <= l
+    # Strided inputs would pick other kernels, and results would depend on how the caller stores X.
+    X = wide.contiguous().reshape(_flat_shape(wide.shape))  # (k, s, l), or (s, l) for one matrix
+    # Autocast would send products of float32 back to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        X = prescale(X, target)
+        if is_exact:
+            factor = svd_polar(X)
+        else:
+            name = cheapest_iteration(X.shape, steps) if method == "auto" else method
+            factor = _iteration(name, compile)(unit_frobenius_(X), triples)
+    factor = factor.reshape(wide.shape)
+    return factor.mT if is_tall else factor
+
+
+def cheapest_iteration(shape: Sequence[int], steps: int) -> str:
+    """Return ``gram`` or ``newton_schulz``, whichever needs fewer floating-point operations.
+
+    With sides s <= l, k steps cost k(4s²l + 2s³) on X and 4s²l + (8k − 6)s³ per run on the Gram
+    matrix; at five steps ``gram`` wins from l = 1.5 s on.
+
+    Args:
+        shape: (…, m, n).
+        steps: iterations.
+
+    Returns:
+        A key of ``ITERATIONS``.
+    """
+    s, l = sorted(shape[-2:])  # noqa: E741
+    on_x = steps * (4 * l + 2 * s)
+    on_gram = sum(4 * l + (8 * run - 6) * s for run in run_lengths(steps))
+    return "gram" if on_gram < on_x else "newton_schulz"
+
+
+def _flat_shape(shape: torch.Size) -> tuple[int, ...]:
+    """One matrix is two-dimensional whatever its leading ones; more are a batch (k, m, n)."""
+    count = shape[:-2].numel()
+    return tuple(shape[-2:]) if count == 1 else (count, *shape[-2:])
+
+
+@cache
+def _iteration(method: str, compile: bool) -> Iteration:
+    if not compile:
+        return ITERATIONS[method]
+    # Static shapes: one compilation per shape, and a model has more shapes than torch's default
+    # limit of 8, past which it would silently stop compiling. The argument came after torch 2.9.
+    options: dict[str, Any] = {"dynamic": False}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = 256
+    compiled: Iteration = torch.compile(ITERATIONS[method], **options)
+    return compiled
+
+
+def _check_matrices(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; a torch.Tensor is needed.")
+    if x.layout != torch.strided:
+        raise TypeError(f"x has layout {x.layout}; a dense tensor is needed: use x.to_dense().")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; real floating-point numbers are needed.")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; at least two dimensions are needed.")
+
+
+def _check_choices(method: str, coefficients: str, steps: int) -> tuple[Triple, ...]:
+    _check_name("method", method, METHODS)
+    _check_name("coefficients", coefficients, tuple(COEFFICIENTS))
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps={steps!r} is a {type(steps).__name__}; an int is needed.")
+    return () if method == "svd" else coefficient_table(coefficients, steps)
+
+
+def _check_name(argument: str, name: str, allowed: Sequence[str]) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}={name!r} is a {type(name).__name__}; give one of {allowed}.")
+    if name not in allowed:
+        raise ValueError(unknown_name(argument, name, allowed))
