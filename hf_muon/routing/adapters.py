@@ -1,0 +1,140 @@
+"""Adapters of PEFT: which of their tensors are factors of a linear map.
+
+In: a model that may contain PEFT tuner layers. Out: a decision for every adapter tensor, found
+through the containers in which the tuner layers keep them, never through names. The A and B of
+LoRA are matrices and come with their partner and ``scaling``; everything else goes to AdamW.
+PEFT is looked at only where it has been imported already: no PEFT model exists otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_muon.distributed.layout import Matrix
+from hf_muon.routing.matrices import Matrices, expert_fan_out, whole
+from hf_muon.routing.survey import shape_of, unwrapped
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter tensor is. No matrices: it is not a factor of a linear map."""
+
+    reason: str
+    matrices: Matrices = ()
+    partner: nn.Parameter | None = None
+    scaling: float | None = None
+
+
+def adapters(model: nn.Module) -> dict[int, Adapter]:
+    """Decisions for the adapter tensors of a model, by ``id`` (for one routing call)."""
+    if "peft" not in sys.modules:
+        return {}
+    model = unwrapped(model)
+    found = _beside_the_base_model(model)
+    tuner_layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    saved_copy = importlib.import_module("peft.utils").ModulesToSaveWrapper
+    for module in model.modules():
+        if isinstance(module, saved_copy):
+            for parameter in module.modules_to_save.parameters():
+                found[id(parameter)] = Adapter("modules_to_save: a trained copy of a module")
+        if isinstance(module, tuner_layer):
+            found.update(_of_tuner_layer(module))
+    return found
+
+
+def _beside_the_base_model(model: nn.Module) -> dict[int, Adapter]:
+    """Prompt encoders, shared vector banks: what a PEFT model holds next to its base model."""
+    if not isinstance(model, importlib.import_module("peft").PeftModel):
+        return {}
+    base = model.get_base_model()
+    inside = {id(parameter) for parameter in base.parameters()}
+    reason = "adapter: prompt or shared tensor beside the base model"
+    return {id(p): Adapter(reason) for p in model.parameters() if id(p) not in inside}
+
+
+def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
+    """Everything a tuner layer added to its base layer; factors of LoRA as matrices."""
+    # The base layer is left to the ordinary rules: a norm trained along with LoRA stays a norm.
+    kind = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
+    found = {
+        id(parameter): Adapter(f"adapter: {_container(name)} of {kind}, no factor of a linear map")
+        for name, parameter in layer.named_parameters()
+        if name.split(".")[0] not in ("base_layer", "original_module")
+    }
+    for first, second, scaling in _pairs(layer):
+        a, b = first.weight, second.weight
+        cut_a, cut_b = _factor_matrices(layer, a, b)
+        paired = bool(cut_a and cut_b and a.requires_grad and b.requires_grad)
+        if cut_a:
+            found[id(a)] = Adapter("adapter: LoRA factor A", cut_a, b if paired else None, scaling)
+        if cut_b:
+            found[id(b)] = Adapter("adapter: LoRA factor B", cut_b, a if paired else None, scaling)
+    return found
+
+
+def _container(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _pairs(layer: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float | None]]:
+    """The linear A and B of each adapter of a LoRA layer, with its scaling.
+
+    AdaLoRA derives from LoRA, but its A and B are singular vectors under a penalty that keeps
+    them orthogonal, not free factors.
+    """
+    lora_layer = importlib.import_module("peft.tuners.lora").LoraLayer
+    adalora_layer = importlib.import_module("peft.tuners.adalora.layer").AdaLoraLayer
+    if not isinstance(layer, lora_layer) or isinstance(layer, adalora_layer):
+        return
+    for adapter in layer.lora_A:
+        first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+        if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+            yield first, second, float(layer.scaling[adapter])
+
+
+def _factor_matrices(
+    layer: Any, first: nn.Parameter, second: nn.Parameter
+) -> tuple[Matrices, Matrices]:
+    """Matrices of A (r, in) and B (out, r); per expert where a wrapper adapts a stack of them."""
+    shape_a, shape_b = shape_of(first), shape_of(second)
+    experts = int(getattr(layer, "num_experts", 1)) if _wraps_parameter(layer) else 1
+    if experts == 1:
+        return _if_matrix(shape_a), _if_matrix(shape_b)
+    return _expert_factors(layer, shape_a, shape_b, experts)
+
+
+def _expert_factors(
+    layer: Any, shape_a: tuple[int, ...], shape_b: tuple[int, ...], experts: int
+) -> tuple[Matrices, Matrices]:
+    """The layout that PEFT's ``ParamWrapper`` reads its expert factors in.
+
+    A (experts · r, in) holds its experts in consecutive rows; B (out, r · experts) holds expert e
+    in the columns e, e + experts, ….
+    """
+    rank, inputs, outputs = shape_a[0] // experts, shape_a[1], shape_b[0]
+    # PEFT takes a stack that does not say how it is stored for (experts, out, in). If it is
+    # (experts, in, out) after all, A and B change sides; so their fan-out stays open.
+    fan_out_dim = None if expert_fan_out(layer.get_base_layer()) is None else 0
+    strides = (rank * experts, experts)
+    of_a = (
+        Matrix(e * rank * inputs, (rank, inputs), (inputs, 1), fan_out_dim) for e in range(experts)
+    )
+    of_b = (Matrix(e, (outputs, rank), strides, fan_out_dim) for e in range(experts))
+    cut_a = tuple(of_a) if min(rank, inputs) > 1 else ()
+    cut_b = tuple(of_b) if min(rank, outputs) > 1 else ()
+    return cut_a, cut_b
+
+
+def _wraps_parameter(layer: Any) -> bool:
+    wrapper = importlib.import_module("peft.tuners.lora.layer").ParamWrapper
+    return isinstance(layer, wrapper)
+
+
+def _if_matrix(shape: tuple[int, ...]) -> Matrices:
+    return whole(shape) if len(shape) == 2 and min(shape) > 1 else ()

@@ -1,0 +1,181 @@
+"""Fused projections: several linear maps stored in one weight, and how each layout is cut.
+
+In: the module that uses the projection, the projection's name and its shape. Out: one matrix per
+map, or None where no layout is declared. Layouts are declared after reading the forward that cuts
+the output apart; shapes are never used to guess one. Class names as of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_muon.distributed.layout import Matrix
+from hf_muon.routing.matrices import Matrices, columns_are_outputs, expert_fan_out, part
+from hf_muon.routing.survey import Candidate
+
+# Names that announce several maps in one weight. They only decide whether a weight without a
+# declared layout deserves a warning.
+LOOKS_FUSED = re.compile(
+    r"qkv|query_key_value|c_attn$|gate_up|w_?pack|\bkv_proj|in_proj$|in_proj_weight$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A weight that may be fused, seen from the module whose forward cuts its output."""
+
+    user: nn.Module
+    name: str
+    owner: nn.Module
+    shape: tuple[int, ...]
+
+
+Split = Callable[[Projection], Matrices]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the users of one projection lay its maps out."""
+
+    name: str
+    users: frozenset[str]
+    split: Split
+
+
+def projection_of(candidate: Candidate) -> Projection:
+    """A linear layer is cut by its parent, a raw parameter by its owner."""
+    raw = candidate.leaf != "weight" or candidate.parent is None
+    user = candidate.owner if raw or candidate.parent is None else candidate.parent
+    name = candidate.leaf if raw else candidate.path[-1]
+    return Projection(user, name, candidate.owner, candidate.shape)
+
+
+def split(projection: Projection) -> Matrices | None:
+    """The maps of a fused projection, or None where no layout is declared."""
+    if isinstance(projection.user, nn.MultiheadAttention):
+        return thirds(projection) if projection.name == "in_proj_weight" else None
+    if projection.name == "gate_up_proj" and hasattr(projection.user, "is_concatenated"):
+        return expert_gate_up(projection)
+    user = type(projection.user).__name__
+    for layout in LAYOUTS:
+        if layout.name == projection.name and user in layout.users:
+            return layout.split(projection)
+    return None
+
+
+def looks_fused(projection: Projection) -> bool:
+    """Whether the name says that the weight holds several maps."""
+    return LOOKS_FUSED.search(projection.name) is not None
+
+
+def blocks(projection: Projection, sizes: tuple[int, ...]) -> Matrices:
+    """Consecutive outputs of the given sizes: rows, or columns of a ``Conv1D``."""
+    dim = int(columns_are_outputs(projection.owner))
+    rows, cols = projection.shape
+    if sum(sizes) != projection.shape[dim]:
+        raise ValueError(
+            f"{projection.name} of {type(projection.user).__name__} has shape "
+            f"{projection.shape}, which does not hold outputs of sizes {sizes}. The declared "
+            "layout does not fit this model; set split_fused=False."
+        )
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return tuple(
+        Matrix(*part((rows, cols), dim, start, size), dim)
+        for start, size in zip(starts, sizes, strict=True)
+    )
+
+
+def equal(count: int) -> Split:
+    """``count`` maps of one size, one after the other."""
+
+    def cut(projection: Projection) -> Matrices:
+        outputs = projection.shape[int(columns_are_outputs(projection.owner))]
+        return blocks(projection, (outputs // count,) * count)
+
+    return cut
+
+
+halves, thirds = equal(2), equal(3)
+
+
+def of_embedding_size(projection: Projection) -> Matrices:
+    """GPT-2: as many maps as ``split_size`` fits into (three; two under cross-attention)."""
+    size = int(getattr(projection.user, "split_size"))  # noqa: B009 - set in the attention's init
+    outputs = projection.shape[int(columns_are_outputs(projection.owner))]
+    return blocks(projection, (size,) * (outputs // size))
+
+
+def grouped_query(projection: Projection) -> Matrices:
+    """Rows [query; key; value], where key and value have fewer heads."""
+    config, head_dim = projection.user.config, int(projection.user.head_dim)  # type: ignore[arg-type]
+    query = int(config.num_attention_heads) * head_dim  # type: ignore[union-attr, arg-type]
+    key = int(config.num_key_value_heads) * head_dim  # type: ignore[union-attr, arg-type]
+    return blocks(projection, (query, key, key))
+
+
+def per_head(head_size: str) -> Split:
+    """Rows that run head by head, each head holding its query, key and value."""
+
+    def cut(projection: Projection) -> Matrices:
+        head_dim = int(getattr(projection.user, head_size))
+        rows, cols = projection.shape
+        shape, strides = (rows // (3 * head_dim), head_dim, cols), (3 * head_dim * cols, cols, 1)
+        return tuple(Matrix(which * head_dim * cols, shape, strides, 0) for which in range(3))
+
+    return cut
+
+
+def gate_up_columns(projection: Projection) -> Matrices:
+    """Llama 4: each expert is (in, [gate, up])."""
+    return _expert_halves(projection.shape, dim=1, interleaved=False)
+
+
+def expert_gate_up(projection: Projection) -> Matrices | None:
+    """Experts that say through transformers' decorator how gate and up are stored."""
+    dim = expert_fan_out(projection.user)
+    if dim is None or len(projection.shape) != 3 or not getattr(projection.user, "has_gate", True):
+        return None
+    interleaved = not projection.user.is_concatenated
+    return _expert_halves(projection.shape, dim, interleaved=interleaved)
+
+
+def _expert_halves(shape: tuple[int, ...], dim: int, *, interleaved: bool) -> Matrices:
+    experts, rows, cols = shape
+    size = (rows, cols)[dim] // 2
+    starts, step = ((0, 1), 2) if interleaved else ((0, size), 1)
+    return tuple(
+        Matrix(*part((rows, cols), dim, start, size, step=step, offset=e * rows * cols), dim)
+        for e in range(experts)
+        for start in starts
+    )
+
+
+def _users(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+LAYOUTS = (
+    Layout(
+        "c_attn",
+        _users("GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention"),
+        of_embedding_size,
+    ),
+    Layout("qkv_proj", _users("Phi3Attention Phi4MultimodalAttention"), grouped_query),
+    Layout("gate_up_proj", _users("Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP"), halves),
+    Layout("query_key_value", _users("GPTNeoXAttention"), per_head("head_size")),
+    Layout("query_key_value", _users("BloomAttention"), per_head("head_dim")),
+    Layout(
+        "qkv",
+        _users(
+            "Qwen2VLVisionAttention VisionAttention Qwen2_5_VLVisionAttention "
+            "Qwen3VLVisionAttention Qwen3VLMoeVisionAttention Glm4vVisionAttention"
+        ),
+        thirds,
+    ),
+    Layout("gate_up_proj", _users("Llama4TextExperts"), gate_up_columns),
+    Layout("in_proj", _users("MambaMixer FalconMambaMixer JambaMambaMixer"), halves),
+)

@@ -1,0 +1,263 @@
+"""The rules that send a parameter to Muon or to AdamW: ordered, the first match wins.
+
+In: a :class:`Context`, one trainable parameter with what is known of its surroundings. Out: a
+:class:`Decision` with a reason. The rules look at owners, accessors and geometry; names come
+last, and no rule knows a model type. :data:`RULES` is the table; read it first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from hf_muon.routing import fused, matrices
+from hf_muon.routing.adapters import Adapter
+from hf_muon.routing.matrices import Matrices
+from hf_muon.routing.survey import EMBEDDINGS, EXPERT_CLASS, ROUTER_CLASS, Candidate, Survey
+
+Algorithm = Literal["muon", "adamw"]
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+PROJECTOR_PATHS = ("projector", "multi_modal", "connector", "visual")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user said: the pattern that names a parameter, by name of the parameter."""
+
+    muon: dict[str, str] = field(default_factory=dict)
+    adamw: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One trainable parameter and everything that the rules may ask about it."""
+
+    candidate: Candidate
+    survey: Survey
+    adapter: Adapter | None
+    overrides: Overrides
+    split_fused: bool
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.candidate.owner
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole shape of the parameter."""
+        return self.candidate.shape
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the trailing matrix has a single row or column, or there is none."""
+        return len(self.shape) < 2 or min(self.shape[-2:]) <= 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a parameter goes, why, and as which matrices."""
+
+    algorithm: Algorithm
+    reason: str
+    matrices: Matrices = ()
+
+
+Rule = Callable[[Context], Decision | None]
+
+
+def adamw(reason: str) -> Decision:
+    """Send a parameter to AdamW."""
+    return Decision("adamw", reason)
+
+
+def decide(context: Context) -> Decision:
+    """The decision of the first rule that has one."""
+    for rule in RULES:
+        decision = rule(context)
+        if decision is not None:
+            return decision
+    raise AssertionError("the last rule takes everything")
+
+
+def user_override(context: Context) -> Decision | None:
+    """Explicit beats inferred; an AdamW pattern may carve an exception out of a Muon pattern."""
+    name = context.candidate.name
+    if pattern := context.overrides.adamw.get(name):
+        return adamw(f"user: adamw_params {pattern!r}")
+    pattern = context.overrides.muon.get(name)
+    if pattern is None:
+        return None
+    return Decision("muon", f"user: muon_params {pattern!r}", forced_matrices(context, pattern))
+
+
+def adapter(context: Context) -> Decision | None:
+    """The container says what an adapter tensor is, on whatever layer it sits."""
+    found = context.adapter
+    if found is None:
+        return None
+    return Decision("muon" if found.matrices else "adamw", found.reason, found.matrices)
+
+
+def embedding_or_head(context: Context) -> Decision | None:
+    """One row per token. By identity, so that a tied tensor is found under any name."""
+    identity = id(context.candidate.parameter)
+    if len(context.shape) < 2 and identity not in context.survey.embeddings:
+        return None
+    if identity in context.survey.embeddings or isinstance(context.owner, EMBEDDINGS):
+        tied = " (tied to the output head)" if identity in context.survey.heads else ""
+        return adamw(f"embedding{tied}")
+    return adamw("lm_head") if identity in context.survey.heads else None
+
+
+def vector(context: Context) -> Decision | None:
+    """Norms, biases, one-row gates: the polar factor of a vector is plain normalisation."""
+    return adamw("vector") if context.is_vector else None
+
+
+def convolution(context: Context) -> Decision | None:
+    """A kernel is not one linear map; flattening it is a choice for the user."""
+    if isinstance(context.owner, CONVOLUTIONS):
+        return adamw("conv")
+    if isinstance(context.owner, nn.utils.parametrize.ParametrizationList) or any(
+        "parametrizations" in module._modules for module in context.candidate.modules[-1:]
+    ):
+        return adamw("conv: parametrized module")
+    return None
+
+
+def head(context: Context) -> Decision | None:
+    """Task heads stand outside the backbone, or have one row per label or token."""
+    candidate, survey = context.candidate, context.survey
+    if survey.in_stack(candidate) or any(
+        word in step for step in candidate.path for word in PROJECTOR_PATHS
+    ):
+        return None
+    if id(context.owner) in survey.outside_backbone:
+        return adamw("head: outside the backbone")
+    if isinstance(context.owner, nn.Linear) and context.shape[0] in survey.label_rows:
+        return adamw("head: one row per token or label")
+    return None
+
+
+def router(context: Context) -> Decision | None:
+    """Few rows with a role of their own. `gate` exactly: `gate_proj` is an ordinary map."""
+    path = context.candidate.path
+    by_class = any(
+        ROUTER_CLASS.search(type(module).__name__) for module in context.candidate.modules[1:]
+    )
+    if by_class or (path and (path[-1] in ("router", "gate") or path[-1].endswith("_router"))):
+        return adamw("router")
+    return None
+
+
+def bias_stack(context: Context) -> Decision | None:
+    """(experts, n) looks like a matrix and is a list of vectors."""
+    return adamw("bias stack") if context.candidate.leaf.endswith("bias") else None
+
+
+def linear(context: Context) -> Decision | None:
+    """A linear map."""
+    if not is_linear_map(context):
+        return None
+    kind = "linear" if isinstance(context.owner, nn.Linear) else type(context.owner).__name__
+    return hidden(context, kind)
+
+
+def experts(context: Context) -> Decision | None:
+    """A stack of linear maps."""
+    if len(context.shape) != 3 or not EXPERT_CLASS.search(type(context.owner).__name__):
+        return None
+    return hidden(context, "experts")
+
+
+def unknown(context: Context) -> Decision | None:
+    """Raw parameters carry no contract; the report names them."""
+    return adamw(f"unknown: raw parameter of {type(context.owner).__name__}")
+
+
+RULES: tuple[Rule, ...] = (
+    user_override,
+    adapter,
+    embedding_or_head,
+    vector,
+    convolution,
+    head,
+    router,
+    bias_stack,
+    linear,
+    experts,
+    unknown,
+)
+
+
+def is_linear_map(context: Context) -> bool:
+    """Whether the parameter is the weight of a layer that computes x ↦ Wx and no more."""
+    owner, leaf = context.owner, context.candidate.leaf
+    if len(context.shape) != 2:
+        return False
+    if isinstance(owner, nn.MultiheadAttention):
+        return leaf in ATTENTION_MATRICES
+    return leaf == "weight" and (
+        isinstance(owner, nn.Linear) or matrices.columns_are_outputs(owner)
+    )
+
+
+def hidden(context: Context, kind: str) -> Decision:
+    """A hidden weight: whole, per expert, or cut where it is fused and the user asks."""
+    if context.split_fused:
+        projection = fused.projection_of(context.candidate)
+        cut = fused.split(projection)
+        if cut is not None:
+            return Decision("muon", f"{kind}, fused: {projection.name} is split", cut)
+        if fused.looks_fused(projection):
+            kind = f"{kind}, looks fused: no layout declared, left whole"
+            warnings.warn(
+                f"split_fused: {context.candidate.name} looks like a fused projection, but no "
+                f"layout is declared for {type(projection.user).__name__}.{projection.name}; it "
+                "is orthogonalized as one matrix.",
+                stacklevel=2,
+            )
+    return Decision("muon", kind, _uncut(context))
+
+
+def forced_matrices(context: Context, pattern: str) -> Matrices:
+    """The matrices of a parameter that the user sends to Muon, or an error where there are none."""
+    if context.adapter is not None and context.adapter.matrices:
+        return context.adapter.matrices
+    found: Matrices = ()
+    if isinstance(context.owner, CONVOLUTIONS) and len(context.shape) > 2:
+        found = matrices.flattened_kernel(context.owner, context.shape)
+    elif not context.is_vector and len(context.shape) <= 3:
+        if is_linear_map(context):
+            return hidden(context, "linear").matrices
+        found = _uncut(context)
+    if not found:
+        raise ValueError(
+            f"muon_params {pattern!r} names {context.candidate.name}, which has shape "
+            f"{context.shape} and holds no matrix to orthogonalize. Muon takes linear weights, "
+            "(experts, m, n) stacks and convolution kernels; narrow the pattern, or except the "
+            "parameter through adamw_params."
+        )
+    return found
+
+
+def _uncut(context: Context) -> Matrices:
+    if len(context.shape) == 3:
+        return matrices.stack(context.shape, matrices.expert_fan_out(context.owner))
+    if is_linear_map(context):
+        return matrices.whole(context.shape, int(matrices.columns_are_outputs(context.owner)))
+    return matrices.whole(context.shape, None)

@@ -1,0 +1,222 @@
+"""What a model says about itself, gathered once per routing call.
+
+In: a model, possibly wrapped (DDP, ``torch.compile``, a DeepSpeed engine). Out: a
+:class:`Survey` with every trainable parameter as a :class:`Candidate` — clean name, owner, path —
+and the facts that the rules ask for: embeddings and heads by identity, backbones, repeated stacks.
+A survey is keyed by object identity and must not outlive the call that made it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+# Child names that a wrapper inserts, with the wrapper's class. A module of a user's own that is
+# called "module" keeps its name, because its parent is none of these.
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "PipelineEngine": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trainable parameter and where it lives."""
+
+    name: str
+    raw_name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    leaf: str
+    path: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.modules[-1]
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module that holds the owner."""
+        return self.modules[-2] if len(self.modules) > 1 else None
+
+
+@dataclass
+class Survey:
+    """The facts that the rules ask for; sets hold ``id()`` values."""
+
+    model: nn.Module
+    base: nn.Module
+    candidates: list[Candidate] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    frozen: int = 0
+    embeddings: set[int] = field(default_factory=set)
+    heads: set[int] = field(default_factory=set)
+    outside_backbone: set[int] = field(default_factory=set)
+    stacks: set[int] = field(default_factory=set)
+    label_rows: set[int] = field(default_factory=set)
+
+    def in_stack(self, candidate: Candidate) -> bool:
+        """Whether the parameter lies in a repeated stack of blocks."""
+        return any(id(module) in self.stacks for module in candidate.modules[:-1])
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk a model once and gather what the rules need."""
+    base = _base(model)
+    facts = Survey(model=model, base=base)
+    _walk(facts)
+    for module in model.modules():
+        if isinstance(module, EMBEDDINGS):
+            facts.embeddings.update(map(id, module.parameters(recurse=False)))
+        if _is_stack(module):
+            facts.stacks.add(id(module))
+    facts.embeddings |= _accessor(base, "get_input_embeddings")
+    for module in base.modules():
+        if module is base or _is_pretrained(module):
+            facts.heads |= _accessor(module, "get_output_embeddings")
+    for module, backbone in _backbones(base):
+        inside = set(map(id, backbone.modules()))
+        facts.outside_backbone.update(id(m) for m in module.modules() if id(m) not in inside)
+    facts.label_rows = _label_rows(base)
+    return facts
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """``(raw name, clean name, module)`` in the order of ``named_modules``."""
+    clean: dict[str, str] = {}
+    kinds: dict[str, nn.Module] = {}
+    for raw, module in model.named_modules():
+        above, _, step = raw.rpartition(".")
+        if raw == "" or _wraps(kinds[above], step):
+            clean[raw] = clean.get(above, "")
+        else:
+            clean[raw] = f"{clean[above]}.{step}".lstrip(".")
+        kinds[raw] = module
+        yield raw, clean[raw], module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, a compiled module or a DeepSpeed engine."""
+    while True:
+        inner = next((c for name, c in model.named_children() if _wraps(model, name)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole shape; ZeRO-3 leaves (0,) on the parameter and the real one in ``ds_shape``."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _wraps(module: nn.Module, child: str) -> bool:
+    return any(WRAPPERS.get(cls.__name__) == child for cls in type(module).__mro__)
+
+
+def _walk(facts: Survey) -> None:
+    modules: dict[str, nn.Module] = {}
+    first_name: dict[int, str] = {}
+    for raw, clean, module in named_modules(facts.model):
+        modules[raw] = module
+        steps = raw.split(".") if raw else []
+        above = tuple(modules[".".join(steps[:depth])] for depth in range(len(steps) + 1))
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{clean}.{leaf}".lstrip(".")
+            if id(parameter) in first_name:
+                facts.aliases[name] = first_name[id(parameter)]
+                continue
+            first_name[id(parameter)] = name
+            if not parameter.requires_grad:
+                facts.frozen += 1
+                continue
+            facts.candidates.append(
+                Candidate(
+                    name=name,
+                    raw_name=f"{raw}.{leaf}".lstrip("."),
+                    parameter=parameter,
+                    shape=shape_of(parameter),
+                    leaf=leaf,
+                    path=tuple(clean.split(".")) if clean else (),
+                    modules=above,
+                )
+            )
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model under wrappers and under PEFT."""
+    model = unwrapped(model)
+    get_base_model = getattr(model, "get_base_model", None)
+    base = get_base_model() if callable(get_base_model) else None
+    return base if isinstance(base, nn.Module) else model
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    """Whether a module follows transformers' conventions, without importing transformers."""
+    return isinstance(getattr(module, "base_model_prefix", None), str) and hasattr(module, "config")
+
+
+def _accessor(module: nn.Module, name: str) -> set[int]:
+    """Identities of the parameters of what an accessor returns."""
+    accessor = getattr(module, name, None)
+    if not callable(accessor):
+        return set()
+    try:
+        found = accessor()
+    except (NotImplementedError, AttributeError):  # models without such a part
+        return set()
+    if isinstance(found, nn.Parameter):
+        return {id(found)}
+    return set(map(id, found.parameters())) if isinstance(found, nn.Module) else set()
+
+
+def _backbones(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each topmost model with a backbone: the whole, or the parts of an encoder–decoder pair."""
+    prefix = getattr(base, "base_model_prefix", None)
+    backbone = getattr(base, prefix, None) if isinstance(prefix, str) and prefix else None
+    if isinstance(backbone, nn.Module) and backbone is not base:
+        yield base, backbone
+        return
+    for child in base.children():
+        if _is_pretrained(child):
+            yield from _backbones(child)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A list of blocks. Bare layers in a row (a head per codebook, an MLP) are none."""
+    entries = list(module.children())
+    if isinstance(module, nn.ModuleList) and entries:
+        return all(any(entry.children()) for entry in entries)
+    if isinstance(module, nn.Sequential) and len(entries) > 1:
+        return len(set(map(type, entries))) == 1 and any(entries[0].children())
+    return False
+
+
+def _label_rows(base: nn.Module) -> set[int]:
+    """Row counts that betray a head: the vocabulary, the labels."""
+    config = getattr(base, "config", None)
+    if not _is_pretrained(base):
+        rows = {m.weight for m in base.modules() if isinstance(m, EMBEDDINGS)}
+        return {shape_of(weight)[0] for weight in rows if isinstance(weight, nn.Parameter)}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = [getattr(part, key, None) for part in (config, text) for key in _LABEL_KEYS]
+    return {value for value in values if isinstance(value, int) and value > 1}
+
+
+_LABEL_KEYS = ("vocab_size", "num_labels")
+
+ROUTER_CLASS = re.compile(r"Router(?:MLP|Linear)?$|Top[kK\d]+Gat(?:e|ing)$|Mo[Ee](?:V\d+)?Gate$")
+EXPERT_CLASS = re.compile(r"Experts?$")

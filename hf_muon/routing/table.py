@@ -1,0 +1,99 @@
+"""A route plan as text.
+
+In: a :class:`~hf_muon.routing.plan.RoutePlan`. Out: plain text with a line per parameter (or per
+parameter of a repeated layer), totals per reason, and the parameters that no rule knows by name.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_muon.routing.plan import Route, RoutePlan
+
+
+def render(plan: RoutePlan, *, compact: bool) -> str:
+    """The plan as a table, a summary per kind, and a paragraph on unknown parameters."""
+    lines = [_text(_routes(plan, compact=compact)), _text(_summary(plan)), _totals(plan)]
+    unknown = [route for route in plan.routes if route.kind == "unknown"]
+    if unknown:
+        named = "\n".join(f"  {name} {shape}" for (name, shape), _ in _folded(unknown))
+        lines.append(
+            f"UNKNOWN: {len(unknown)} parameter(s) that no rule knows went to AdamW. Name them in "
+            f"muon_params if they are linear maps:\n{named}"
+        )
+    return "\n".join(lines)
+
+
+def _routes(plan: RoutePlan, *, compact: bool) -> Table:
+    table = Table("parameter", "shape", "algorithm", "matrices", "decay", "reason")
+    if not compact:
+        for route in plan.routes:
+            table.add_row(route.name, *_cells(route))
+        return table
+    seen: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for route in plan.routes:
+        seen[(_pattern(route.name), *_cells(route))].append(route.name)
+    for (pattern, *cells), names in seen.items():
+        table.add_row(names[0] if len(names) == 1 else f"{pattern}  ({len(names)} times)", *cells)
+    return table
+
+
+def _cells(route: Route) -> tuple[str, ...]:
+    matrices = " + ".join(
+        f"{count} of {rows} x {cols}"
+        for (rows, cols), count in Counter((m.rows, m.cols) for m in route.matrices).items()
+    )
+    decay = "yes" if route.decay else "no"
+    return _shape(route), route.algorithm, matrices, decay, route.reason
+
+
+def _summary(plan: RoutePlan) -> Table:
+    table = Table("algorithm", "kind", "tensors", "matrices", "parameters")
+    kinds: dict[tuple[str, str], list[Route]] = defaultdict(list)
+    for route in plan.routes:
+        kinds[route.algorithm, route.kind].append(route)
+    for (algorithm, kind), routes in sorted(kinds.items(), reverse=True):
+        matrices = sum(len(route.matrices) for route in routes)
+        size = sum(route.numel for route in routes)
+        table.add_row(algorithm, kind, str(len(routes)), str(matrices or ""), f"{size:,}")
+    return table
+
+
+def _totals(plan: RoutePlan) -> str:
+    totals = plan.totals()
+    return (
+        f"Muon: {totals['muon_parameters']:,} parameters in {totals['muon_matrices']:,} matrices "
+        f"of {totals['muon_tensors']:,} tensors. "
+        f"AdamW: {totals['adamw_parameters']:,} parameters in {totals['adamw_tensors']:,} tensors. "
+        f"Frozen: {totals['frozen_tensors']:,} tensors. Fingerprint {plan.fingerprint}."
+    )
+
+
+def _folded(routes: list[Route]) -> list[tuple[tuple[str, str], int]]:
+    counts = Counter((_pattern(route.name), _shape(route)) for route in routes)
+    return list(counts.items())
+
+
+def _pattern(name: str) -> str:
+    """The name with its layer numbers starred."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _shape(route: Route) -> str:
+    return f"({', '.join(map(str, route.shape))})"
+
+
+def _text(table: Table) -> str:
+    """Rendered as wide as it needs to be: a name that is cut in two cannot be searched for."""
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    console.width = console.measure(table).maximum
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
