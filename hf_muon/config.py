@@ -23,7 +23,7 @@ PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
 LoraUpdate = Literal["factor"]
-Distribute = Literal["auto", "owner", "redundant"]
+Distribute = Literal["auto", "redundant"]
 
 Plain = str | int | float | bool | None | tuple[Any, ...]
 
@@ -64,8 +64,8 @@ class MuonConfig:
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
         lora_update: ``factor``: each LoRA factor is a matrix of its own.
-        distribute: ``redundant``: every rank computes the polar factors of its whole tensors.
-            ``owner`` divides them among the ranks. ``auto`` chooses.
+        distribute: ``redundant``: every rank computes the polar factors of its whole tensors;
+            ``auto`` chooses, and chooses that.
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together.
         compile: Run the polar iteration through ``torch.compile``.
 
@@ -104,7 +104,7 @@ class MuonConfig:
     def __new__(cls, **settings: object) -> MuonConfig:
         """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""
         for name in settings:
-            _known(name, (field.name for field in dataclasses.fields(cls)), "setting")
+            require_known(name, (field.name for field in dataclasses.fields(cls)), "setting")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ _MUON_FIELDS = (
 )
 
 
-def _known(name: str, allowed: Collection[str] | Any, kind: str) -> None:
+def require_known(name: str, allowed: Collection[str] | Any, kind: str) -> None:
     """Raise for a name that is not in ``allowed``, with the nearest one."""
     names = sorted(allowed)
     if name in names:
@@ -242,7 +242,7 @@ def _parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
     """Strings turned into the declared types of the fields they name."""
     hints = get_type_hints(cls)
     for name in pairs:
-        _known(name, hints, "setting")
+        require_known(name, hints, "setting")
     return {name: _from_string(name, text, hints[name]) for name, text in pairs.items()}
 
 

@@ -1,0 +1,1 @@
+"""How the optimizer enters the Hugging Face libraries."""

@@ -1,0 +1,83 @@
+"""What every run by name needs from the Trainer's events.
+
+In: the events of a Trainer. Out: settings checked before training starts, the learning rate of the
+AdamW half in the logs, ``muon_report.json`` in the output folder and in each checkpoint. For other
+optimizers the callback does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_muon.integrations.arguments import config_from_arguments
+from hf_muon.integrations.names import is_ours
+from hf_muon.integrations.report import find_muon, write_report
+
+logger = logging.getLogger(__name__)
+
+
+class MuonCallback(TrainerCallback):
+    """Checks, learning rates and report; ``hf_muon.register()`` installs it in every Trainer."""
+
+    def __init__(self) -> None:
+        self.adamw_lr: float | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fail at construction, not at the first step, if ``optim_args`` are wrong."""
+        if is_ours(args.optim):
+            config_from_arguments(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report, or say that another optimizer trains than the one that was named."""
+        if find_muon(kwargs.get("optimizer")) is not None:
+            self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or "."))
+        elif is_ours(args.optim):
+            logger.warning(
+                "optim=%r was asked for, but the Trainer was given another optimizer: %s trains.",
+                str.__str__(args.optim),
+                type(kwargs.get("optimizer")).__name__,
+            )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report beside the weights it belongs to."""
+        checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or ".", checkpoint))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note AdamW's rate before the scheduler moves it, as the Trainer does for the first."""
+        optimizer = find_muon(kwargs.get("optimizer"))
+        groups = optimizer.param_groups if optimizer is not None else []
+        rates = [float(group["lr"]) for group in groups if group["algorithm"] == "adamw"]
+        self.adamw_lr = rates[0] if rates else None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, which is the first group's."""
+        if logs is not None and "learning_rate" in logs and self.adamw_lr is not None:
+            logs["adamw/lr"] = self.adamw_lr
+            state.log_history[-1]["adamw/lr"] = self.adamw_lr
+
+    @staticmethod
+    def _write_report(wrapped: object, state: TrainerState, folder: Path) -> None:
+        optimizer = find_muon(wrapped)
+        if optimizer is not None and state.is_world_process_zero:
+            write_report(optimizer, folder)

@@ -1,0 +1,74 @@
+"""The names ``muon`` and ``hf_muon`` among the Trainer's optimizers.
+
+In: the enum ``OptimizerNames`` and the handler table of transformers. Out: two members and two
+entries in them. transformers has no hook for names of other packages (5.23), so members are added
+to the enum at run time, as its metaclass would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from enum import Enum
+from importlib.metadata import version
+from typing import Any, cast
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("muon", "hf_muon")
+
+
+def add_names(handler: Callable[..., Any]) -> None:
+    """Make the free ones of :data:`NAMES` valid values of ``optim`` that call ``handler``.
+
+    Calling it again changes nothing. A name that transformers itself owns stays its own.
+
+    Raises:
+        ImportError: This release of transformers has no table of optimizer handlers.
+    """
+    from transformers import trainer_optimizer
+    from transformers.training_args import OptimizerNames
+
+    handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ImportError(
+            f"transformers {version('transformers')} has no table of optimizer handlers, which "
+            "hf_muon registers with; releases from 5.2 on have it, tested up to 5.23. Without it, "
+            "pass optimizer_cls_and_kwargs=(hf_muon.MuonOptimizerFactory, {'lr': …}) to Trainer."
+        )
+    for name in NAMES:
+        member = OptimizerNames._value2member_map_.get(name)
+        if member is None:
+            member = _add_member(OptimizerNames, name)
+        elif not getattr(member, "_from_hf_muon", False):
+            logger.warning("transformers has an optimizer %r of its own; ours is 'hf_muon'.", name)
+            continue
+        handlers[member] = handler
+    logger.info("optim='muon' and optim='hf_muon' select hf_muon where transformers has no own.")
+
+
+def is_ours(optim: str) -> bool:
+    """Whether a value of ``TrainingArguments.optim``, member or plain string, selects hf_muon."""
+    from transformers.training_args import OptimizerNames
+
+    member = OptimizerNames._value2member_map_.get(optim)
+    return getattr(member, "_from_hf_muon", False)
+
+
+def _add_member(enum: Any, value: str) -> Enum:
+    """Add a member to a ``(str, Enum)`` class, with the tables that look-ups read."""
+    name = value.upper()
+    member = str.__new__(enum, value)
+    member._name_, member._value_ = name, value
+    member.__objclass__ = enum
+    member._sort_order_ = len(enum._member_names_)
+    member._from_hf_muon = True
+    # A process without hf_muon reads a pickled TrainingArguments; there the value is a string.
+    member.__reduce_ex__ = lambda protocol: (str, (value,))
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member
+    enum._value2member_map_[value] = member
+    if hasattr(enum, "_hashable_values_"):  # Python ≥ 3.12
+        enum._hashable_values_.append(value)
+    type.__setattr__(enum, name, member)
+    return cast(Enum, member)

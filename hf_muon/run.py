@@ -1,0 +1,37 @@
+"""Run an unmodified script with ``optim="muon"`` registered.
+
+``python -m hf_muon.run script.py …`` or ``python -m hf_muon.run -m package.module …``; also behind
+``accelerate launch -m`` and ``torchrun -m``. In: the command line of the script. Out: its exit.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from hf_muon.integrations.transformers import register
+
+USAGE = "usage: python -m hf_muon.run [-m] SCRIPT_OR_MODULE [ARGUMENTS …]"
+
+
+def main(arguments: list[str]) -> None:
+    """Register, then run the script or module as ``__main__`` with the rest of the arguments."""
+    as_module = arguments[:1] == ["-m"]
+    target, *rest = arguments[as_module:] or [""]
+    if not target or target in ("-h", "--help"):
+        print(f"{USAGE}\n\nRegisters optim='muon' for the Hugging Face Trainer, then runs.")
+        raise SystemExit(0 if target else 2)
+    if not as_module and not Path(target).is_file():
+        raise SystemExit(f"hf_muon.run: no script {target!r}; a module needs -m.\n{USAGE}")
+    register()
+    sys.argv = [target, *rest]
+    if as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(target).resolve().parent)
+        runpy.run_path(target, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
