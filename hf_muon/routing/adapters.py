@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_muon.distributed.layout import Matrix
 from hf_muon.routing.matrices import Matrices, expert_fan_out, whole
@@ -27,7 +27,7 @@ class Adapter:
 
     reason: str
     matrices: Matrices = ()
-    partner: nn.Parameter | None = None
+    partner: Tensor | None = None
     scaling: float | None = None
 
 
@@ -98,9 +98,7 @@ def _pairs(layer: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float | None]]:
             yield first, second, float(layer.scaling[adapter])
 
 
-def _factor_matrices(
-    layer: Any, first: nn.Parameter, second: nn.Parameter
-) -> tuple[Matrices, Matrices]:
+def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrices, Matrices]:
     """Matrices of A (r, in) and B (out, r); per expert where a wrapper adapts a stack of them."""
     shape_a, shape_b = shape_of(first), shape_of(second)
     experts = int(getattr(layer, "num_experts", 1)) if _wraps_parameter(layer) else 1

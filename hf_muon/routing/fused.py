@@ -60,6 +60,8 @@ def split(projection: Projection) -> Matrices | None:
         return thirds(projection) if projection.name == "in_proj_weight" else None
     if projection.name == "gate_up_proj" and hasattr(projection.user, "is_concatenated"):
         return expert_gate_up(projection)
+    if not type(projection.user).__module__.startswith("transformers.models."):
+        return None  # a class of the same name elsewhere may cut otherwise
     user = type(projection.user).__name__
     for layout in LAYOUTS:
         if layout.name == projection.name and user in layout.users:
@@ -165,13 +167,19 @@ LAYOUTS = (
         of_embedding_size,
     ),
     Layout("qkv_proj", _users("Phi3Attention Phi4MultimodalAttention"), grouped_query),
-    Layout("gate_up_proj", _users("Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP"), halves),
+    Layout(
+        "gate_up_proj",
+        _users(
+            "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmOcrTextMLP"
+        ),
+        halves,
+    ),
     Layout("query_key_value", _users("GPTNeoXAttention"), per_head("head_size")),
     Layout("query_key_value", _users("BloomAttention"), per_head("head_dim")),
     Layout(
         "qkv",
         _users(
-            "Qwen2VLVisionAttention VisionAttention Qwen2_5_VLVisionAttention "
+            "VisionAttention Qwen2_5_VLVisionAttention "
             "Qwen3VLVisionAttention Qwen3VLMoeVisionAttention Glm4vVisionAttention"
         ),
         thirds,

@@ -251,7 +251,8 @@ def _decayed_names(model: nn.Module) -> set[str]:
     """Names of the parameters that the Trainer would decay."""
     from transformers.trainer_pt_utils import get_parameter_names
 
-    return set(get_parameter_names(model, UNDECAYED_LAYERS, UNDECAYED_NAMES))
+    names = get_parameter_names(model, UNDECAYED_LAYERS, UNDECAYED_NAMES)  # type: ignore[no-untyped-call]
+    return set(names)
 
 
 def _flat_parameters(model: nn.Module) -> str:

@@ -115,8 +115,8 @@ def adapter(context: Context) -> Decision | None:
 def embedding_or_head(context: Context) -> Decision | None:
     """One row per token. By identity, so that a tied tensor is found under any name."""
     identity = id(context.candidate.parameter)
-    if len(context.shape) < 2 and identity not in context.survey.embeddings:
-        return None
+    if len(context.shape) < 2 or isinstance(context.owner, CONVOLUTIONS):
+        return None  # the bias of a head; the patches of an image: rules of their own
     if identity in context.survey.embeddings or isinstance(context.owner, EMBEDDINGS):
         tied = " (tied to the output head)" if identity in context.survey.heads else ""
         return adamw(f"embedding{tied}")
@@ -132,10 +132,8 @@ def convolution(context: Context) -> Decision | None:
     """A kernel is not one linear map; flattening it is a choice for the user."""
     if isinstance(context.owner, CONVOLUTIONS):
         return adamw("conv")
-    if isinstance(context.owner, nn.utils.parametrize.ParametrizationList) or any(
-        "parametrizations" in module._modules for module in context.candidate.modules[-1:]
-    ):
-        return adamw("conv: parametrized module")
+    if isinstance(context.owner, nn.utils.parametrize.ParametrizationList):
+        return adamw("parametrized module")
     return None
 
 
@@ -186,7 +184,7 @@ def experts(context: Context) -> Decision | None:
 
 def unknown(context: Context) -> Decision | None:
     """Raw parameters carry no contract; the report names them."""
-    return adamw(f"unknown: raw parameter of {type(context.owner).__name__}")
+    return adamw(f"unknown: {context.candidate.leaf} of {type(context.owner).__name__}")
 
 
 RULES: tuple[Rule, ...] = (

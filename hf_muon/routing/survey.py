@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -116,7 +117,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The whole shape; ZeRO-3 leaves (0,) on the parameter and the real one in ``ds_shape``."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -207,10 +208,10 @@ def _is_stack(module: nn.Module) -> bool:
 
 def _label_rows(base: nn.Module) -> set[int]:
     """Row counts that betray a head: the vocabulary, the labels."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if not _is_pretrained(base):
         rows = {m.weight for m in base.modules() if isinstance(m, EMBEDDINGS)}
-        return {shape_of(weight)[0] for weight in rows if isinstance(weight, nn.Parameter)}
+        return {shape_of(weight)[0] for weight in rows if isinstance(weight, Tensor)}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = [getattr(part, key, None) for part in (config, text) for key in _LABEL_KEYS]
     return {value for value in values if isinstance(value, int) and value > 1}

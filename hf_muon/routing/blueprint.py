@@ -1,0 +1,144 @@
+"""A model without its weights, for looking at its routing.
+
+In: a config file, a model folder, an adapter folder or a Hub id. Out: the model on the meta
+device, in the dtype of its config. Nothing but JSON is read, and no code of a repository's own
+runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "base": "AutoModel",
+}
+
+
+def build(source: str, auto: str | None = None) -> nn.Module:
+    """Build a model on the meta device.
+
+    Args:
+        source: Path of a ``config.json``, a folder with one (or with an ``adapter_config.json``),
+            or a model id.
+        auto: A key of :data:`AUTO_CLASSES`. Default: the class that the config names, else the
+            first Auto class that knows the config.
+
+    Raises:
+        ValueError: The source cannot be read, or names no model that transformers can build.
+    """
+    if auto is not None and auto not in AUTO_CLASSES:
+        raise ValueError(f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.")
+    path = Path(source)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return _with_adapter(path, auto)
+    config = _config(source)
+    try:
+        with torch.device("meta"):
+            model = _model(config, auto)
+    except Exception as error:  # a config is data: it can make a model's __init__ raise anything
+        raise ValueError(f"No model can be built from {source!r}: {_sentence(error)}") from error
+    dtype = getattr(config, "dtype", None)
+    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(source)
+    if path.exists():
+        _check_is_config(path / "config.json" if path.is_dir() else path)
+    elif path.is_absolute() or source.startswith(".") or source.endswith(".json"):
+        raise ValueError(f"{source!r} does not exist.")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # hub, cache and validation errors have no common base
+        hint = "" if path.exists() else " Give a config.json, a model folder, or a model id."
+        raise ValueError(f"{source!r} gives no model config: {_sentence(error)}{hint}") from error
+
+
+def _check_is_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{str(path.parent)!r} holds no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{str(path)!r} is no model config: it names no model_type.")
+
+
+def _model(config: Any, auto: str | None) -> nn.Module:
+    import transformers
+
+    if auto is not None:
+        return _from_auto(auto, config)
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, nn.Module):
+        return named(config)
+    known = [name for name in AUTO_CLASSES if type(config) in _mapping(name)]
+    if not known:
+        raise ValueError(f"no Auto class knows the model type {config.model_type!r}.")
+    return _from_auto(known[0], config)
+
+
+def _from_auto(auto: str, config: Any) -> nn.Module:
+    if type(config) not in _mapping(auto):
+        raise ValueError(f"{AUTO_CLASSES[auto]} has no class for {config.model_type!r}.")
+    model = _mapping(auto)[type(config)]
+    model = model[0] if isinstance(model, tuple) else model
+    built = model(config)
+    assert isinstance(built, nn.Module)
+    return built
+
+
+def _mapping(auto: str) -> Any:
+    """Config class to model class, of one Auto class (transformers 5.23 keeps it private)."""
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[auto])._model_mapping
+
+
+def _with_adapter(path: Path, auto: str | None) -> nn.Module:
+    """The base model that an adapter config names, with that adapter on it."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(
+            f"{str(path)!r} holds an adapter; pip install 'hf-muon[peft]' to route it."
+        ) from None
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # an unreadable file and a wrong field raise different things
+        raise ValueError(f"{str(path)!r} holds no readable adapter: {_sentence(error)}") from error
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{str(path)!r} names no base model (base_model_name_or_path).")
+    base = build(config.base_model_name_or_path, auto)
+    config.inference_mode = False
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other initialisations read the base weights
+    try:
+        with torch.device("meta"):
+            model: nn.Module = peft.get_peft_model(base, config)
+    except Exception as error:  # as above: the adapter may not fit the base model
+        raise ValueError(f"{str(path)!r} does not fit its base: {_sentence(error)}") from error
+    return model
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of a message, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
