@@ -224,7 +224,7 @@ def require_known(name: str, allowed: Collection[str] | Any, kind: str) -> None:
         return
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {kind} {name!r}.{hint} Allowed: {', '.join(names)}.")
+    raise ValueError(f"Unknown {kind}: {name!r}.{hint} Allowed: {', '.join(names)}.")
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from hf_muon.config import MuonConfig, require_known
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.adamw import has_fused_kernel
-from hf_muon.optimizer.gradients import parameter_name
 
 Group = dict[str, Any]
 
@@ -57,7 +56,8 @@ def _as_list(group: Group) -> list[Any]:
 
 def complete_group(group: Group, config: MuonConfig) -> Group:
     """The group with every hyper-parameter that it does not give itself, checked."""
-    muon = group.setdefault("algorithm", "muon") == "muon"
+    group = {"algorithm": "muon", **group}
+    muon = group["algorithm"] == "muon"
     given = {key: value for key, value in group.items() if key not in _STRUCTURE}
     group = {**group, **(_muon_settings(given, config) if muon else _adamw_settings(given, config))}
     tensors = [p[1] if isinstance(p, tuple) else p for p in _as_list(group)]
@@ -129,7 +129,8 @@ def _check_cover(group: Group, tensors: list[Tensor]) -> None:
         covered = sum(Matrix(*matrix).numel for matrix in inside)
         shape = getattr(tensor, "ds_shape", tensor.shape)
         if covered != shape.numel():
-            name = parameter_name({**group, "params": tensors}, index)
+            entry = _as_list(group)[index]
+            name = entry[0] if isinstance(entry, tuple) else f"parameter {index}"
             raise ValueError(
                 f"The matrices of {name} have {covered} elements and the parameter has "
                 f"{shape.numel()}; they must cover it exactly."

@@ -1,0 +1,173 @@
+"""MuonConfig: what it accepts, what it refuses and in which words."""
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+from hf_muon import MuonConfig
+
+# settings -> words that the message must hold: the field, the value and what is allowed.
+WRONG = [
+    ({"ordr": "pre_polar"}, ["'ordr'", "Did you mean 'order'"]),
+    ({"learning_rate": 0.1}, ["'learning_rate'", "lr", "Allowed"]),
+    ({"order": "pre"}, ["order='pre'", "'pre_polar'", "'post_polar'", "'polar_only'"]),
+    ({"order": "postpolar"}, ["order='postpolar'", "Did you mean 'post_polar'"]),
+    ({"momentum": 1.0}, ["momentum=1.0", "0 ≤ momentum < 1"]),
+    ({"momentum": -0.1}, ["momentum=-0.1", "0 ≤ momentum < 1"]),
+    ({"momentum": "0.9"}, ["momentum='0.9'", "str", "a number is expected"]),
+    ({"momentum": float("nan")}, ["momentum=nan", "not finite"]),
+    ({"nesterov": 1}, ["nesterov=1", "True or False"]),
+    ({"match_update_rms": True}, ["match_update_rms=True", "post_polar", "'pre_polar'"]),
+    ({"polar_method": "cholesky"}, ["polar_method='cholesky'", "'newton_schulz'", "'svd'"]),
+    ({"coefficients": "cubic"}, ["coefficients='cubic'", "'quintic'", "'polar_express'"]),
+    ({"polar_steps": 0}, ["polar_steps=0", "1 ≤ polar_steps < 100"]),
+    ({"polar_steps": 5.0}, ["polar_steps=5.0", "whole number"]),
+    ({"polar_steps": 9}, ["polar_steps=9", "3 to 8", "quintic"]),
+    ({"polar_dtype": "fp8"}, ["polar_dtype='fp8'", "'bfloat16'", "'float32'"]),
+    ({"polar_dtype": "bfloat16", "polar_method": "svd"}, ["polar_dtype='bfloat16'", "'float32'"]),
+    ({"adjust_lr": "rms"}, ["adjust_lr='rms'", "'match_rms_adamw'", "'spectral'"]),
+    ({"lr": -1.0}, ["lr=-1.0", "lr ≥ 0"]),
+    ({"lr": float("inf")}, ["lr=inf", "not finite"]),
+    ({"weight_decay": -0.1}, ["weight_decay=-0.1", "weight_decay ≥ 0"]),
+    ({"adamw_betas": (0.9, 1.0)}, ["adamw_betas=(0.9, 1.0)", "each beta < 1"]),
+    ({"adamw_betas": (0.9,)}, ["adamw_betas=(0.9,)", "2 values"]),
+    ({"adamw_betas": 0.9}, ["adamw_betas=0.9", "tuple"]),
+    ({"momentum_start": 0.5}, ["momentum_start=0.5", "momentum_warmup_steps=0", "both"]),
+    ({"momentum_warmup_steps": 10}, ["momentum_warmup_steps=10", "both"]),
+    (
+        {"momentum_start": 0.5, "momentum_warmup_steps": 9, "order": "polar_only"},
+        ["momentum_start", "polar_only", "no momentum"],
+    ),
+    ({"momentum_dtype": "int8"}, ["momentum_dtype='int8'", "'float32'"]),
+    ({"muon_params": "attn"}, ["muon_params='attn'", "tuple"]),
+    ({"adamw_params": ("(",)}, ["adamw_params", "'('", "regular expression"]),
+    ({"bucket_mb": 0}, ["bucket_mb=0", "bucket_mb > 0"]),
+    ({"lora_update": "product"}, ["lora_update='product'", "'factor'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG, ids=lambda value: str(value)[:60])
+def test_wrong_settings_name_field_value_and_what_is_allowed(settings, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words follow
+        MuonConfig(**settings)
+    for word in words:
+        assert word in str(error.value)
+
+
+WRONG_STRINGS = [
+    ("order", ["'order'", "key=value"]),
+    ("order=pre_polar,", ["''", "without one at the end"]),
+    ("=3", ["'=3'", "key=value"]),
+    ("momentum=", ["'momentum='", "key=value"]),
+    ("momentum=0.9,momentum=0.8", ["'momentum'", "twice"]),
+    ("momentun=0.9", ["'momentun'", "Did you mean 'momentum'"]),
+    ("momentum=high", ["momentum='high'", "a number"]),
+    ("polar_steps=2.5", ["polar_steps='2.5'", "whole number"]),
+    ("nesterov=maybe", ["nesterov='maybe'", "true or false"]),
+    ("adamw_betas=0.9:b", ["adamw_betas='b'", "a number"]),
+    ("config=nowhere.json", ["'nowhere.json'", "not a readable JSON file"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG_STRINGS)
+def test_wrong_optim_args_say_what_is_expected(text, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words follow
+        MuonConfig.from_optim_args(text)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_optim_args_grammar():
+    config = MuonConfig.from_optim_args(
+        "order=post_polar, momentum=0.9, nesterov=false, polar_steps=6, adamw_betas=0.9:0.95,"
+        "adamw_params=score|(q|k)_proj|[|]x, momentum_dtype=none, adamw_lr=3e-4",
+        lr=1e-3,
+        momentum=0.5,
+    )
+    assert config == MuonConfig(
+        order="post_polar",
+        momentum=0.9,
+        nesterov=False,
+        polar_steps=6,
+        adamw_betas=(0.9, 0.95),
+        adamw_params=("score", "(q|k)_proj", "[|]x"),
+        adamw_lr=3e-4,
+        lr=1e-3,
+    )
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_empty_optim_args_leave_the_defaults(empty):
+    if empty == "  ":
+        with pytest.raises(ValueError, match="key=value"):
+            MuonConfig.from_optim_args(empty)
+    else:
+        assert MuonConfig.from_optim_args(empty, lr=0.1) == MuonConfig(lr=0.1)
+
+
+def test_json_is_overridden_by_inline_keys_and_overrides_defaults(tmp_path):
+    path = tmp_path / "muon.json"
+    path.write_text(json.dumps({"momentum": 0.8, "adamw_betas": [0.8, 0.9], "lr": 2}))
+    assert MuonConfig.from_json(path) == MuonConfig(momentum=0.8, adamw_betas=(0.8, 0.9), lr=2.0)
+    config = MuonConfig.from_optim_args(f"config={path},momentum=0.7", lr=1.0, weight_decay=0.1)
+    assert (config.momentum, config.lr, config.weight_decay) == (0.7, 2.0, 0.1)
+
+
+def test_json_must_hold_an_object(tmp_path):
+    path = tmp_path / "muon.json"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"\[1\].*object"):
+        MuonConfig.from_json(path)
+
+
+def test_strings_from_launchers_are_converted():
+    settings = {"momentum": "0.9", "nesterov": "False", "order": "polar_only", "lr": 0.1}
+    expected = MuonConfig(momentum=0.9, nesterov=False, order="polar_only", lr=0.1)
+    assert MuonConfig.from_mapping(settings) == expected
+
+
+def test_round_trips():
+    config = MuonConfig(lr=1, muon_params=["a", "b"], momentum_start=0.8, momentum_warmup_steps=5)
+    assert config.lr == 1.0
+    assert isinstance(config.lr, float)
+    assert config.muon_params == ("a", "b")
+    assert MuonConfig(**config.to_dict()) == config
+    assert MuonConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert copy.deepcopy(config) == config
+    assert dataclasses.replace(config, momentum=0.9).momentum == 0.9
+
+
+def test_is_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MuonConfig().momentum = 0.5
+    with pytest.raises(TypeError):
+        MuonConfig("pre_polar")
+
+
+def test_window():
+    assert MuonConfig(momentum=0.95).window == pytest.approx(20)
+    assert MuonConfig(order="polar_only").window == 1
+
+
+def test_adamw_needs_its_own_rate_unless_the_update_matches_adamw():
+    config = MuonConfig(lr=0.02, adjust_lr="original")
+    assert config.muon_group()["lr"] == 0.02
+    with pytest.raises(ValueError, match=r"adamw_lr is not set.*'original'"):
+        config.adamw_group()
+    assert dataclasses.replace(config, adamw_lr=3e-4).adamw_group()["lr"] == 3e-4
+    assert MuonConfig(lr=1e-3).adamw_group()["lr"] == 1e-3
+
+
+def test_lr_is_required_for_groups():
+    with pytest.raises(ValueError, match="lr is not set"):
+        MuonConfig().muon_group()
+
+
+def test_group_values_are_plain():
+    config = MuonConfig(lr=1e-3)
+    for group in (config.muon_group(), config.adamw_group(decay=False)):
+        assert all(isinstance(value, str | int | float | bool | tuple) for value in group.values())
