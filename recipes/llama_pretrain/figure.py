@@ -48,10 +48,25 @@ def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -
 def draw_run(axes: plt.Axes, run: Mapping[str, Any], colour: str, *, with_training: bool) -> None:
     """Draw one run; a run that is shown alone also gets its training loss, thin and grey."""
     if with_training and run["train_curve"]:
-        axes.plot(*points(run["train_curve"]), color="#bbbbbb", linewidth=1.1)
-    tokens, losses = points(run["eval_curve"])
+        tokens, losses = points(run["train_curve"])
+        axes.plot(tokens, losses, color=MUTED, linewidth=1, alpha=0.7, zorder=1)
+        middle = len(tokens) // 2
+        axes.annotate(
+            "training",
+            (tokens[middle], losses[middle]),
+            xytext=(4, 8),
+            textcoords="offset points",
+            color=MUTED,
+        )
+    tokens, losses = points(validation_curve(run))
     axes.plot(tokens, losses, color=colour, linewidth=2, solid_capstyle="round")
     axes.plot(tokens[-1:], losses[-1:], "o", color=colour, markersize=5)
+
+
+def validation_curve(run: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Return the curve, or the final loss alone when nothing was measured along the way."""
+    final = {"tokens": run["tokens"], "loss": run["final_validation_loss"]}
+    return run["eval_curve"] or [final]
 
 
 def points(curve: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
@@ -64,7 +79,7 @@ def set_limits(axes: plt.Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
 
     The first losses are those of a random model and would flatten the part that is compared.
     """
-    curves = [points(run["eval_curve"])[1] for run in runs.values()]
+    curves = [points(validation_curve(run))[1] for run in runs.values()]
     lowest = min(min(curve) for curve in curves)
     late = [loss for curve in curves for loss in curve[max(1, len(curve) // 10) :]]
     top = max(late, default=max(curves[0]))
@@ -83,7 +98,7 @@ def label_ends(axes: plt.Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
         previous = height
         axes.annotate(
             f"{label}  {last_loss(run):.3f}",
-            xy=(run["eval_curve"][-1]["tokens"], height),
+            xy=(validation_curve(run)[-1]["tokens"], height),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
@@ -95,4 +110,4 @@ def label_ends(axes: plt.Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def last_loss(run: Mapping[str, Any]) -> float:
     """Return the last point of the validation curve."""
-    return float(run["eval_curve"][-1]["loss"])
+    return float(validation_curve(run)[-1]["loss"])

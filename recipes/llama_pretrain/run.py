@@ -17,6 +17,7 @@ import measure
 import packing
 import settings
 import transformers
+from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
 from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, set_seed
 
@@ -110,3 +111,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except settings.RecipeError as error:
         sys.exit(f"error: {error}")
+    except FloatingPointError as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)
