@@ -4,7 +4,7 @@
 returns the compute dtype. Needs torch alone.
 """
 
-from .coefficients import COEFFICIENTS, coefficients
+from .coefficients import COEFFICIENTS
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
 from .precision import COMPUTE_DTYPES, compute_dtype
 
@@ -13,7 +13,6 @@ __all__ = [
     "COMPUTE_DTYPES",
     "METHODS",
     "cheapest_iteration",
-    "coefficients",
     "compute_dtype",
     "orthogonalize",
     "polar_factor",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -87,8 +88,9 @@ def orthogonalize(
 
     Arguments, result and errors are those of ``polar_factor``, but for the dtype of the result.
     Tall matrices are iterated as their contiguous transposes, so that O(Xᵀ) = O(X)ᵀ exactly when X
-    is not square. A batch of more than one uses batched kernels: on a CPU in float32 its results
-    equal those of its matrices one by one; elsewhere libraries may round differently.
+    is not square. A batch of more than one goes through batched kernels. In float32 on a CPU the
+    iterations then give the bits they give for each matrix alone if the shorter side is at least
+    16; for smaller matrices, for ``svd`` and on other devices they agree to rounding.
 
     Args:
         x: matrices (…, m, n); not modified.
@@ -113,8 +115,7 @@ def orthogonalize(
     wide = x.mT if is_tall else x  # (…, s, l), s <= l
     # Strided inputs would pick other kernels, and results would depend on how the caller stores X.
     X = wide.contiguous().reshape(_flat_shape(wide.shape))  # (k, s, l), or (s, l) for one matrix
-    # Autocast would send products of float32 back to half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         X = prescale(X, target)
         if is_exact:
             factor = svd_polar(X)
@@ -148,6 +149,13 @@ def _flat_shape(shape: torch.Size) -> tuple[int, ...]:
     """One matrix is two-dimensional whatever its leading ones; more are a batch (k, m, n)."""
     count = shape[:-2].numel()
     return tuple(shape[-2:]) if count == 1 else (count, *shape[-2:])
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would send products of float32 back to half precision."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 @cache

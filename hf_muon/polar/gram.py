@@ -8,17 +8,19 @@ Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 from torch import Tensor
 
 from .coefficients import Triple
 from .kernels import addmm, gram_matrix
 
-FIRST_RESTART = 2
-"""The first steps stretch the spectrum most, so rounding of R = XXᵀ is left behind after two."""
-LONGEST_RUN = 3
-"""No later run is longer: in half precision four steps on a rank-deficient R already overflow,
-because rounding makes its zero eigenvalues negative and every step multiplies them by a²."""
+EARLY_RUNS = (2, 3)
+"""Steps between one XXᵀ and the next. The first steps stretch the spectrum most, so the rounding of
+R = XXᵀ is left behind after two; the three that complete the usual five then share one R."""
+LATER_RUNS = 2
+"""Past five steps, runs of three let bfloat16 diverge on rank-deficient X: rounding makes zero
+eigenvalues of R negative, and every step on the same R multiplies them by a²."""
 
 
 def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)
@@ -47,11 +49,14 @@ def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…,
 
 
 def run_lengths(steps: int) -> tuple[int, ...]:
-    """Split steps into a first run of two and even later runs of at most three: 5 = 2 + 3."""
-    first = min(FIRST_RESTART, steps)
-    rest = steps - first
-    runs = -(-rest // LONGEST_RUN)
-    return (first, *(rest // runs + (i < rest % runs) for i in range(runs)))
+    """Split steps into runs: 5 = 2 + 3 and 8 = 2 + 3 + 2 + 1."""
+    lengths: list[int] = []
+    for longest in chain(EARLY_RUNS, repeat(LATER_RUNS)):
+        if steps == 0:
+            break
+        lengths.append(min(longest, steps))
+        steps -= lengths[-1]
+    return tuple(lengths)
 
 
 def _run(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)

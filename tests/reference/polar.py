@@ -12,14 +12,13 @@ from torch import Tensor
 
 def polar_factor(X: Tensor) -> Tensor:
     """O(X) = Σ_i u_i v_iᵀ over the singular values above 1e-12 of the largest."""
+    if X.ndim > 2:
+        return torch.stack([polar_factor(x) for x in X])
     factor = torch.zeros(X.shape, dtype=torch.float64)
-    for index in torch.cartesian_prod(*(torch.arange(k) for k in X.shape[:-2])).reshape(
-        -1, X.ndim - 2
-    ):
-        U, S, Vh = torch.linalg.svd(X[tuple(index)].double(), full_matrices=False)
-        for i, sigma in enumerate(S):
-            if sigma > 1e-12 * S[0]:
-                factor[tuple(index)] += torch.outer(U[:, i], Vh[i])
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    for i, sigma in enumerate(S):
+        if sigma > 1e-12 * S[0]:
+            factor += torch.outer(U[:, i], Vh[i])
     return factor
 
 
