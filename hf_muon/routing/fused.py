@@ -60,11 +60,15 @@ def split(projection: Projection) -> Matrices | None:
         return thirds(projection) if projection.name == "in_proj_weight" else None
     if projection.name == "gate_up_proj" and hasattr(projection.user, "is_concatenated"):
         return expert_gate_up(projection)
-    if not type(projection.user).__module__.startswith("transformers.models."):
-        return None  # a class of the same name elsewhere may cut otherwise
-    user = type(projection.user).__name__
+    # Bases as well, because FSDP2 replaces a module's class by a subclass; those of transformers
+    # alone, because a class of the same name elsewhere may cut otherwise.
+    users = {
+        cls.__name__
+        for cls in type(projection.user).__mro__
+        if cls.__module__.startswith("transformers.models.")
+    }
     for layout in LAYOUTS:
-        if layout.name == projection.name and user in layout.users:
+        if layout.name == projection.name and users & layout.users:
             return layout.split(projection)
     return None
 

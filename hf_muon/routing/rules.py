@@ -7,6 +7,7 @@ last, and no rule knows a model type. :data:`RULES` is the table; read it first.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 from hf_muon.routing import fused, matrices
 from hf_muon.routing.adapters import Adapter
 from hf_muon.routing.matrices import Matrices
-from hf_muon.routing.survey import EMBEDDINGS, EXPERT_CLASS, ROUTER_CLASS, Candidate, Survey
+from hf_muon.routing.survey import EMBEDDINGS, Candidate, Survey
 
 Algorithm = Literal["muon", "adamw"]
 
@@ -29,6 +30,9 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+# Mixture-of-experts routers; a ForgetGate or a GatedMLP is none.
+ROUTER_CLASS = re.compile(r"Router(?:MLP|Linear)?$|Top[kK\d]+Gat(?:e|ing)$|Mo[Ee](?:V\d+)?Gate$")
+EXPERT_CLASS = re.compile(r"Experts?$")
 ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 PROJECTOR_PATHS = ("projector", "multi_modal", "connector", "visual")
 

@@ -8,7 +8,6 @@ A survey is keyed by object identity and must not outlive the call that made it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +86,8 @@ def survey(model: nn.Module) -> Survey:
     for module in base.modules():
         if module is base or _is_pretrained(module):
             facts.heads |= _accessor(module, "get_output_embeddings")
-    for module, backbone in _backbones(base):
-        inside = set(map(id, backbone.modules()))
+    for module, towers in _backbones(base):
+        inside = {id(m) for tower in towers for m in tower.modules()}
         facts.outside_backbone.update(id(m) for m in module.modules() if id(m) not in inside)
     facts.label_rows = _label_rows(base)
     return facts
@@ -184,16 +183,29 @@ def _accessor(module: nn.Module, name: str) -> set[int]:
     return set(map(id, found.parameters())) if isinstance(found, nn.Module) else set()
 
 
-def _backbones(base: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Each topmost model with a backbone: the whole, or the parts of an encoder–decoder pair."""
+def _backbones(base: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Models with the parts of them that are backbone; heads stand beside those.
+
+    A model of transformers names its backbone. One that names none may be a pair of models that
+    do (encoder and decoder). A module of someone's own around such models has them for backbone.
+    """
     prefix = getattr(base, "base_model_prefix", None)
     backbone = getattr(base, prefix, None) if isinstance(prefix, str) and prefix else None
     if isinstance(backbone, nn.Module) and backbone is not base:
-        yield base, backbone
+        yield base, [backbone]
         return
+    towers = _topmost_pretrained(base)
+    if towers and not _is_pretrained(base):
+        yield base, towers
+    for tower in towers:
+        yield from _backbones(tower)
+
+
+def _topmost_pretrained(base: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
     for child in base.children():
-        if _is_pretrained(child):
-            yield from _backbones(child)
+        found += [child] if _is_pretrained(child) else _topmost_pretrained(child)
+    return found
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -218,6 +230,3 @@ def _label_rows(base: nn.Module) -> set[int]:
 
 
 _LABEL_KEYS = ("vocab_size", "num_labels")
-
-ROUTER_CLASS = re.compile(r"Router(?:MLP|Linear)?$|Top[kK\d]+Gat(?:e|ing)$|Mo[Ee](?:V\d+)?Gate$")
-EXPERT_CLASS = re.compile(r"Experts?$")

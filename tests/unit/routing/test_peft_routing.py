@@ -1,0 +1,219 @@
+"""Adapters are routed by the container that holds them, whatever they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from zoo import SIZES, built
+
+from hf_muon.config import MuonConfig
+from hf_muon.routing import RoutePlan, route
+
+peft = pytest.importorskip("peft")
+
+LINEARS = ["q_proj", "down_proj"]
+
+
+def adapted(adapter: Any, auto: Any = None, name: str = "llama", **values: Any) -> nn.Module:
+    auto = transformers.AutoModelForCausalLM if auto is None else auto
+    sizes = {**SIZES, "num_hidden_layers": 1, **values}
+    return peft.get_peft_model(built(auto, name, device="cpu", **sizes), adapter)
+
+
+def by_kind(plan: RoutePlan) -> tuple[set[str], set[str]]:
+    """The tensors on each side: the last steps of their names, without module and layer."""
+
+    def last(name: str) -> str:
+        steps = name.split(".")
+        return next((s for s in steps if s.startswith(("lora_", "modules_to_save"))), steps[-1])
+
+    return {last(r.name) for r in plan.muon}, {last(r.name) for r in plan.adamw}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],
+    ids=["lora", "rslora", "pissa", "olora"],
+)
+def test_lora_factors_are_pairs_of_matrices(options):
+    model = adapted(peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, **options))
+    plan = route(model)
+    assert len(plan.muon) == 4
+    assert plan.adamw == ()
+    routes = {r.name: r for r in plan.routes}
+    for name, r in routes.items():
+        assert r.pair == name.replace("lora_A", "#").replace("lora_B", "lora_A").replace(
+            "#", "lora_B"
+        )
+        assert routes[r.pair].pair == name
+        assert r.scaling == (4.0 if options.get("use_rslora") else 2.0)
+        assert [m.fan_out_dim for m in r.matrices] == [0]
+    groups = plan.param_groups(MuonConfig(lr=0.1))
+    assert [g["algorithm"] for g in groups] == ["muon"]  # the AdamW half is empty: no group
+    assert groups[0]["pairs"] == tuple(r.pair for r in plan.muon)
+
+
+def test_a_frozen_partner_leaves_a_factor_single():
+    model = adapted(peft.LoraConfig(r=4, target_modules=LINEARS))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    plan = route(model)
+    assert len(plan.muon) == 2
+    assert all(r.pair is None for r in plan.muon)
+    assert "pairs" not in plan.param_groups(MuonConfig(lr=0.1))[0]
+
+
+def test_a_factor_sent_to_adamw_leaves_its_partner_single():
+    model = adapted(peft.LoraConfig(r=4, target_modules=LINEARS))
+    plan = route(model, MuonConfig(adamw_params=("lora_B",)))
+    assert {r.pair for r in plan.routes} == {None}
+
+
+def test_rank_one_factors_are_vectors():
+    plan = route(adapted(peft.LoraConfig(r=1, target_modules=LINEARS)))
+    assert plan.muon == ()
+
+
+def test_lora_on_embedding_goes_to_adamw_and_on_the_head_to_muon():
+    model = adapted(peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    plan = route(model)
+    routes = {r.name: r for r in plan.routes}
+    assert {r.algorithm for n, r in routes.items() if "lora_embedding" in n} == {"adamw"}
+    assert {r.algorithm for n, r in routes.items() if "lm_head.lora" in n} == {"muon"}
+    assert sum("lora_embedding" in n for n in routes) == 2
+
+
+def test_dora_magnitudes_and_biases_go_to_adamw():
+    model = adapted(peft.LoraConfig(r=4, target_modules=LINEARS, use_dora=True))
+    assert by_kind(route(model)) == ({"lora_A", "lora_B"}, {"lora_magnitude_vector"})
+    model = adapted(peft.LoraConfig(r=4, target_modules=LINEARS, lora_bias=True))
+    plan = route(model)
+    assert {r.name.rpartition(".")[2] for r in plan.adamw} == {"bias"}
+    assert len(plan.muon) == 4
+
+
+def test_modules_to_save_go_to_adamw():
+    auto = transformers.AutoModelForSequenceClassification
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+    plan = route(adapted(adapter, auto))
+    saved = [r for r in plan.routes if "modules_to_save" in r.name]
+    assert [r.algorithm for r in saved] == ["adamw"]
+    assert saved[0].kind == "modules_to_save"
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"])
+    saved = [r for r in route(adapted(adapter)).routes if "modules_to_save" in r.name]
+    assert [r.algorithm for r in saved] == ["adamw"]
+
+
+def test_trainable_tokens_go_to_adamw():
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3])
+    plan = route(adapted(adapter))
+    delta = [r for r in plan.routes if "trainable_tokens_delta" in r.name]
+    assert [(r.algorithm, r.shape) for r in delta] == [("adamw", (3, 32))]
+    assert len(plan.muon) == 2
+
+
+def test_conv1d_adapters_are_stored_like_linear_ones():
+    adapter = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 4}
+    plan = route(adapted(adapter, name="gpt2", **gpt2))
+    assert [r.shape for r in plan.muon] == [(4, 32), (96, 4)]
+    assert {m.fan_out_dim for r in plan.muon for m in r.matrices} == {0}
+
+
+NOT_FACTORS = {
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=LINEARS
+    ),
+    "ia3": lambda: peft.IA3Config(target_modules=LINEARS, feedforward_modules=["down_proj"]),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=LINEARS),
+    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=LINEARS),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=LINEARS),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=LINEARS),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "vblora": lambda: peft.VBLoRAConfig(
+        r=4, num_vectors=8, vector_length=4, target_modules=LINEARS
+    ),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEARS),
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", NOT_FACTORS)
+def test_what_is_no_factor_of_a_linear_map_goes_to_adamw(method):
+    plan = route(adapted(NOT_FACTORS[method]()))
+    assert plan.routes
+    assert plan.muon == ()
+    with pytest.raises(ValueError, match="Nothing to train with Muon"):
+        plan.param_groups(MuonConfig(lr=0.1))
+
+
+def test_loha_can_be_sent_to_muon():
+    plan = route(adapted(NOT_FACTORS["loha"]()), MuonConfig(muon_params=("hada_",)))
+    assert len(plan.muon) == len(plan.routes) == 8
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+def test_expert_adapters_are_one_pair_of_matrices_per_expert(name):
+    experts = "feed_forward" if name == "llama4_text" else "mlp"
+    targets = [f"{experts}.experts.gate_up_proj", f"{experts}.experts.down_proj"]
+    adapter = peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets)
+    values = {"num_local_experts": 4, "head_dim": 8, "pad_token_id": 0}
+    model = adapted(adapter, name=name, **values)
+    routes = {r.name: r for r in route(model).routes}
+    parameters = dict(model.named_parameters())
+    wrappers = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
+    assert len(wrappers) == 2
+    for wrapper in wrappers:
+        a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+        torch.nn.init.normal_(b)
+        of_a, of_b = (
+            next(r for n, r in routes.items() if parameters[n] is factor) for factor in (a, b)
+        )
+        assert (of_a.pair, of_b.pair) == (of_b.name, of_a.name)
+        delta = wrapper.get_delta_weight("default").detach()
+        for expert, (left, right) in enumerate(zip(of_b.matrices, of_a.matrices, strict=True)):
+            product = of_a.scaling * left.view(b.detach()) @ right.view(a.detach())
+            used = delta[expert] if product.shape == delta[expert].shape else delta[expert].T
+            torch.testing.assert_close(product, used)
+        consecutive = b.detach().view(b.shape[0], 4, 3)[:, 0]
+        assert not torch.allclose(consecutive, of_b.matrices[0].view(b.detach()))
+    declared = {None} if name == "llama4_text" else {0}
+    assert {m.fan_out_dim for r in routes.values() for m in r.matrices} == declared
+
+
+def test_a_base_weight_trained_beside_lora_follows_the_ordinary_rules():
+    model = adapted(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    base = model.get_base_model()
+    base.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    base.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    base.model.embed_tokens.weight.requires_grad_(True)
+    kinds = {r.name.removeprefix("base_model.model.model."): r.kind for r in route(model).routes}
+    assert kinds["layers.0.self_attn.q_proj.base_layer.weight"] == "linear"
+    assert kinds["layers.0.input_layernorm.weight"] == "vector"
+    assert kinds["embed_tokens.weight"] == "embedding"
+
+
+def test_adapters_injected_without_a_peft_model():
+    model = built(transformers.AutoModelForCausalLM, "llama", device="cpu", **SIZES)
+    adapter = peft.LoraConfig(r=4, target_modules=LINEARS)
+    plan = route(peft.inject_adapter_in_model(adapter, model))
+    assert len(plan.muon) == 8
+    assert all("lora_" in r.name and r.pair for r in plan.muon)
+
+
+def test_a_wrapped_peft_model_is_recognized():
+    model = adapted(peft.LoraConfig(r=4, target_modules=LINEARS))
+    plan, wrapped = route(model), route(torch.nn.DataParallel(model))
+    assert wrapped.fingerprint == plan.fingerprint
+    assert all(r.pair for r in wrapped.routes)
