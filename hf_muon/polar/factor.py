@@ -99,7 +99,9 @@ def orthogonalize(
         steps: see ``polar_factor``.
         dtype: see ``polar_factor``.
         compile: run the iteration through ``torch.compile``, compiled once per shape. Matrix
-            products stay library calls and results differ from the plain ones by rounding at most.
+            products stay library calls; what lies between them is fused, without rounding to the
+            compute dtype in between, so results differ from the plain ones by such roundings. On
+            CPUs it gains nothing.
 
     Returns:
         Shape of ``x``, in the compute dtype.
