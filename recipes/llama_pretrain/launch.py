@@ -34,7 +34,9 @@ class Run:
 
     def command(self) -> list[str]:
         """Return the command line."""
-        options = [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
+        options = [
+            word for name, value in self.options.items() for word in (f"--{name}", str(value))
+        ]
         return [
             sys.executable,
             str(SCRIPT),

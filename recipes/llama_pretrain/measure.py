@@ -112,11 +112,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def curve(history: list[dict[str, Any]], key: str, tokens_per_step: int) -> list[dict[str, Any]]:
-    """Return the logged values of ``key`` with their step and token count."""
+    """Return the logged values of ``key`` with their step and token count.
+
+    A resumed run evaluates the step it resumes from a second time; one value is kept.
+    """
+    by_step = {entry["step"]: entry[key] for entry in history if key in entry}
     return [
-        {"step": entry["step"], "tokens": entry["step"] * tokens_per_step, "loss": entry[key]}
-        for entry in history
-        if key in entry
+        {"step": step, "tokens": step * tokens_per_step, "loss": loss}
+        for step, loss in sorted(by_step.items())
     ]
 
 

@@ -15,6 +15,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def main() -> None:
         "command": command(),
         "config": config.name,
         "search_seeds": arguments.seeds,
-        "grids": {name: {f"{rate:g}": loss for rate, loss in grid.items()} for name, grid in grids.items()},
+        "grids": {
+            name: {f"{rate:g}": loss for rate, loss in grid.items()} for name, grid in grids.items()
+        },
         "best": best,
     }
     Console().print(grid_table(grids, best))
@@ -197,7 +200,7 @@ def tokens_to_reach(run: Results, reference: Results) -> float | None:
     """
     goal = reference["eval_curve"][-1]["loss"]
     curve = run["eval_curve"]
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if after["loss"] <= goal:
             part = (before["loss"] - goal) / (before["loss"] - after["loss"])
             tokens = before["tokens"] + part * (after["tokens"] - before["tokens"])

@@ -143,7 +143,9 @@ def read_config(path: Path) -> dict[str, Any]:
     allowed = {item.name for settings in SETTINGS for item in fields(settings)}
     for name in values:
         if name not in allowed:
-            raise RecipeError(f"{path} sets {name!r}, which no argument has.{nearest(name, allowed)}")
+            raise RecipeError(
+                f"{path} sets {name!r}, which no argument has.{nearest(name, allowed)}"
+            )
     return values
 
 
@@ -187,8 +189,8 @@ def check_world_size(data: DataSettings, training: TrainingArguments) -> None:
     if training.world_size != expected:
         raise RecipeError(
             f"{expected} processes were asked for, but {training.world_size} train together. "
-            "Launch with `torchrun --nproc_per_node N run.py ...`; on CPUs `accelerate launch` also "
-            "needs ACCELERATE_USE_CPU=true and a distributed configuration."
+            "Launch with `torchrun --nproc_per_node N run.py ...`; on CPUs `accelerate launch` "
+            "also needs ACCELERATE_USE_CPU=true and a distributed configuration."
         )
 
 

