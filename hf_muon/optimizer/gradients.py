@@ -6,7 +6,6 @@ anything is written.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -38,24 +37,23 @@ def active_parameters(group: dict[str, Any]) -> list[int]:
 def check_finite(active: list[list[int]], groups: list[dict[str, Any]]) -> None:
     """Raise if any gradient holds NaN or infinity.
 
-    One reduction over all gradients, whose maximum norm is finite only if every entry is.
+    A finite norm of all gradients proves that every entry is finite, at the cost of one read. A
+    norm that is not may also have overflowed; only then are the entries looked at.
 
     Raises:
         FloatingPointError: Names the parameters.
     """
-    grads = [
-        group["params"][i].grad
-        for group, indices in zip(groups, active, strict=True)
-        for i in indices
-    ]
-    if not grads or math.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=math.inf)):
+    members = [(group, i) for group, indices in zip(groups, active, strict=True) for i in indices]
+    gradients = [group["params"][i].grad for group, i in members]
+    if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
         return
     names = [
         parameter_name(group, i)
-        for group, indices in zip(groups, active, strict=True)
-        for i in indices
-        if not torch.isfinite(group["params"][i].grad).all()
+        for (group, i), gradient in zip(members, gradients, strict=True)
+        if not torch.isfinite(gradient).all()
     ]
+    if not names:
+        return
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise FloatingPointError(
         f"The gradient holds NaN or infinity in {listed}. No parameter and no state was changed. "

@@ -172,24 +172,25 @@ def _new_state(group: Group, parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-# Elements of the matrices that a CPU orthogonalizes in one batch. Batching saves the overhead of
-# many small kernels; from about 64 × 64 on, a loop is as fast (scripts/bench/step.py --batching).
-_CPU_BATCH_ELEMENTS = 2**14
+# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one, 64 × 256
+# still 1.5 times; from 128 × 128 on it does not (scripts/bench/step.py --batching).
+_CPU_BATCHED_ELEMENTS = 2**14
 
 
 def _buckets(group: Group, indices: list[int]) -> Iterator[list[int]]:
     """Parameters whose matrices are orthogonalized together, same shapes side by side."""
     params = group["params"]
+    limit = group["bucket_mb"] * 2**20 / torch.float32.itemsize
     bucket: list[int] = []
     filled = 0
     for index in sorted(indices, key=lambda i: (tuple(params[i].shape), i)):
-        on_cpu = params[index].device.type == "cpu"
-        limit = _CPU_BATCH_ELEMENTS if on_cpu else group["bucket_mb"] * 2**20 / 4
-        if bucket and filled + params[index].numel() > limit:
+        numel = params[index].numel()
+        alone = params[index].device.type == "cpu" and numel > _CPU_BATCHED_ELEMENTS
+        if bucket and (alone or filled + numel > limit):
             yield bucket
             bucket, filled = [], 0
         bucket.append(index)
-        filled += params[index].numel()
+        filled += limit if alone else numel
     if bucket:
         yield bucket
 

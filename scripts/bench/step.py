@@ -1,0 +1,215 @@
+"""Time one optimizer step against torch.optim.Muon with fused torch.optim.AdamW.
+
+In: a LLaMA shape, number of layers, repeats. Out: a table (and JSON) of medians with spread, of
+ratios within each round, and of state bytes per matrix parameter. Contenders take turns in one
+process on the same gradients, so that a busy machine slows all of them alike.
+
+torch.optim.Muon always computes in bfloat16. Where a CPU only emulates that, "torch, float32" is
+the same code with its cast to bfloat16 replaced, which compares like with like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hf_muon import Muon
+from hf_muon.distributed.layout import Matrix
+from hf_muon.distributed.local import apply_to_matrices
+from hf_muon.polar import compute_dtype, orthogonalize
+
+# hidden size, intermediate size, layers (GaLore, arXiv 2403.03507, table 5)
+LLAMA = {"60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
+VOCABULARY = 32_000
+LR, DECAY = 1e-3, 0.1
+
+Step = Callable[[], None]
+
+
+class Parameters:
+    """The matrices, embeddings and norms of a LLaMA, with fixed random gradients."""
+
+    def __init__(self, shape: tuple[int, int, int], layers: int, device: str) -> None:
+        hidden, inner, _ = shape
+        sides = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        self.matrices = [_parameter(side, device) for _ in range(layers) for side in sides]
+        self.others = [_parameter((VOCABULARY, hidden), device) for _ in range(2)]
+        self.others += [_parameter((hidden,), device) for _ in range(2 * layers + 1)]
+
+
+def _parameter(shape: tuple[int, ...], device: str) -> nn.Parameter:
+    parameter = nn.Parameter(0.02 * torch.randn(shape, device=device))
+    parameter.grad = torch.randn(shape, device=device)
+    return parameter
+
+
+def ours(parameters: Parameters, **settings: object) -> tuple[Step, torch.optim.Optimizer]:
+    """hf_muon, both halves in one optimizer."""
+    groups = [
+        {"params": parameters.matrices},
+        {"params": parameters.others, "algorithm": "adamw"},
+    ]
+    optimizer = Muon(groups, lr=LR, weight_decay=DECAY, **settings)
+    return optimizer.step, optimizer
+
+
+def torchs(parameters: Parameters, precision: str) -> tuple[Step, torch.optim.Optimizer]:
+    """torch.optim.Muon for the matrices and fused torch.optim.AdamW for the rest."""
+    muon = torch.optim.Muon(
+        parameters.matrices, lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(parameters.others, lr=LR, weight_decay=DECAY, fused=True)
+
+    def step() -> None:
+        with computing_in(precision):
+            muon.step()
+        adamw.step()
+
+    return step, muon
+
+
+def computing_in(precision: str) -> AbstractContextManager[object]:
+    """Replace the cast to bfloat16 that torch.optim.Muon begins with."""
+    if precision == "bfloat16":
+        return nullcontext()
+    return mock.patch.object(Tensor, "bfloat16", Tensor.float)
+
+
+def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Step, torch.optim.Optimizer]]:
+    """Each contender on parameters of its own."""
+    shape = LLAMA[arguments.model]
+    layers = arguments.layers or shape[2]
+    matched = {"coefficients": "quintic", "polar_method": "newton_schulz"}
+    native = compute_dtype("auto", torch.device(arguments.device)) == torch.bfloat16
+
+    def fresh() -> Parameters:
+        torch.manual_seed(0)
+        return Parameters(shape, layers, arguments.device)
+
+    yield "hf_muon, defaults", *ours(fresh())
+    yield "hf_muon, torch's settings", *ours(fresh(), **matched)
+    if arguments.compile:
+        yield "hf_muon, defaults, compiled", *ours(fresh(), compile=True)
+    if not native:
+        yield "torch, float32", *torchs(fresh(), "float32")
+    if native or arguments.bfloat16:
+        yield "torch, bfloat16", *torchs(fresh(), "bfloat16")
+
+
+def seconds(step: Step, device: str) -> float:
+    """Wall time of one step."""
+    started = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, object]:
+    """Interleave the contenders; ratios are taken within each round."""
+    entries = list(contenders(arguments))
+    for _, step, _ in entries:
+        step()
+    rounds = [
+        {name: seconds(step, arguments.device) for name, step, _ in entries}
+        for _ in range(arguments.repeats)
+    ]
+    reference = entries[-1][0]
+    table = Table(
+        "contender", "ms", "spread", f"{reference} / this", "spread", "state bytes / parameter",
+        title=f"LLaMA-{arguments.model}, {arguments.layers or LLAMA[arguments.model][2]} layers, "
+        f"{arguments.device}, {torch.get_num_threads()} threads, {arguments.repeats} rounds",
+    )  # fmt: skip
+    results = []
+    for name, _, optimizer in entries:
+        times = [1e3 * one[name] for one in rounds]
+        ratios = [one[reference] / one[name] for one in rounds]
+        bytes_each = state_bytes_per_parameter(optimizer)
+        table.add_row(name, *_summary(times, ".0f"), *_summary(ratios, ".2f"), f"{bytes_each:.3f}")
+        results.append({"name": name, "ms": times, "ratios": ratios, "state_bytes": bytes_each})
+    Console(width=120).print(table)
+    return {"arguments": vars(arguments), "contenders": results}
+
+
+def _summary(values: list[float], form: str) -> tuple[str, str]:
+    return f"{statistics.median(values):{form}}", f"{min(values):{form}} … {max(values):{form}}"
+
+
+def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of state per element of the matrices."""
+    matrices = optimizer.param_groups[0]["params"]
+    tensors = [
+        value for p in matrices for value in optimizer.state[p].values() if torch.is_tensor(value)
+    ]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return size / sum(p.numel() for p in matrices)
+
+
+def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
+    """Orthogonalize 32 small matrices in one batch and one by one."""
+    table = Table("shape", "loop / batch", "spread", title="32 matrices, float32")
+    results = {}
+    for m, n in ((8, 64), (8, 384), (16, 16), (32, 32), (64, 64), (64, 256), (128, 128)):
+        x = [torch.randn(m, n, device=arguments.device) for _ in range(32)]
+        whole = [[Matrix.whole((m, n))] for _ in x]
+
+        def polar(batch: Tensor) -> Tensor:
+            return orthogonalize(
+                batch, method="auto", coefficients="polar_express", steps=5, dtype="float32"
+            )
+
+        def loop(x: list[Tensor] = x) -> None:
+            for matrix in x:
+                polar(matrix)
+
+        def batch(x: list[Tensor] = x, whole: list[list[Matrix]] = whole) -> None:
+            apply_to_matrices(x, whole, polar)
+
+        loop(), batch()
+        ratios = [
+            seconds(loop, arguments.device) / seconds(batch, arguments.device)
+            for _ in range(10 * arguments.repeats)
+        ]
+        quartiles = statistics.quantiles(ratios, n=4)
+        table.add_row(
+            f"{m} × {n}", f"{quartiles[1]:.2f}", f"{quartiles[0]:.2f} … {quartiles[2]:.2f}"
+        )
+        results[f"{m}x{n}"] = ratios
+    Console().print(table)
+    return {"arguments": vars(arguments), "loop_over_batch": results}
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=LLAMA, default="60m")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="add the compiled iteration")
+    parser.add_argument("--batching", action="store_true", help="small matrices, loop and batch")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="add torch's bfloat16 where it is emulated"
+    )
+    parser.add_argument("--json", type=Path, help="file for all times")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = compare_batching(arguments) if arguments.batching else compare(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
