@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Make or refresh .venv: torch first, then hf_muon with the extras that are named.
+#
+# In: extras, e.g. `scripts/setup.sh recipes dev`. Out: .venv/bin/python. A second call with nothing
+# changed installs nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=$(IFS=,; echo "$*")
+stamp=.venv/.installed-${extras//,/-}
+if [[ -e $stamp && ! pyproject.toml -nt $stamp && ! constraints.txt -nt $stamp ]]; then
+    exit 0
+fi
+
+[[ -x .venv/bin/python ]] || python3 -m venv .venv
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+echo "Installing torch and hf_muon[$extras] into .venv (a few minutes the first time)"
+install torch==2.13.0 # first, so that the build chosen for this machine is not replaced later
+install -e ".[$extras]"
+touch "$stamp"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Set everything up, then lint, type-check and test.
+#
+# In: nothing but python3 (>= 3.10); --full adds the tests marked "full"; further arguments go to
+# pytest. Out: the exit status of the first check that fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+select=(-m "not full")
+if [[ ${1:-} == --full ]]; then
+    shift
+    select=()
+fi
+
+scripts/setup.sh dev
+.venv/bin/python scripts/prepare_assets.py --only shakespeare
+
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "${select[@]}" "$@"

@@ -1,0 +1,89 @@
+"""Imports point one way: the entry points know the rooms, the rooms do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_muon
+
+ROOT = Path(hf_muon.__file__).parent
+
+# room -> the rooms of the package that it may import, besides itself.
+ALLOWED = {
+    "config": set(),
+    "polar": set(),
+    "distributed": set(),
+    "optimizer": {"config", "distributed", "polar"},
+    "routing": {"config", "distributed"},
+    "integrations": {"config", "optimizer", "routing"},
+    "cli": {"config", "routing"},
+    "run": {"integrations"},
+    "auto": {"integrations"},
+}
+# Files that work elementwise or on whole matrices, and know nothing of processes or trainers.
+PURE = ["polar", "optimizer/momentum.py", "optimizer/scaling.py", "optimizer/apply.py"]
+
+
+def python_files(path):
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def imported_modules(path, everywhere=True):
+    """Absolute names of all modules that a file imports, in functions too if ``everywhere``."""
+    package = ["hf_muon", *path.relative_to(ROOT).with_suffix("").parts]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: -node.level] if node.level else []
+            names.add(".".join([*base, *(node.module or "").split(".")]).rstrip("."))
+    return names
+
+
+def room_of(module):
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hf_muon" and len(parts) > 1 else None
+
+
+def rooms():
+    return {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+
+
+def test_every_room_has_a_rule():
+    assert rooms() - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_downwards(room):
+    path = ROOT / room if (ROOT / room).is_dir() else ROOT / f"{room}.py"
+    for file in python_files(path):
+        imported = {room_of(name) for name in imported_modules(file)} - {None, room}
+        assert imported <= ALLOWED[room], file
+
+
+@pytest.mark.parametrize("path", PURE)
+def test_pure_rooms_know_no_processes_and_no_trainers(path):
+    for file in python_files(ROOT / path):
+        for name in imported_modules(file):
+            assert not name.startswith(("torch.distributed", "transformers", "accelerate")), file
+
+
+@pytest.mark.parametrize("room", ["polar", "optimizer", "distributed", "config", "routing"])
+def test_torch_is_all_that_these_rooms_need_to_be_imported(room):
+    path = ROOT / room if (ROOT / room).is_dir() else ROOT / f"{room}.py"
+    for file in python_files(path):
+        for name in imported_modules(file, everywhere=False):
+            assert name.split(".")[0] not in {"transformers", "accelerate", "peft", "deepspeed"}
+
+
+def test_the_check_sees_imports():
+    names = imported_modules(ROOT / "integrations" / "factory.py")
+    assert {"hf_muon.routing", "torch"} <= names
+
+
+def test_no_file_is_over_400_lines():
+    for file in python_files(ROOT):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
