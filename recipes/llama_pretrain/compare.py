@@ -90,10 +90,10 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the table of all runs."""
+    """Return the table of all runs; the step share is the optimizer's part of the step time."""
     table = Table(title=title(runs), title_justify="left", title_style="bold")
-    headings = ("learning rate", "validation loss", "tokens/s", "optimizer time", "state MB")
-    table.add_column("optimizer")
+    headings = ("rate", "validation loss", "tokens/s", "step share", "state MB")
+    table.add_column("optimizer", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
     for label, run in runs.items():

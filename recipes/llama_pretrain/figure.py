@@ -1,11 +1,13 @@
 """The loss curve: validation loss over tokens, one line per run, labelled at its end.
 
-In: the contents of ``results.json`` files. Out: a PNG.
+In: the contents of ``results.json`` files. Out: a PNG. The validation curve is measured on a fixed
+subset of the held-out text, so its end differs a little from the loss on all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,37 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED = "#222222", "#8a8a8a"
 
 
+@dataclass(frozen=True)
+class Line:
+    """One labelled curve."""
+
+    label: str
+    tokens: Sequence[float]
+    losses: Sequence[float]
+    colour: str
+    width: float = 2.0
+
+
 def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the validation loss of every run over the tokens it was trained on.
+
+    A run that is drawn alone gets its training loss as well, thin and grey.
 
     Args:
         runs: label of each run and the content of its ``results.json``.
         path: file to write.
         title: one line above the axes.
     """
+    lines = lines_of(runs)
     figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=160)
-    for (_, run), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
-        draw_run(axes, run, colour, with_training=len(runs) == 1)
-    set_limits(axes, runs)
-    label_ends(axes, runs)
+    for line in lines:
+        axes.plot(line.tokens, line.losses, color=line.colour, linewidth=line.width)
+        axes.plot(line.tokens[-1:], line.losses[-1:], "o", color=line.colour, ms=2.4 * line.width)
+    set_limits(axes, lines)
+    label_ends(axes, lines)
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=12)
     axes.set_xlabel("training tokens", color=INK)
-    axes.set_ylabel("validation loss (nats per token)", color=INK)
+    axes.set_ylabel(f"{'validation ' if len(runs) > 1 else ''}loss (nats per token)", color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -45,22 +62,18 @@ def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -
     plt.close(figure)
 
 
-def draw_run(axes: plt.Axes, run: Mapping[str, Any], colour: str, *, with_training: bool) -> None:
-    """Draw one run; a run that is shown alone also gets its training loss, thin and grey."""
-    if with_training and run["train_curve"]:
-        tokens, losses = points(run["train_curve"])
-        axes.plot(tokens, losses, color=MUTED, linewidth=1, alpha=0.7, zorder=1)
-        middle = len(tokens) // 2
-        axes.annotate(
-            "training",
-            (tokens[middle], losses[middle]),
-            xytext=(4, 8),
-            textcoords="offset points",
-            color=MUTED,
-        )
-    tokens, losses = points(validation_curve(run))
-    axes.plot(tokens, losses, color=colour, linewidth=2, solid_capstyle="round")
-    axes.plot(tokens[-1:], losses[-1:], "o", color=colour, markersize=5)
+def lines_of(runs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """Return the curves to draw."""
+    colours = COLOURS * len(runs)
+    lines = [
+        Line(label, *points(validation_curve(run)), colour)
+        for (label, run), colour in zip(runs.items(), colours, strict=False)
+    ]
+    alone = next(iter(runs.values())) if len(runs) == 1 else None
+    if alone is not None and alone["train_curve"]:
+        training = Line("training", *points(alone["train_curve"]), MUTED, 1.0)
+        return [training, replace(lines[0], label="validation")]
+    return lines
 
 
 def validation_curve(run: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -74,40 +87,36 @@ def points(curve: Sequence[Mapping[str, float]]) -> tuple[list[float], list[floa
     return [point["tokens"] for point in curve], [point["loss"] for point in curve]
 
 
-def set_limits(axes: plt.Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Leave room for the labels, and cut the steep start off when the curves are long.
+def set_limits(axes: plt.Axes, lines: Sequence[Line]) -> None:
+    """Show all of the curves but their steep start.
 
     The first losses are those of a random model and would flatten the part that is compared.
     """
-    curves = [points(validation_curve(run))[1] for run in runs.values()]
-    lowest = min(min(curve) for curve in curves)
-    late = [loss for curve in curves for loss in curve[max(1, len(curve) // 10) :]]
-    top = max(late, default=max(curves[0]))
-    axes.set_ylim(lowest - 0.05 * (top - lowest) - 0.02, top + 0.08 * (top - lowest) + 0.02)
-    axes.set_xlim(left=0)
+    last = max(line.tokens[-1] for line in lines)
+    late = [
+        loss
+        for line in lines
+        for tokens, loss in zip(line.tokens, line.losses, strict=True)
+        if tokens >= 0.1 * last
+    ]
+    lowest, top = min(late), max(late)
+    axes.set_ylim(lowest - 0.06 * (top - lowest) - 0.02, top + 0.08 * (top - lowest) + 0.02)
+    axes.set_xlim(0, 1.01 * last)
 
 
-def label_ends(axes: plt.Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write each run's name and last loss beside its end, pushed apart where they would overlap."""
+def label_ends(axes: plt.Axes, lines: Sequence[Line]) -> None:
+    """Write each line's name beside its end, pushed up where two would overlap."""
     bottom, top = axes.get_ylim()
-    gap = 0.055 * (top - bottom)
     previous = -float("inf")
-    coloured = list(zip(runs.items(), COLOURS * len(runs), strict=False))
-    for (label, run), colour in sorted(coloured, key=lambda item: last_loss(item[0][1])):
-        height = max(last_loss(run), previous + gap)
-        previous = height
+    for line in sorted(lines, key=lambda line: line.losses[-1]):
+        previous = max(line.losses[-1], previous + 0.06 * (top - bottom))
         axes.annotate(
-            f"{label}  {last_loss(run):.3f}",
-            xy=(validation_curve(run)[-1]["tokens"], height),
+            line.label,
+            xy=(line.tokens[-1], previous),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
-            color=colour,
-            fontweight="bold",
+            color=line.colour,
+            fontweight="bold" if line.width > 1 else "normal",
             annotation_clip=False,
         )
-
-
-def last_loss(run: Mapping[str, Any]) -> float:
-    """Return the last point of the validation curve."""
-    return float(validation_curve(run)[-1]["loss"])

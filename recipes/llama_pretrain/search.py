@@ -76,6 +76,7 @@ def main() -> None:
     arguments = command_line()
     config = find_config(arguments.config)
     out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_search"
+    claim_folder(out, config, arguments.extra)
     search = Search(config, out, arguments.jobs, arguments.extra)
     grids = search_grids(search, arguments.seeds)
     best = {name: min(grid, key=grid.__getitem__) for name, grid in grids.items()}
@@ -115,6 +116,18 @@ def command_line() -> argparse.Namespace:
     arguments = parser.parse_args(own)
     arguments.extra = extra
     return arguments
+
+
+def claim_folder(out: Path, config: Path, extra: Sequence[str]) -> None:
+    """Note what the folder's runs are runs of, and refuse to mix them with others."""
+    mark = out / "settings.txt"
+    content = f"{config.read_text(encoding='utf8')}\n# {shlex.join(extra)}\n"
+    if mark.is_file() and mark.read_text(encoding="utf8") != content:
+        raise RecipeError(
+            f"The runs in {out} had other settings ({mark}). Choose another --out, or delete it."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(content, encoding="utf8")
 
 
 def command() -> str:
