@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from hf_muon.distributed.layout import Matrix
 
@@ -75,7 +74,8 @@ def check_whole(group: dict[str, Any], index: int) -> None:
     if group["algorithm"] != "muon":
         return
     expected = sum(Matrix(*matrix).numel for matrix in group["matrices"][index])
-    if isinstance(parameter, DTensor) or parameter.numel() != expected:
+    # A DTensor has placements; its module takes a second to import, so its class is not asked for.
+    if hasattr(parameter, "placements") or parameter.numel() != expected:
         raise ValueError(
             f"{parameter_name(group, index)} is sharded: {type(parameter).__name__} of shape "
             f"{tuple(parameter.shape)}, where matrices of {expected} elements in all are expected. "
