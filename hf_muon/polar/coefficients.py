@@ -26,6 +26,9 @@ CUSHION = 0.02407327
 """No step is fitted to more than [0.024·u, u], which keeps it tame in low precision."""
 SAFETY = 1.01
 """Every step but the last expects an input 1 % too large, so that rounding cannot push it out."""
+HALF_GRAM_SAFETY = 1.05
+"""Safety of every step for the ``gram`` method in half precision, where whole products of steps are
+rounded: at 1.01 some rank-deficient matrices diverge there. The error grows by less than 0.01."""
 POLAR_EXPRESS_STEPS = range(3, 9)
 """Fewer steps do not reach one, more change nothing: the ninth triple would repeat the eighth."""
 
@@ -36,12 +39,13 @@ _NARROW = 5e-6
 _EXCHANGES = 20
 
 
-def coefficients(name: str, steps: int) -> tuple[Triple, ...]:
+def coefficients(name: str, steps: int, *, half_gram: bool = False) -> tuple[Triple, ...]:
     """Return the triples (a, b, c) of ``steps`` iterations, in the order they are applied.
 
     Args:
         name: ``"quintic"`` or ``"polar_express"`` (the keys of ``COEFFICIENTS``).
         steps: number of iterations; at least 1 for ``quintic``, 3 to 8 for ``polar_express``.
+        half_gram: ask for the table that the ``gram`` method needs in half precision.
 
     Returns:
         A tuple of ``steps`` triples.
@@ -51,22 +55,24 @@ def coefficients(name: str, steps: int) -> tuple[Triple, ...]:
     """
     if name not in COEFFICIENTS:
         raise ValueError(f"coefficients={name!r} is unknown; choose one of {sorted(COEFFICIENTS)}.")
-    return COEFFICIENTS[name](steps)
+    return COEFFICIENTS[name](steps, half_gram)
 
 
-def quintic(steps: int) -> tuple[Triple, ...]:
-    """Repeat Jordan's triple; any number of steps from one up."""
+def quintic(steps: int, half_gram: bool = False) -> tuple[Triple, ...]:
+    """Repeat Jordan's triple; any number of steps from one up. It has slack enough for ``gram``."""
     if steps < 1:
         raise ValueError(f"steps={steps} with coefficients='quintic': at least 1 step is needed.")
     return (QUINTIC,) * steps
 
 
 @cache
-def polar_express(steps: int) -> tuple[Triple, ...]:
+def polar_express(steps: int, half_gram: bool = False) -> tuple[Triple, ...]:
     """Compose greedily: each step is the best quintic on the interval the last one left behind.
 
-    The safety factor s replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵), on all steps but the
-    last. References: arXiv 2505.16932, algorithm 1 and appendix on finite precision.
+    The safety factor s replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵): 1.01 on all steps but
+    the last, or 1.05 on every step with ``half_gram``.
+
+    References: arXiv 2505.16932, algorithm 1 and appendix on finite precision.
     """
     if steps not in POLAR_EXPRESS_STEPS:
         raise ValueError(
@@ -74,8 +80,14 @@ def polar_express(steps: int) -> tuple[Triple, ...]:
             f"{POLAR_EXPRESS_STEPS[0]} and {POLAR_EXPRESS_STEPS[-1]} steps are allowed."
         )
     raw = greedy_composition(steps)
-    safe = tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in raw[:-1])
-    return (*safe, raw[-1])
+    if half_gram:
+        return tuple(_with_safety(triple, HALF_GRAM_SAFETY) for triple in raw)
+    return (*(_with_safety(triple, SAFETY) for triple in raw[:-1]), raw[-1])
+
+
+def _with_safety(triple: Triple, s: float) -> Triple:
+    a, b, c = triple
+    return a / s, b / s**3, c / s**5
 
 
 def greedy_composition(steps: int) -> tuple[Triple, ...]:
@@ -148,7 +160,7 @@ def _evaluate(triple: Triple, x: float) -> float:
     return a * x + b * x**3 + c * x**5
 
 
-COEFFICIENTS: dict[str, Callable[[int], tuple[Triple, ...]]] = {
+COEFFICIENTS: dict[str, Callable[[int, bool], tuple[Triple, ...]]] = {
     "quintic": quintic,
     "polar_express": polar_express,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from .coefficients import COEFFICIENTS, Triple
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
-from .gram import gram_newton_schulz, run_lengths
+from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
 from .newton_schulz import newton_schulz
 from .precision import compute_dtype, svd_dtype, unknown_name
 from .scale import prescale, unit_frobenius_
@@ -46,8 +46,8 @@ def polar_factor(
     Args:
         x: matrices (…, m, n), float16, bfloat16, float32 or float64; not modified. Entries must be
             finite.
-        method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ),
-            ``svd``, or ``auto``: the iteration with fewer operations for this shape, see
+        method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ; in
+            half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or ``auto``: the iteration with fewer operations for this shape, see
             ``cheapest_iteration``.
         coefficients: ``polar_express`` or ``quintic``; ``svd`` ignores it.
         steps: iterations, 3 to 8 for ``polar_express``, at least 1 for ``quintic``; ``svd`` ignores
@@ -107,7 +107,7 @@ def orthogonalize(
         Shape of ``x``, in the compute dtype.
     """
     _check_matrices(x)
-    triples = _check_choices(method, coefficients, steps)
+    _check_choices(method, coefficients, steps)
     is_exact = method == "svd"
     target = svd_dtype(dtype, x.dtype) if is_exact else compute_dtype(dtype, x.device)
     if x.numel() == 0:
@@ -122,13 +122,15 @@ def orthogonalize(
         if is_exact:
             factor = svd_polar(X)
         else:
-            name = cheapest_iteration(X.shape, steps) if method == "auto" else method
+            name = cheapest_iteration(X.shape, steps, target) if method == "auto" else method
+            half_gram = name == "gram" and target in HALF_PRECISION
+            triples = coefficient_table(coefficients, steps, half_gram=half_gram)
             factor = _iteration(name, compile)(unit_frobenius_(X), triples)
     factor = factor.reshape(wide.shape)
     return factor.mT if is_tall else factor
 
 
-def cheapest_iteration(shape: Sequence[int], steps: int) -> str:
+def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> str:
     """Return ``gram`` or ``newton_schulz``, whichever needs fewer floating-point operations.
 
     With sides s <= l, k steps cost k(4s²l + 2s³) on X and 4s²l + (8k − 6)s³ per run on the Gram
@@ -137,13 +139,14 @@ def cheapest_iteration(shape: Sequence[int], steps: int) -> str:
     Args:
         shape: (…, m, n).
         steps: iterations.
+        dtype: compute dtype, which sets the length of the runs.
 
     Returns:
         A key of ``ITERATIONS``.
     """
     s, l = sorted(shape[-2:])  # noqa: E741
     on_x = steps * (4 * l + 2 * s)
-    on_gram = sum(4 * l + (8 * run - 6) * s for run in run_lengths(steps))
+    on_gram = sum(4 * l + (8 * run - 6) * s for run in run_lengths(steps, dtype))
     return "gram" if on_gram < on_x else "newton_schulz"
 
 
@@ -184,12 +187,13 @@ def _check_matrices(x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; at least two dimensions are needed.")
 
 
-def _check_choices(method: str, coefficients: str, steps: int) -> tuple[Triple, ...]:
+def _check_choices(method: str, coefficients: str, steps: int) -> None:
     _check_name("method", method, METHODS)
     _check_name("coefficients", coefficients, tuple(COEFFICIENTS))
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps={steps!r} is a {type(steps).__name__}; an int is needed.")
-    return () if method == "svd" else coefficient_table(coefficients, steps)
+    if method != "svd":
+        coefficient_table(coefficients, steps)  # refuses what is not in the tables
 
 
 def _check_name(argument: str, name: str, allowed: Sequence[str]) -> None:

@@ -8,23 +8,24 @@ Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, repeat
 
+import torch
 from torch import Tensor
 
 from .coefficients import Triple
 from .kernels import addmm, gram_matrix
 
-EARLY_RUNS = (2, 3)
-"""Steps between one XXᵀ and the next. The first steps stretch the spectrum most, so the rounding of
-R = XXᵀ is left behind after two; the three that complete the usual five then share one R."""
-LATER_RUNS = 2
-"""Past five steps, runs of three let bfloat16 diverge on rank-deficient X: rounding makes zero
-eigenvalues of R negative, and every step on the same R multiplies them by a²."""
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+FIRST_RUN = 2
+"""Steps before the first restart: they stretch the spectrum most, and rounding of R with it."""
+LONGEST_RUN = 3
+"""Steps between later restarts in float32 and float64. In half precision it is two: rounding makes
+zero eigenvalues of R negative, every step on the same R multiplies them by a², and a third step
+lets singular values of rank-deficient matrices pass one by more than the tables allow for."""
 
 
 def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)
-    """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in runs of two or three steps.
+    """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in short runs of steps.
 
     Inside a run only R and the product Q of the q's are kept (s × s): Q ← qQ, R ← qRq. At the end
     X ← QX, and the next run starts from a fresh XXᵀ. Matrix products accumulate in float32 or
@@ -42,19 +43,18 @@ def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…,
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
     """
     start = 0
-    for length in run_lengths(len(triples)):
+    for length in run_lengths(len(triples), X.dtype):
         X = _run(X, triples[start : start + length])
         start += length
     return X
 
 
-def run_lengths(steps: int) -> tuple[int, ...]:
-    """Split steps into runs: 5 = 2 + 3 and 8 = 2 + 3 + 2 + 1."""
+def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Split steps into runs: five are 2 + 3 in float32 and 2 + 2 + 1 in half precision."""
+    longest = FIRST_RUN if dtype in HALF_PRECISION else LONGEST_RUN
     lengths: list[int] = []
-    for longest in chain(EARLY_RUNS, repeat(LATER_RUNS)):
-        if steps == 0:
-            break
-        lengths.append(min(longest, steps))
+    while steps > 0:
+        lengths.append(min(longest if lengths else FIRST_RUN, steps))
         steps -= lengths[-1]
     return tuple(lengths)
 

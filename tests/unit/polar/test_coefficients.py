@@ -56,6 +56,15 @@ def test_safety_applies_to_every_step_but_the_last():
     assert table[0][0] == pytest.approx(8.2052, abs=5e-5)  # the figure as quoted, four decimals
 
 
+def test_gram_in_half_precision_gets_more_safety_on_every_step():
+    for (a, b, c), (pa, pb, pc) in zip(
+        coefficients("polar_express", 5, half_gram=True), PUBLISHED[:5], strict=True
+    ):
+        expected = (pa / 1.05, pb / 1.05**3, pc / 1.05**5)
+        assert (a, b, c) == pytest.approx(expected, rel=TABLE_TOLERANCE)
+    assert coefficients("quintic", 5, half_gram=True) == coefficients("quintic", 5)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.02407327, 1.0), (0.1, 1.9), (0.5, 1.5), (0.9, 1.1)])
 def test_best_quintic_alternates_and_beats_its_neighbours(low, high):
     x = torch.linspace(low, high, 20001, dtype=torch.float64)
