@@ -47,8 +47,8 @@ def polar_factor(
         x: matrices (…, m, n), float16, bfloat16, float32 or float64; not modified. Entries must be
             finite.
         method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ; in
-            half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or ``auto``: the iteration with fewer operations for this shape, see
-            ``cheapest_iteration``.
+            half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or
+            ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
         coefficients: ``polar_express`` or ``quintic``; ``svd`` ignores it.
         steps: iterations, 3 to 8 for ``polar_express``, at least 1 for ``quintic``; ``svd`` ignores
             it.
