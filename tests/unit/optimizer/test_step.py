@@ -94,6 +94,22 @@ def test_non_finite_gradients_change_nothing(bad, where):
     assert not torch.equal(kept[0], matrix)
 
 
+def test_a_gradient_scaler_skips_the_step():
+    weight = parameter(8, 12)
+    optimizer = optimizer_of(weight)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.step()
+    kept, average = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    for bad, moves in ((math.inf, False), (1.0, True)):
+        weight.grad = scaler.scale(torch.randn(8, 12))
+        weight.grad[0, 0] = bad
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight, kept) is not moves
+        assert torch.equal(optimizer.state[weight]["exp_avg"], average) is not moves
+    assert scaler.get_scale() == 2.0
+
+
 def test_finite_gradients_whose_squares_overflow_are_accepted():
     weight = parameter(8, 12)
     weight.grad = torch.full((8, 12), 3e38)
