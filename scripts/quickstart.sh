@@ -18,5 +18,5 @@ install torch==2.13.0 # first, so that a build chosen for this machine is not re
 install -e ".[recipes]"
 "$python" scripts/prepare_assets.py --only shakespeare
 
-# The two trainings run one after the other with all cores, so that their speeds are comparable.
+echo "Training two LLaMAs of 1.3 M parameters side by side"
 "$python" recipes/llama_pretrain/compare.py configs/tiny.yaml -- "$@"

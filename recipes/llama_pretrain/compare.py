@@ -16,7 +16,7 @@ from typing import Any
 
 import figure
 import yaml
-from launch import Run, run_in_front
+from launch import Run, run_side_by_side
 from rich.console import Console
 from rich.table import Table
 from settings import HERE, RecipeError, find_config
@@ -71,14 +71,13 @@ def best_options(config: Path) -> dict[str, dict[str, Any]]:
 
 
 def train_each(config: Path, out: Path, extra: list[str]) -> dict[str, dict[str, Any]]:
-    """Train with each optimizer, one after the other, and return their results."""
-    runs = {}
-    for label, options in best_options(config).items():
-        print(f"\n{label}: {', '.join(f'{name} {value}' for name, value in options.items())}")
-        run = Run(out / label, str(config), options, extra)
-        run_in_front(run)
-        runs[label] = read_results(run.folder)
-    return runs
+    """Train with each optimizer on the same tokens, side by side, and return their results."""
+    runs = {
+        label: Run(out / label, str(config), options, extra)
+        for label, options in best_options(config).items()
+    }
+    run_side_by_side(runs)
+    return {label: read_results(run.folder) for label, run in runs.items()}
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -123,5 +122,5 @@ def title(runs: Mapping[str, Mapping[str, Any]]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (RecipeError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,48 @@ class Run:
         return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
 
 
-def run_in_front(run: Run) -> None:
-    """Run one training in the foreground, with its progress bar."""
-    subprocess.run(run.command(), check=True)
+def run_side_by_side(runs: Mapping[str, Run]) -> None:
+    """Run all trainings at the same time with equal shares of the cores, a progress bar each.
+
+    At the same time, so that whatever else the machine does slows all of them alike and their
+    speeds can be compared; one thread on a core of its own also wastes nothing on synchronization.
+    """
+    threads = max(1, len(available_cores()) // len(runs))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = TextColumn("{task.fields[losses]}")
+    with (
+        Progress(*columns, TimeElapsedColumn(), shown) as progress,
+        ThreadPoolExecutor(len(runs)) as pool,
+    ):
+        started = [
+            pool.submit(run_quietly, run, threads, on_line=follow(progress, label))
+            for label, run in runs.items()
+        ]
+        for training in started:
+            training.result()
+
+
+def follow(progress: Progress, label: str) -> Callable[[str], None]:
+    """Return a function that moves a progress bar by the lines that ``run.py`` prints."""
+    task = progress.add_task(label, total=None, losses="starting")
+    losses: dict[str, str] = {}
+
+    def read(line: str) -> None:
+        found = re.match(r"step (\d+)/(\d+): (.*)", line)
+        if found is not None:
+            step, steps, said = found.groups()
+            losses.update(part.split(" ") for part in said.split(", "))
+            text = ", ".join(f"{name} {loss}" for name, loss in sorted(losses.items()))
+            progress.update(task, completed=int(step), total=int(steps), losses=text)
+
+    return read
+
+
+def available_cores() -> Sequence[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return list(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
 
 
 def run_all(runs: Sequence[Run], jobs: int, label: str) -> None:
@@ -75,21 +115,29 @@ def run_all(runs: Sequence[Run], jobs: int, label: str) -> None:
             progress.advance(task)
 
 
-def run_quietly(run: Run) -> None:
-    """Run one training on one thread, its output in ``log.txt``."""
+def run_quietly(run: Run, threads: int = 1, on_line: Callable[[str], None] | None = None) -> None:
+    """Run one training, its output in ``log.txt`` and, line by line, in ``on_line``."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = run.folder / "log.txt"
-    one_thread = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    with log.open("w", encoding="utf8") as output:
-        status = subprocess.run(
+    path = run.folder / "log.txt"
+    limits = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    with (
+        path.open("w", encoding="utf8") as log,
+        subprocess.Popen(
             [*run.command(), "--disable_tqdm", "true"],
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | one_thread,
-        ).returncode
-    if status == DIVERGED:
+            text=True,
+            encoding="utf8",
+            env=os.environ | limits,
+        ) as training,
+    ):
+        for line in training.stdout:
+            print(line, end="", file=log, flush=True)
+            if on_line is not None:
+                on_line(line)
+    if training.returncode == DIVERGED:
         lost = {"final_validation_loss": math.inf, "diverged": True}
         (run.folder / "results.json").write_text(json.dumps(lost), encoding="utf8")
-    elif status != 0:
-        end = "\n".join(log.read_text(encoding="utf8").splitlines()[-8:])
-        raise RuntimeError(f"{' '.join(run.command())}\nfailed; the end of {log}:\n{end}")
+    elif training.returncode != 0:
+        end = "\n".join(path.read_text(encoding="utf8").splitlines()[-8:])
+        raise RuntimeError(f"{' '.join(run.command())}\nfailed; the end of {path}:\n{end}")

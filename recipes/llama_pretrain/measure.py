@@ -93,6 +93,17 @@ class QuietProgress(ProgressCallback):
         """Show no second bar: the evaluations along the way are short."""
 
 
+class LogLines(TrainerCallback):
+    """A short line per log, where no progress bar is wanted; ``launch.py`` reads them."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print the step and the losses that were logged."""
+        losses = shown_losses(logs or {})
+        if state.is_world_process_zero and losses:
+            said = ", ".join(f"{name} {loss}" for name, loss in losses.items())
+            print(f"step {state.global_step}/{state.max_steps}: {said}", flush=True)
+
+
 def shown_losses(logs: dict[str, Any]) -> dict[str, str]:
     """Return the losses of a log under short names."""
     names = {"loss": "loss", "eval_loss": "validation"}

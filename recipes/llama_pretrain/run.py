@@ -19,7 +19,14 @@ import settings
 import transformers
 from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
-from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    set_seed,
+)
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
@@ -87,9 +94,11 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
 
 
 def use_quiet_progress(trainer: Trainer) -> None:
-    """Show the losses in the progress bar instead of a line for every log."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(measure.QuietProgress)
+    """Show the losses in the progress bar, or in short lines, instead of every log in full."""
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.pop_callback(default)
+    quiet = measure.LogLines if trainer.args.disable_tqdm else measure.QuietProgress
+    trainer.add_callback(quiet)
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
