@@ -107,6 +107,20 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path):
     assert resumed["eval_curve"] == whole["eval_curve"]
 
 
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_a_streamed_dataset_of_the_hub_trains(tmp_path, monkeypatch, with_validation):
+    rows = [{"text": f"{text} {n}"} for n, text in enumerate(TEXTS * 3)]
+    parts = {"train": rows, "validation": rows[:20]} if with_validation else {"train": rows}
+    hub = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    streams = {name: part.to_iterable_dataset() for name, part in hub.items()}
+    monkeypatch.setattr(corpora.datasets, "load_dataset", lambda *_, **__: streams)
+    options = ["--corpus", "owner/texts", "--holdout_documents", "15"]
+    results = train(tmp_path, *options)
+    assert results["tokens"] == 3 * 256
+    assert results["data"]["train_documents"] == "streamed"
+    assert results["data"]["validation_documents"] == 15
+
+
 def test_finished_runs_are_compared(finished, tmp_path, monkeypatch, capsys):
     folders = [str(folder) for folder, _ in finished.values()]
     arguments = ["compare.py", "--runs", *folders, "--out", str(tmp_path)]
