@@ -23,7 +23,7 @@ PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
 LoraUpdate = Literal["factor"]
-Distribute = Literal["auto", "redundant"]
+Distribute = Literal["auto", "owner", "redundant"]
 
 Plain = str | int | float | bool | None | tuple[Any, ...]
 
@@ -64,8 +64,8 @@ class MuonConfig:
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
         lora_update: ``factor``: each LoRA factor is a matrix of its own.
-        distribute: ``redundant``: every rank computes the polar factors of its whole tensors;
-            ``auto`` chooses, and chooses that.
+        distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
+            ``redundant`` lets each compute all; ``auto`` takes what should be faster.
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together.
         compile: Run the polar iteration through ``torch.compile``.
 

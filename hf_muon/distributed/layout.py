@@ -1,15 +1,18 @@
-"""The matrices inside a parameter, as plain data.
+"""Where the matrices of a parameter are: inside it, and on which rank.
 
-In: nothing. Out: :class:`Matrix`, a strided region of a parameter that is orthogonalized as one
-m × n matrix. Routing writes matrices, the optimizer reads them, checkpoints carry them as plain
-nested tuples. Offsets and strides count elements of the parameter in row-major order.
+In: nothing. Out: plain data. :class:`Matrix` is a strided region of a whole parameter; routing
+writes it and checkpoints carry it as nested tuples. :class:`Piece` is a block of a matrix in the
+tensor that a rank holds. :class:`Layout` lists the pieces of every rank; below it nothing knows
+which library sharded the parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +56,160 @@ class Matrix(NamedTuple):
         """Elements of the matrix."""
         return math.prod(self.shape)
 
-    def view(self, parameter: Tensor) -> Tensor:
-        """The region as a view of a contiguous ``parameter``, of shape ``self.shape``."""
-        offset = parameter.storage_offset() + self.offset
-        return torch.as_strided(parameter, self.shape, self.strides, offset)
+    def row_indices(self) -> Tensor:
+        """Index in the parameter of the first element of each row, (rows,)."""
+        indices = torch.tensor(self.offset)
+        for size, stride in zip(self.shape[:-1], self.strides[:-1], strict=True):
+            indices = indices[..., None] + torch.arange(size) * stride
+        return indices.reshape(-1)
+
+    def col_indices(self) -> Tensor:
+        """Distance of each column from the first one, (cols,)."""
+        return torch.arange(self.cols) * self.strides[-1]
+
+
+class Piece(NamedTuple):
+    """A block of a matrix in a rank's tensor.
+
+    The block is ``matrix[row : row + rows, col : col + cols]``; it lies at ``offset`` of the rank's
+    tensor, in row-major order of that tensor, with the two strides.
+    """
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+    offset: int
+    row_stride: int
+    col_stride: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the block."""
+        return self.rows * self.cols
+
+    def of_matrix(self, matrix: Tensor) -> Tensor:
+        """The block as a view of the whole matrix, (rows, cols)."""
+        return matrix[self.row : self.row + self.rows, self.col : self.col + self.cols]
+
+    def of_local(self, local: Tensor) -> Tensor:
+        """The block as a view of the rank's tensor, (rows, cols).
+
+        Raises:
+            ValueError: The block is part of a tensor that is not contiguous.
+        """
+        if self.offset == 0 and tuple(local.shape) == (self.rows, self.cols):
+            return local
+        if not local.is_contiguous():
+            raise ValueError(
+                f"A parameter of shape {tuple(local.shape)} holds several matrices and is not "
+                "contiguous in memory: make it contiguous before training."
+            )
+        strides = (self.row_stride, self.col_stride)
+        return local.as_strided(
+            (self.rows, self.cols), strides, local.storage_offset() + self.offset
+        )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Members of a process group, in the group's order, and this rank's place among them."""
+
+    ranks: tuple[int, ...] = (0,)
+    index: int = 0
+    group: Any = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the matrices of one parameter are.
+
+    Attributes:
+        shapes: (rows, cols) of each matrix.
+        pieces: ``pieces[member][matrix]``: what each member of ``shard`` holds.
+        shard: The ranks that together hold one copy.
+        replicate: The ranks that hold the same pieces as this one.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    pieces: tuple[tuple[tuple[Piece, ...], ...], ...]
+    shard: Ranks
+    replicate: Ranks
+
+
+def pieces_in_box(
+    matrix: Matrix, shape: Sequence[int], held: Sequence[Tensor]
+) -> tuple[Piece, ...]:
+    """Pieces of a matrix in a tensor that keeps some indices of each dimension.
+
+    Args:
+        matrix: The region.
+        shape: Shape of the whole parameter.
+        held: For each dimension the global indices that the rank holds, ascending in local order.
+
+    Returns:
+        Blocks of rows times blocks of columns; none where the rank holds nothing of the matrix.
+
+    Raises:
+        ValueError: Rows and columns of the matrix run along one dimension of the parameter.
+    """
+    places = [_inverse(indices, size) for indices, size in zip(held, shape, strict=True)]
+    strides = _row_major([len(indices) for indices in held])
+    rows, cols = matrix.row_indices(), matrix.col_indices()
+    row_places = torch.unravel_index(rows, tuple(shape))
+    col_places = torch.unravel_index(matrix.offset + cols, tuple(shape))
+    row_local, col_local = torch.zeros_like(rows), torch.zeros_like(cols)
+    row_held = torch.ones_like(rows, dtype=torch.bool)
+    col_held = torch.ones_like(cols, dtype=torch.bool)
+    for place, stride, of_rows, of_cols in zip(
+        places, strides, row_places, col_places, strict=True
+    ):
+        along_cols = bool((of_cols != of_cols[0]).any())
+        if along_cols and bool((of_rows != of_rows[0]).any()):
+            raise ValueError(f"{matrix} is no block of a parameter of shape {tuple(shape)}.")
+        if along_cols:
+            col_local += place[of_cols] * stride
+            col_held &= place[of_cols] >= 0
+        else:
+            row_local += place[of_rows] * stride
+            row_held &= place[of_rows] >= 0
+    return tuple(
+        Piece(row, col, n_rows, n_cols, row_start + col_start, row_step, col_step)
+        for row, n_rows, row_start, row_step in _runs(row_local, row_held)
+        for col, n_cols, col_start, col_step in _runs(col_local, col_held)
+    )
+
+
+def _inverse(indices: Tensor, size: int) -> Tensor:
+    """Local index of each global one, -1 where it is not held."""
+    places = torch.full((size,), -1)
+    places[indices] = torch.arange(len(indices))
+    return places
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
+def _runs(local: Tensor, held: Tensor) -> list[tuple[int, int, int, int]]:
+    """(index, length, first local index, step) of each evenly spaced run of held entries."""
+    indices = held.nonzero().flatten()
+    if len(indices) == 0:
+        return []
+    values = local[indices]
+    gaps = values.diff()
+    step = int(gaps.mode().values) if len(gaps) else 1
+    breaks = ((indices.diff() != 1) | (gaps != step)).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), len(indices)]
+    return [
+        (int(indices[start]), stop - start, int(values[start]), step)
+        for start, stop in pairwise(bounds)
+    ]

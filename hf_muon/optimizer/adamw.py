@@ -33,12 +33,12 @@ def new_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
 def adamw_step(
     group: dict[str, Any], state: MutableMapping[Tensor, dict[str, Tensor]], active: list[Tensor]
 ) -> None:
-    """One AdamW step (arXiv 1711.05101) on the parameters of a group that have a gradient."""
+    """One AdamW step (arXiv 1711.05101) on parameters of a group; no gradient counts as zero."""
     beta1, beta2 = group["betas"]
     states = [state[p] for p in active]
     adamw(
         active,
-        [p.grad for p in active if p.grad is not None],
+        [torch.zeros_like(p) if p.grad is None else p.grad for p in active],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],

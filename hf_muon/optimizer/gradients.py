@@ -1,7 +1,7 @@
 """Which parameters take part in a step, and whether their gradients can be trusted.
 
-In: param groups. Out: the indices of the parameters that have a gradient; or an error, before
-anything is written.
+In: param groups. Out: the indices of the parameters that have a gradient, on which all ranks agree;
+or an error on all of them, before anything is written.
 """
 
 from __future__ import annotations
@@ -9,60 +9,76 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hf_muon.distributed.layout import Matrix
+from hf_muon.distributed.find import agreed, local
+from hf_muon.distributed.layout import Matrix, Ranks
+
+Group = dict[str, Any]
 
 
-def active_parameters(group: dict[str, Any]) -> list[int]:
-    """Indices of the parameters of a group that have a gradient.
+def agree_on_gradients(groups: list[Group], replicate: Ranks) -> list[list[int]]:
+    """For each group the indices of the parameters that have a gradient on any rank.
+
+    Also the place where a bad gradient stops the step, on all ranks together and before anything
+    is written. A finite norm of all gradients proves that every entry is finite, at the cost of one
+    read; a norm that is not may also have overflowed, and only then are the entries looked at.
 
     Raises:
         ValueError: A gradient is sparse or complex.
+        FloatingPointError: A gradient holds NaN or infinity on some rank.
     """
-    active = []
-    for index, p in enumerate(group["params"]):
-        if p.grad is None:
-            continue
-        if p.grad.is_sparse or p.grad.is_complex():
-            kind = "sparse" if p.grad.is_sparse else "complex"
-            raise ValueError(
-                f"The gradient of {parameter_name(group, index)} is {kind}; Muon and AdamW need "
-                "dense real gradients (an embedding: sparse=False)."
-            )
-        active.append(index)
-    return active
+    members = [(group, index) for group in groups for index in range(len(group["params"]))]
+    parameters = [group["params"][index] for group, index in members]
+    for (group, index), p in zip(members, parameters, strict=True):
+        _check_kind(group, index, p.grad)
+    present = [p.grad is not None for p in parameters]
+    bad = _non_finite([local(p.grad) for p in parameters if p.grad is not None])
+    device = local(parameters[0]).device
+    flags = torch.tensor([bool(bad), *present], dtype=torch.int32, device=device)
+    any_bad, *active = agreed(flags, parameters, replicate).tolist()
+    if any_bad:
+        _raise_non_finite(members, parameters)
+    chosen: list[list[int]] = [[] for _ in groups]
+    where = [number for number, group in enumerate(groups) for _ in group["params"]]
+    for number, (_, index), is_active in zip(where, members, active, strict=True):
+        if is_active:
+            chosen[number].append(index)
+    return chosen
 
 
-def check_finite(active: list[list[int]], groups: list[dict[str, Any]]) -> None:
-    """Raise if any gradient holds NaN or infinity.
+def _check_kind(group: Group, index: int, gradient: Tensor | None) -> None:
+    if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
+        kind = "sparse" if gradient.is_sparse else "complex"
+        raise ValueError(
+            f"The gradient of {parameter_name(group, index)} is {kind}; Muon and AdamW need dense "
+            "real gradients (an embedding: sparse=False)."
+        )
 
-    A finite norm of all gradients proves that every entry is finite, at the cost of one read. A
-    norm that is not may also have overflowed; only then are the entries looked at.
 
-    Raises:
-        FloatingPointError: Names the parameters.
-    """
-    members = [(group, i) for group, indices in zip(groups, active, strict=True) for i in indices]
-    gradients = [group["params"][i].grad for group, i in members]
+def _non_finite(gradients: list[Tensor]) -> bool:
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        return
+        return False
+    return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def _raise_non_finite(members: list[tuple[Group, int]], parameters: list[Tensor]) -> None:
     names = [
-        parameter_name(group, i)
-        for (group, i), gradient in zip(members, gradients, strict=True)
-        if not torch.isfinite(gradient).all()
+        parameter_name(group, index)
+        for (group, index), p in zip(members, parameters, strict=True)
+        if p.grad is not None and not torch.isfinite(local(p.grad)).all()
     ]
-    if not names:
-        return
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise FloatingPointError(
-        f"The gradient holds NaN or infinity in {listed}. No parameter and no state was changed. "
-        "Lower the learning rate, clip gradients (max_grad_norm), or look for a division by zero "
-        "in the loss; under float16, train with a gradient scaler (fp16=True)."
+        f"The gradient holds NaN or infinity in {listed or 'a shard of another rank'}. No "
+        "parameter and no state was changed. Lower the learning rate, clip gradients "
+        "(max_grad_norm), or look for a division by zero in the loss; under float16, train with a "
+        "gradient scaler (fp16=True)."
     )
 
 
-def check_whole(group: dict[str, Any], index: int) -> None:
-    """Raise for a parameter of a Muon group whose matrices are not whole on this rank.
+def check_whole(group: Group, index: int) -> None:
+    """Raise for a plain tensor in a Muon group that is not as large as its matrices.
 
     Launchers swap parameters for shards after the optimizer is built, so this runs at the first
     step. A polar factor of a shard would be another algorithm.
@@ -70,21 +86,21 @@ def check_whole(group: dict[str, Any], index: int) -> None:
     Raises:
         ValueError: Names the parameter and what to do.
     """
-    parameter = group["params"][index]
     if group["algorithm"] != "muon":
         return
+    parameter = group["params"][index]
     expected = sum(Matrix(*matrix).numel for matrix in group["matrices"][index])
-    # A DTensor has placements; its module takes a second to import, so its class is not asked for.
-    if hasattr(parameter, "placements") or parameter.numel() != expected:
+    if parameter.numel() != expected:
         raise ValueError(
-            f"{parameter_name(group, index)} is sharded: {type(parameter).__name__} of shape "
+            f"{parameter_name(group, index)} is a flat shard: {type(parameter).__name__} of shape "
             f"{tuple(parameter.shape)}, where matrices of {expected} elements in all are expected. "
-            "This release of hf_muon trains whole tensors, in one process or under DDP. Launch "
-            "with DDP, or choose another optimizer for FSDP, tensor parallelism and ZeRO."
+            "Muon trains whole tensors (one process, DDP) and DTensors (FSDP2, tensor and expert "
+            "parallelism). Launch with one of these: FSDP2 instead of FSDP1 (fsdp_version: 2), "
+            "FSDP2 instead of DeepSpeed ZeRO."
         )
 
 
-def parameter_name(group: dict[str, Any], index: int) -> str:
+def parameter_name(group: Group, index: int) -> str:
     """The name of a parameter, or its position and shape where the group has no names."""
     if "param_names" in group:
         return str(group["param_names"][index])

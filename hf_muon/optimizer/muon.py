@@ -7,9 +7,9 @@ launchers replace both the group dicts and the parameters in them.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -17,17 +17,23 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.layout import Matrix
-from hf_muon.distributed.local import apply_to_matrices
+from hf_muon.distributed.exchange import Bucket, plan_buckets, run_overlapped
+from hf_muon.distributed.find import (
+    find_layout,
+    is_dtensor,
+    local,
+    local_gradient,
+    replicate_ranks,
+)
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
+from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
-from hf_muon.optimizer.apply import apply_update
 from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype
-from hf_muon.optimizer.gradients import active_parameters, check_finite, check_whole
+from hf_muon.optimizer.gradients import agree_on_gradients, check_whole, parameter_name
 from hf_muon.optimizer.groups import complete_group, named_groups
-from hf_muon.optimizer.momentum import after, before, momentum_at
-from hf_muon.optimizer.scaling import match_update_rms, step_size
-from hf_muon.polar import orthogonalize
+from hf_muon.optimizer.momentum import momentum_at
+from hf_muon.optimizer.step import Member, bucket_step, wire_dtype
 
 Group = dict[str, Any]
 
@@ -46,6 +52,8 @@ class Muon(Optimizer):
             ``algorithm``, ``"muon"`` (default) or ``"adamw"``; other keys override the settings
             below. Tensors with more than two dimensions are stacks of matrices.
         lr: Learning rate of the matrices, ≥ 0.
+        replicate_group: The ranks that hold copies of the plain tensors and share the work on them
+            (``"world"``: all, found at the first step). DTensors need none. Default: no others.
         **settings: Fields of :class:`~hf_muon.MuonConfig`.
 
     Raises:
@@ -58,11 +66,27 @@ class Muon(Optimizer):
         https://kellerjordan.github.io/posts/muon/; arXiv 2606.03899 (the orders).
     """
 
-    def __init__(self, params: Iterable[Any], lr: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        *,
+        replicate_group: torch.distributed.ProcessGroup | str | None = None,
+        **settings: Any,
+    ) -> None:
         self.config = MuonConfig(lr=lr, **settings)
+        self.replicate_group = replicate_group
+        self._layouts: dict[Any, Layout] = {}
+        self._plans: dict[Any, list[Bucket]] = {}
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
         _warn_of_bfloat16_momentum(self.param_groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or load: what was planned for other parameters is forgotten."""
+        super().__setstate__(state)
+        self._layouts, self._plans = {}, {}
+        self.__dict__.setdefault("replicate_group", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
@@ -79,51 +103,87 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Train every parameter that has a gradient by one step."""
+        """Train every parameter that has a gradient on any rank by one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
         self._create_state()
-        active = [active_parameters(group) for group in self.param_groups]
-        check_finite(active, self.param_groups)
+        replicate = self._replicate()
+        active = agree_on_gradients(self.param_groups, replicate)
         for group, indices in zip(self.param_groups, active, strict=True):
             if group["algorithm"] == "muon":
-                for bucket in _buckets(group, indices):
-                    self._muon_step(group, bucket)
+                self._muon_step(group, indices, replicate)
             else:
                 adamw_step(group, self.state, [group["params"][i] for i in indices])
         return loss
 
-    def _muon_step(self, group: Group, bucket: list[int]) -> None:
-        """Filter, orthogonalize and apply, in the order of the group, for some of its matrices."""
-        order, nesterov = group["order"], group["nesterov"]
-        weights = [group["params"][i] for i in bucket]
-        matrices = [[Matrix(*matrix) for matrix in group["matrices"][i]] for i in bucket]
-        buffers = [self.state[w].get("exp_avg", w) for w in weights]
-        betas = [self._momentum(group, w) for w in weights]
+    def _muon_step(self, group: Group, indices: list[int], replicate: Ranks) -> None:
+        """One step on some matrices of a group, a few buckets at a time."""
+        members = [self._member(group, index) for index in indices]
+        buckets = self._buckets(group, indices, replicate)
+        run_overlapped(bucket_step(group, members, bucket) for bucket in buckets)
+        for index in indices:
+            state = self.state[group["params"][index]]
+            state["step"] = state["step"] + 1  # not in place: loaders may share one tensor
 
-        inputs = [
-            before(order, w.grad, m, beta, nesterov)
-            for w, m, beta in zip(weights, buffers, betas, strict=True)
-        ]
-        factors = apply_to_matrices(inputs, matrices, _polar(group))
-        updates = [
-            after(order, o, m, beta, nesterov)
-            for o, m, beta in zip(factors, buffers, betas, strict=True)
-        ]
-        for w, u, inside in zip(weights, updates, matrices, strict=True):
-            _write(group, w, u, inside)
-            self.state[w]["step"] = self.state[w]["step"] + 1
+    def _member(self, group: Group, index: int) -> Member:
+        """What a step reads and writes of one parameter, on this rank."""
+        parameter = group["params"][index]
+        state = self.state[parameter]
+        beta, warmup = group["momentum"], group["momentum_warmup_steps"]
+        if warmup:
+            beta = momentum_at(int(state["step"]), beta, group["momentum_start"], warmup)
+        return Member(
+            weight=local(parameter),
+            gradient=local_gradient(parameter),
+            exp_avg=local(state.get("exp_avg", parameter)),  # polar_only has no buffer
+            momentum=beta,
+            matrices=[Matrix(*matrix) for matrix in group["matrices"][index]],
+        )
 
-    def _momentum(self, group: Group, weight: Tensor) -> float:
-        """β of this step for one parameter."""
-        warmup, momentum = group["momentum_warmup_steps"], group["momentum"]
-        if not warmup:
-            return float(momentum)
-        step = int(self.state[weight]["step"])
-        return momentum_at(step, momentum, group["momentum_start"], warmup)
+    def _buckets(self, group: Group, indices: list[int], replicate: Ranks) -> list[Bucket]:
+        """The plan for these parameters; made once for each set of layouts."""
+        layouts = [self._layout(group, index, replicate) for index in indices]
+        key = tuple(map(id, layouts))  # the layouts are kept, so that their ids stay theirs
+        if key not in self._plans:
+            wire = wire_dtype(group, group["params"][indices[0]]) if indices else torch.float32
+            self._plans[key] = plan_buckets(
+                layouts, int(group["bucket_mb"] * 2**20 / wire.itemsize)
+            )
+        return self._plans[key]
+
+    def _layout(self, group: Group, index: int, replicate: Ranks) -> Layout:
+        """Where the matrices of a parameter are; found once for each kind of parameter."""
+        parameter, matrices = group["params"][index], group["matrices"][index]
+        copies = replicate if _divides(group, parameter, matrices) else ALONE
+        placing = (parameter.device_mesh, parameter.placements) if is_dtensor(parameter) else None
+        key = (tuple(parameter.shape), placing, matrices, copies)
+        if key not in self._layouts:
+            inside = [Matrix(*matrix) for matrix in matrices]
+            found = find_layout(parameter, inside, parameter_name(group, index), copies)
+            if copies is ALONE:
+                found = dataclasses.replace(found, replicate=ALONE)
+            self._layouts[key] = found
+        return self._layouts[key]
+
+    def _replicate(self) -> Ranks:
+        """The ranks that hold copies of plain tensors.
+
+        Raises:
+            ValueError: Several ranks hold plain tensors and nobody said whether they are copies.
+        """
+        if self.replicate_group is None and _several_ranks():
+            for group in self.param_groups:
+                divided = group["algorithm"] == "muon" and group["distribute"] != "redundant"
+                if divided and not all(map(is_dtensor, group["params"])):
+                    raise ValueError(
+                        "Several ranks train plain tensors. If all hold the same ones (DDP), pass "
+                        "replicate_group=torch.distributed.group.WORLD, so that they share the "
+                        "work; if not, distribute='redundant', so that each does its own."
+                    )
+        return replicate_ranks(self.replicate_group)
 
     def _create_state(self) -> None:
         """State of every parameter, with or without a gradient, at the first step.
@@ -149,15 +209,17 @@ class Muon(Optimizer):
         keep_momentum_dtype(self, state_dict)
 
 
-def _polar(group: Group) -> Callable[[Tensor], Tensor]:
-    return partial(
-        orthogonalize,
-        method=group["polar_method"],
-        coefficients=group["coefficients"],
-        steps=group["polar_steps"],
-        dtype=group["polar_dtype"],
-        compile=group["compile"],
-    )
+def _divides(group: Group, parameter: Tensor, matrices: Sequence[Any]) -> bool:
+    """Whether ranks that hold copies divide the work on a parameter among them."""
+    if group["distribute"] != "auto" or not matrices:
+        return bool(group["distribute"] != "redundant")
+    matrix = Matrix(*matrices[0])
+    itemsize, device = wire_dtype(group, parameter).itemsize, parameter.device.type
+    return owning_pays(matrix.rows, matrix.cols, group["polar_steps"], itemsize, device)
+
+
+def _several_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _new_state(group: Group, parameter: Tensor) -> dict[str, Tensor]:
@@ -170,49 +232,6 @@ def _new_state(group: Group, parameter: Tensor) -> dict[str, Tensor]:
         dtype = parameter.dtype if name == "parameter" else getattr(torch, name)
         state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
     return state
-
-
-# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one, 64 × 256
-# still 1.5 times; from 128 × 128 on it does not (scripts/bench/step.py --batching).
-_CPU_BATCHED_ELEMENTS = 2**14
-
-
-def _buckets(group: Group, indices: list[int]) -> Iterator[list[int]]:
-    """Parameters whose matrices are orthogonalized together, same shapes side by side."""
-    params = group["params"]
-    limit = group["bucket_mb"] * 2**20 / torch.float32.itemsize
-    bucket: list[int] = []
-    filled = 0
-    for index in sorted(indices, key=lambda i: (tuple(params[i].shape), i)):
-        numel = params[index].numel()
-        alone = params[index].device.type == "cpu" and numel > _CPU_BATCHED_ELEMENTS
-        if bucket and (alone or filled + numel > limit):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(index)
-        filled += limit if alone else numel
-    if bucket:
-        yield bucket
-
-
-def _write(group: Group, weight: Tensor, update: Tensor, matrices: list[Matrix]) -> None:
-    """Apply an update, each matrix with its own step size."""
-    rule = group["adjust_lr"]
-    settings = {
-        "lr": group["lr"],
-        "weight_decay": group["weight_decay"],
-        "cautious": group["cautious_weight_decay"],
-    }
-    scales = [step_size(rule, matrix) for matrix in matrices]
-    if len(set(scales)) == 1 and not group["match_update_rms"]:
-        apply_update(weight, update, scale=scales[0], **settings)
-        return
-    update = update.contiguous()
-    for matrix, scale in zip(matrices, scales, strict=True):
-        u = matrix.view(update)
-        if group["match_update_rms"]:
-            u = match_update_rms(u.reshape(matrix.rows, matrix.cols)).view(matrix.shape)
-        apply_update(matrix.view(weight), u, scale=scale, **settings)
 
 
 def _warn_of_bfloat16_momentum(groups: list[Group]) -> None:

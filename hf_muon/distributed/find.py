@@ -1,0 +1,77 @@
+"""What a parameter is to the ranks: its layout, its local tensor, and what they must agree on.
+
+In: parameters as the optimizer sees them at a step, plain or DTensor. Out: layouts, local tensors,
+and one agreement per step on which gradients exist and whether all are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
+from hf_muon.distributed.replicated import ranks_of, replicated_layout
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether a tensor is a DTensor, without importing the class, which takes a second."""
+    return hasattr(tensor, "placements")
+
+
+def find_layout(
+    parameter: Tensor, matrices: Sequence[Matrix], name: str, replicate: Ranks
+) -> Layout:
+    """The layout of a parameter; plain tensors are copies on the ranks of ``replicate``."""
+    if is_dtensor(parameter):
+        from hf_muon.distributed.dtensor import dtensor_layout
+
+        return dtensor_layout(parameter, matrices, name)
+    return replicated_layout(tuple(parameter.shape), matrices, replicate)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient, placed like the parameter; zeros where there is none."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(local(parameter))
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(gradient).contiguous()
+
+
+def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:
+    """The ranks of a replicate group; ``"world"`` is all of them, once they are known."""
+    if not dist.is_initialized():
+        return ALONE
+    return ranks_of(dist.group.WORLD if group == "world" else group)  # type: ignore[arg-type]
+
+
+def agreed(flags: Tensor, parameters: Sequence[Tensor], replicate: Ranks) -> Tensor:
+    """The flags that are set on any rank which shares one of the parameters.
+
+    Args:
+        flags: Integers, of the same shape and meaning on every rank.
+        parameters: Those whose ranks must agree.
+        replicate: The ranks that hold copies of plain tensors.
+    """
+    groups: dict[tuple[int, ...], Ranks] = {}
+    for parameter in parameters:
+        ranks = replicate
+        if is_dtensor(parameter):
+            from hf_muon.distributed.dtensor import mesh_ranks
+
+            ranks = mesh_ranks(parameter.device_mesh)
+        groups.setdefault(ranks.ranks, ranks)
+    for ranks in groups.values():
+        if ranks.size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
+    return flags

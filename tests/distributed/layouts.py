@@ -1,0 +1,180 @@
+"""Train the same matrices, with the same gradients, under one sharding: layouts.py KIND OUT.
+
+Writes for each case the whole weights that rank 0 ends with, whether all ranks agree, and what was
+counted. Shapes are uneven on purpose: (5, 40) leaves a rank of four without rows.
+"""
+
+import sys
+import warnings
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from hf_muon import Muon
+
+SHAPES = {
+    "q": (37, 64),
+    "up": (130, 48),
+    "down": (48, 130),
+    "tiny": (5, 40),
+    "square": (64, 64),
+    "another": (64, 64),
+    "experts": (6, 24, 40),
+    "few_experts": (3, 24, 40),
+    "fused": (50, 32),
+    "columns": (20, 48),
+    "interleaved": (24, 30),
+}
+VECTORS = {"embedding": (33, 16), "norm": (7,)}
+# Rows 0-29 and 30-49; columns in thirds; heads of 4 rows, three projections interleaved.
+MATRICES = {
+    "fused": ((0, (30, 32), (32, 1), 0), (960, (20, 32), (32, 1), 0)),
+    "columns": tuple((16 * i, (20, 16), (48, 1), 1) for i in range(3)),
+    "interleaved": tuple((120 * i, (2, 4, 30), (360, 30, 1), 0) for i in range(3)),
+}
+STEPS = 3
+CASES = {
+    "pre_polar": {},
+    "post_polar": {"order": "post_polar"},
+    "polar_only": {"order": "polar_only"},
+    "bfloat16": {"polar_dtype": "bfloat16"},
+    "small buckets": {"bucket_mb": 0.02},
+    "plain momentum": {"nesterov": False, "cautious_weight_decay": True},
+    "redundant": {"distribute": "redundant"},
+    "matched rms": {"order": "post_polar", "match_update_rms": True},
+}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in {**SHAPES, **VECTORS}.items():
+            start = 0.1 * torch.randn(shape, generator=generator)
+            self.register_parameter(name, nn.Parameter(start))
+
+
+class LinearModel(nn.Module):
+    """For tensor parallelism, which shards layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(36, 72, bias=False)
+        self.b = nn.Linear(72, 36, bias=False)
+        self.c = nn.Linear(36, 36, bias=False)
+        self.norm = nn.Parameter(torch.randn(7))
+
+
+def build(kind):
+    """The model under a sharding, and what the optimizer must be told."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    model = LinearModel() if kind.endswith("tp") else Model()
+    if kind == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif kind == "hsdp":
+        names = ("replicate", "shard")
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names))
+    elif kind == "tp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["dp"])
+    return model, {"replicate_group": "world"} if kind == "ddp" else {}
+
+
+def build_optimizer(model, **settings):
+    named = list(model.named_parameters())
+    matrices = [(n, p) for n, p in named if p.ndim >= 2 and n not in VECTORS]
+    rest = [(n, p) for n, p in named if p.ndim < 2 or n in VECTORS]
+    regions = tuple(MATRICES.get(name, whole(p.shape)) for name, p in matrices)
+    groups = [
+        {"params": matrices, "matrices": regions},
+        {"params": rest, "algorithm": "adamw", "lr": 1e-3},
+    ]
+    return Muon(groups, **{"lr": 0.02, "weight_decay": 0.1, "polar_dtype": "float32", **settings})
+
+
+def whole(shape):
+    m, n = shape[-2:]
+    count = shape.numel() // (m * n)
+    return tuple((i * m * n, (m, n), (n, 1), 0) for i in range(count))
+
+
+def gradient(shape, step, index):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
+
+
+def set_gradients(model, step, skip=()):
+    for index, (name, p) in enumerate(model.named_parameters()):
+        g = gradient(p.shape, step, index)
+        if isinstance(p, DTensor):
+            g = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+        p.grad = None if name in skip else g
+
+
+def full_weights(model):
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def count_collectives(counts):
+    """Count launches and bytes sent, from inside the calls that the exchange makes."""
+    for name in ("all_to_all_single", "all_gather_single"):
+        original = getattr(dist, name)
+
+        def counted(out, given, *args, original=original, name=name, **kwargs):
+            counts[name] += 1
+            counts[f"{name} bytes"] += given.nbytes
+            return original(out, given, *args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def train(kind, **settings):
+    model, told = build(kind)
+    optimizer = build_optimizer(model, **told, **settings)
+    for step in range(STEPS):
+        set_gradients(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+def main():
+    kind, out = sys.argv[1:3]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {}
+    counts = Counter()
+    count_collectives(counts)
+    for case, settings in CASES.items():
+        counts.clear()
+        model, _ = train(kind, **settings)
+        weights = full_weights(model)
+        placed = all(isinstance(p, DTensor) for p in model.parameters())
+        own = {name: p.numel() for name, p in model.named_parameters()}
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [float(w.double().sum()) for w in weights.values()])
+        results[case] = {
+            "weights": weights,
+            "same on all ranks": all(sums == everyone[0] for sums in everyone),
+            "counts": dict(counts),
+            "dtensor": placed,
+            "parameters": own,
+        }
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
