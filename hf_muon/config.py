@@ -11,8 +11,9 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -126,6 +127,11 @@ class MuonConfig:
             optim_args: The string, as the Trainer takes it; spaces do not count.
             **defaults: Values for settings that neither the string nor the file gives.
         """
+        if not isinstance(optim_args, str | None):
+            raise ValueError(
+                f"optim_args={optim_args!r} is of type {type(optim_args).__name__}; a string of "
+                "key=value pairs is expected, or config=FILE with the settings in a JSON file."
+            )
         pairs: dict[str, str] = {}
         for item in (optim_args or "").replace(" ", "").split(","):
             name, equals, value = item.partition("=")
@@ -158,11 +164,6 @@ class MuonConfig:
     def to_dict(self) -> dict[str, Plain]:
         """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""
         return dataclasses.asdict(self)
-
-    @property
-    def window(self) -> float:
-        """T = 1/(1−β): the number of steps that the momentum filter averages over."""
-        return 1.0 / (1.0 - self.momentum) if self.order != "polar_only" else 1.0
 
     def muon_group(self, decay: bool = True) -> dict[str, Any]:
         """Hyper-parameters of a group of matrices, as plain values."""
@@ -217,7 +218,7 @@ _MUON_FIELDS = (
 )
 
 
-def require_known(name: str, allowed: Collection[str] | Any, kind: str) -> None:
+def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
     """Raise for a name that is not in ``allowed``, with the nearest one."""
     names = sorted(allowed)
     if name in names:
@@ -231,7 +232,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     """A JSON file that must hold one object."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON
         raise ValueError(f"config={str(path)!r} is not a readable JSON file: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config={str(path)!r} holds {settings!r}; a JSON object is expected.")
@@ -273,6 +274,8 @@ def _split_outside_brackets(text: str) -> list[str]:
     """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
     parts, depth, start = [], 0, 0
     for index, character in enumerate(text):
+        if index and text[index - 1] == "\\":
+            continue  # escaped
         depth += (character in "([{") - (character in ")]}")
         if character == "|" and depth == 0:
             parts.append(text[start:index])
@@ -296,8 +299,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name}={value!r} is not one of {allowed}.{suggestion}")
     if get_origin(hint) is tuple:
         return _typed_tuple(name, value, get_args(hint))
-    if hint is float and type(value) is int:
-        value = float(value)
+    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
+        value = hint(value)  # an int where a float is expected; NumPy's scalars
     if type(value) is not hint:
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; {_KIND[hint]}.")
     if hint is float and not math.isfinite(value):
@@ -305,6 +308,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+_NUMBERS = {float: numbers.Real, int: numbers.Integral}
 _KIND = {
     bool: "True or False is expected",
     int: "a whole number is expected",
@@ -346,6 +350,8 @@ def _check_ranges(config: MuonConfig) -> None:
                 raise ValueError(f"{name}={value!r} is out of range: {allowed} is allowed.")
     for name in ("muon_params", "adamw_params"):
         for pattern in getattr(config, name):
+            if not pattern:
+                raise ValueError(f"{name} holds an empty pattern, which would match every name.")
             try:
                 re.compile(pattern)
             except re.error as error:

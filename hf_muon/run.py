@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from hf_muon.integrations.transformers import register
@@ -24,6 +25,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(0 if target else 2)
     if not as_module and not Path(target).is_file():
         raise SystemExit(f"hf_muon.run: no script {target!r}; a module needs -m.\n{USAGE}")
+    if as_module and not _module_exists(target):
+        raise SystemExit(f"hf_muon.run: no module {target!r}.\n{USAGE}")
     register()
     sys.argv = [target, *rest]
     if as_module:
@@ -31,6 +34,13 @@ def main(arguments: list[str]) -> None:
     else:
         sys.path[0] = str(Path(target).resolve().parent)
         runpy.run_path(target, run_name="__main__")
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # a package on the way does not exist
+        return False
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ class Matrix(NamedTuple):
         """Elements of the matrix."""
         return math.prod(self.shape)
 
+    @property
+    def last_index(self) -> int:
+        """Index in the parameter of the last element, -1 if there is none."""
+        steps = ((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + sum(steps) if self.numel else -1
+
     def row_indices(self) -> Tensor:
         """Index in the parameter of the first element of each row, (rows,)."""
         indices = torch.tensor(self.offset)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_muon.config import MuonConfig
+from hf_muon.routing.survey import survey
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,11 +42,10 @@ def with_target_modules(config: MuonConfig, args: TrainingArguments, model: Any)
     from transformers.trainer_utils import check_target_module_exists
 
     chosen = tuple(
-        f"^{re.escape(name)}$"
-        for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2
-        and parameter.requires_grad
-        and check_target_module_exists(targets, name.rpartition(".")[0])
+        f"^{re.escape(candidate.name)}$"
+        for candidate in survey(model).candidates
+        if len(candidate.shape) >= 2
+        and check_target_module_exists(targets, ".".join(candidate.path))
     )
     if not chosen:
         raise ValueError(f"optim_target_modules={targets!r} matches no trainable matrix.")

@@ -11,12 +11,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_muon.integrations.arguments import config_from_arguments
+from hf_muon.integrations.arguments import config_from_arguments, with_target_modules
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
+from hf_muon.routing import route
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,13 @@ class MuonCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fail at construction, not at the first step, if ``optim_args`` are wrong."""
-        if is_ours(args.optim):
-            config_from_arguments(args)
+        """Fail at construction, not after the data is prepared, if settings are wrong."""
+        if not is_ours(args.optim):
+            return
+        model = kwargs.get("model")
+        config = with_target_modules(config_from_arguments(args), args, model)
+        if isinstance(model, nn.Module) and route(model, config).adamw:
+            config.adamw_group()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -52,7 +58,10 @@ class MuonCallback(TrainerCallback):
     ) -> None:
         """Write the report beside the weights it belongs to."""
         checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or ".", checkpoint))
+        # A hyper-parameter search saves each trial in a folder of its own.
+        folder = Path(args.output_dir or ".", state.trial_name or "", checkpoint)
+        if folder.is_dir():
+            self._write_report(kwargs.get("optimizer"), state, folder)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

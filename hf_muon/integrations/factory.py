@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from hf_muon.config import MuonConfig
 from hf_muon.integrations.model_card import describe_in_model_cards
@@ -21,13 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 def create_muon_optimizer(
-    model: nn.Module, config: MuonConfig | None = None, **overrides: Any
+    model: nn.Module,
+    config: MuonConfig | None = None,
+    *,
+    replicate_group: ProcessGroup | str | None = None,
+    **overrides: Any,
 ) -> Muon:
     """Route the parameters of a model and build the optimizer for them.
 
     Args:
         model: Any ``nn.Module``; parameters that need no gradient are left out.
         config: Settings; ``lr`` is required, here or in ``overrides``.
+        replicate_group: The ranks that hold copies of plain tensors, as under DDP; see
+            :class:`~hf_muon.Muon`.
         **overrides: Fields of :class:`~hf_muon.MuonConfig` that replace those of ``config``.
 
     Returns:
@@ -42,7 +49,7 @@ def create_muon_optimizer(
     config = dataclasses.replace(config or MuonConfig(), **overrides)
     plan = route(model, config)
     settings: dict[str, Any] = config.to_dict()
-    optimizer = Muon(plan.param_groups(config), **settings)
+    optimizer = Muon(plan.param_groups(config), replicate_group=replicate_group, **settings)
     optimizer.routes = plan.to_dict()
     totals = plan.totals()
     logger.info(
@@ -72,4 +79,6 @@ class MuonOptimizerFactory:
         """
         settings.pop("training_args", None)  # axolotl passes it by name
         describe_in_model_cards()
-        return create_muon_optimizer(model, MuonConfig.from_mapping(settings))
+        config = MuonConfig.from_mapping(settings)
+        # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.
+        return create_muon_optimizer(model, config, replicate_group="world")

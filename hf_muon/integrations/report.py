@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.momentum import window
 
 FILE_NAME = "muon_report.json"
 _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspeed")
@@ -37,8 +38,16 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
             for group in optimizer.param_groups
         ],
         "routing": optimizer.routes,
+        "not_routed": _not_routed(optimizer),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def _not_routed(optimizer: Muon) -> list[str]:
+    """Parameters that were added to the groups by hand."""
+    routed = {route["name"] for route in (optimizer.routes or {}).get("routes", [])}
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
+    return [name for name in names if name not in routed]
 
 
 def write_report(optimizer: Muon, folder: str | Path) -> None:
@@ -54,7 +63,7 @@ def describe(optimizer: Muon) -> str:
     text = f"Muon (hf_muon {_version('hf-muon')}) with order={group['order']}"
     if group["order"] != "polar_only":
         beta = group["momentum"]
-        text += f", momentum beta={beta:g} (window T=1/(1-beta)={1 / (1 - beta):.4g} steps"
+        text += f", momentum beta={beta:g} (window T=1/(1-beta)={window(beta):.4g} steps"
         text += ", Nesterov)" if group["nesterov"] else ")"
     text += f", polar_method={group['polar_method']}"
     if group["polar_method"] != "svd":

@@ -41,4 +41,4 @@ def handle_muon(context: OptimizerContext) -> tuple[type[MuonOptimizerFactory], 
     """What the Trainer calls for our names: the factory and its keyword arguments, fresh."""
     config = config_from_arguments(context.args)
     config = with_target_modules(config, context.args, context.model)
-    return MuonOptimizerFactory, dict(config.to_dict())
+    return MuonOptimizerFactory, config.to_dict()

@@ -14,38 +14,52 @@ import torch
 Group = dict[str, Any]
 
 # Values that change while training, or that say where the group's parameters are.
-_NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr", "momentum"}
+_NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr"}
 
 
 def check_routing(own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse a checkpoint whose parameters were routed otherwise or trained in another order.
+    """Refuse a checkpoint of another optimizer, of other routes, or of another order.
 
-    Groups without parameter names cannot be compared and are left to torch's own checks.
+    Groups without parameter names are compared by number and size only.
 
     Raises:
         ValueError: Names up to five of the parameters that differ.
     """
-    mine, theirs = _routes(own), _routes(saved)
-    if mine and theirs:
-        differing = sorted(
-            name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    if any("algorithm" not in group for group in saved):
+        raise ValueError(
+            "The checkpoint holds the state of another optimizer. Start afresh (from the Trainer: "
+            "delete optimizer.pt in the checkpoint), or take over the momentum of "
+            "torch.optim.Muon or Moonlight with hf_muon.optimizer.import_state."
         )
-        if differing:
-            raise ValueError(_routing_message(differing, mine, theirs))
-    if len(own) == len(saved):
-        for group, loaded in zip(own, saved, strict=True):
-            _check_settings(group, loaded)
+    mine, theirs = _routes(own), _routes(saved)
+    differing = sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
+    if mine and theirs and differing:
+        raise ValueError(_routing_message(differing, mine, theirs))
+    if _order_of_names(own) != _order_of_names(saved):
+        raise ValueError(
+            "The checkpoint has the same parameters in other groups or in another order, and "
+            "state is loaded by position. Build the optimizer from the same model code and with "
+            "the same settings."
+        )
+    for group, loaded in zip(own, saved, strict=True):
+        _check_settings(group, loaded)
+
+
+def _order_of_names(groups: Sequence[Group]) -> list[Any]:
+    """What torch's loader goes by: the names of each group in turn, or their number."""
+    named = all("param_names" in group for group in groups)
+    return [group["param_names"] if named else len(group["params"]) for group in groups]
 
 
 def _routes(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Parameter name -> (algorithm, matrices) of every named parameter of our groups."""
+    """Parameter name -> (algorithm, matrices)."""
     routes = {}
     for group in groups:
-        names = group.get("param_names")
-        if names is None or "algorithm" not in group:
-            continue
+        names = group.get("param_names", [])
         matrices = group.get("matrices", [()] * len(names))
-        for name, inside in zip(names, matrices, strict=True):
+        for name, inside in zip(names, matrices, strict=False):
             routes[name] = (group["algorithm"], inside)
     return routes
 
@@ -73,9 +87,12 @@ def _check_settings(group: Group, loaded: Group) -> None:
             f"order={group['order']!r}: their buffers hold different things. Use the same order, "
             "or start the optimizer afresh."
         )
+    skipped = set(_NOT_COMPARED)
+    if not group.get("momentum_warmup_steps") and not loaded.get("momentum_warmup_steps"):
+        skipped.add("momentum_start")  # follows from momentum, and is not used
     changed = [
         f"{key}={loaded[key]!r} (not {group[key]!r})"
-        for key in sorted(group.keys() & loaded.keys() - _NOT_COMPARED)
+        for key in sorted(group.keys() & loaded.keys() - skipped)
         if group[key] != loaded[key]
     ]
     if changed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.find import agreed, local
+from hf_muon.distributed.find import agreed, is_dtensor, local
 from hf_muon.distributed.layout import Matrix, Ranks
 
 Group = dict[str, Any]
@@ -77,11 +77,11 @@ def _raise_non_finite(members: list[tuple[Group, int]], parameters: list[Tensor]
     )
 
 
-def check_whole(group: Group, index: int) -> None:
-    """Raise for a plain tensor in a Muon group that is not as large as its matrices.
+def check_placement(group: Group, index: int, state: dict[str, Tensor]) -> None:
+    """Raise for a Muon parameter that is a flat shard, or whose state lies elsewhere.
 
-    Launchers swap parameters for shards after the optimizer is built, so this runs at the first
-    step. A polar factor of a shard would be another algorithm.
+    Launchers swap parameters for shards after the optimizer is built, so every step asks. A polar
+    factor of a shard would be another algorithm.
 
     Raises:
         ValueError: Names the parameter and what to do.
@@ -90,13 +90,20 @@ def check_whole(group: Group, index: int) -> None:
         return
     parameter = group["params"][index]
     expected = sum(Matrix(*matrix).numel for matrix in group["matrices"][index])
-    if parameter.numel() != expected:
+    if parameter.ndim < 2 or parameter.numel() != expected:
         raise ValueError(
             f"{parameter_name(group, index)} is a flat shard: {type(parameter).__name__} of shape "
             f"{tuple(parameter.shape)}, where matrices of {expected} elements in all are expected. "
             "Muon trains whole tensors (one process, DDP) and DTensors (FSDP2, tensor and expert "
-            "parallelism). Launch with one of these: FSDP2 instead of FSDP1 (fsdp_version: 2), "
-            "FSDP2 instead of DeepSpeed ZeRO."
+            "parallelism), not yet the flat tensors of FSDP1 and DeepSpeed ZeRO: use FSDP2 "
+            "(fsdp_version: 2)."
+        )
+    buffer = state.get("exp_avg")
+    if buffer is not None and is_dtensor(buffer) != is_dtensor(parameter):
+        raise ValueError(
+            f"The momentum of {parameter_name(group, index)} is a {type(buffer).__name__} and the "
+            f"parameter a {type(parameter).__name__}: load optimizer state after the model is "
+            "sharded, through torch.distributed.checkpoint."
         )
 
 

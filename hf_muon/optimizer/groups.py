@@ -7,6 +7,7 @@ values are plain, Muon's first, none of them empty.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,9 +38,9 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
         items = [{"params": items}]
     groups = [{"algorithm": "muon", **group, "params": _as_list(group)} for group in items]
     groups = [group for group in groups if group["params"]]
-    for group in groups:
-        require_known(group["algorithm"], ("muon", "adamw"), "algorithm")
     if not any(group["algorithm"] == "muon" for group in groups):
+        for group in groups:
+            require_known(group["algorithm"], ("muon", "adamw"), "algorithm")
         raise ValueError(
             "Muon got no matrix to train: pass at least one group with algorithm='muon', or use "
             "torch.optim.AdamW."
@@ -56,11 +57,15 @@ def _as_list(group: Group) -> list[Any]:
 
 def complete_group(group: Group, config: MuonConfig) -> Group:
     """The group with every hyper-parameter that it does not give itself, checked."""
-    group = {"algorithm": "muon", **group}
+    group = {"algorithm": "muon", **group, "params": _as_list(group)}
+    require_known(group["algorithm"], ("muon", "adamw"), "algorithm")
     muon = group["algorithm"] == "muon"
     given = {key: value for key, value in group.items() if key not in _STRUCTURE}
     group = {**group, **(_muon_settings(given, config) if muon else _adamw_settings(given, config))}
-    tensors = [p[1] if isinstance(p, tuple) else p for p in _as_list(group)]
+    tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    if not tensors:
+        raise ValueError("A param group is empty; checkpoints cannot hold empty groups.")
+    _check_dtypes(group, tensors)
     if muon:
         group["matrices"] = _plain(group.get("matrices") or [_default(p) for p in tensors])
         _check_cover(group, tensors)
@@ -119,19 +124,34 @@ def _plain(matrices: Iterable[Iterable[Matrix]]) -> tuple[Any, ...]:
     )
 
 
+def _check_dtypes(group: Group, tensors: list[Tensor]) -> None:
+    for index, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{_name(group, index)} has dtype {tensor.dtype}; real floating-point numbers are "
+                "expected."
+            )
+
+
 def _check_cover(group: Group, tensors: list[Tensor]) -> None:
+    """Each parameter is covered by matrices that begin at different places inside it."""
     if len(group["matrices"]) != len(tensors):
         raise ValueError(
             f"A Muon group has {len(tensors)} parameters and {len(group['matrices'])} entries of "
             "'matrices'; one entry for each parameter is expected."
         )
     for index, (tensor, inside) in enumerate(zip(tensors, group["matrices"], strict=True)):
-        covered = sum(Matrix(*matrix).numel for matrix in inside)
-        shape = getattr(tensor, "ds_shape", tensor.shape)
-        if covered != shape.numel():
-            entry = _as_list(group)[index]
-            name = entry[0] if isinstance(entry, tuple) else f"parameter {index}"
+        matrices = [Matrix(*matrix) for matrix in inside]
+        size = math.prod(getattr(tensor, "ds_shape", tensor.shape))
+        covered = sum(matrix.numel for matrix in matrices)
+        distinct = len({matrix.offset for matrix in matrices}) == len(matrices)
+        if covered != size or not distinct or any(m.last_index >= size for m in matrices):
             raise ValueError(
-                f"The matrices of {name} have {covered} elements and the parameter has "
-                f"{shape.numel()}; they must cover it exactly."
+                f"The matrices of {_name(group, index)} have {covered} elements and the parameter "
+                f"has {size}; they must cover it exactly, without overlap."
             )
+
+
+def _name(group: Group, index: int) -> str:
+    entry = group["params"][index]
+    return entry[0] if isinstance(entry, tuple) else f"parameter {index}"

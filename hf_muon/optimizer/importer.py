@@ -34,12 +34,19 @@ def import_state(
         The names whose state was loaded.
 
     Raises:
-        ValueError: Names are missing, unknown, or too few; or a shape or an algorithm differs.
+        ValueError: The order is not ``pre_polar``; names are missing, unknown, or too few; or a
+            shape or an algorithm differs.
 
     References:
         torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py.
     """
     own = _own_parameters(optimizer)
+    order = optimizer.param_groups[0]["order"]
+    if order != "pre_polar":
+        raise ValueError(
+            f"The state holds averages of gradients, which order='pre_polar' keeps; "
+            f"order={order!r} cannot continue from them."
+        )
     found = {
         name: _translated(state, group)
         for name, state, group in _named_states(state_dict, names)
@@ -100,7 +107,8 @@ def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tenso
         return {"step": torch.zeros(()), "exp_avg": state["momentum_buffer"] * share}
     if moonlight and "moment1" in state:
         step = torch.tensor(float(state["step"]))
-        return {"step": step, "exp_avg": state["moment1"], "exp_avg_sq": state["moment2"]}
+        moments = {"exp_avg": state["moment1"].clone(), "exp_avg_sq": state["moment2"].clone()}
+        return {"step": step, **moments}
     raise ValueError(
         f"A state holds {sorted(state)}; 'momentum_buffer' (torch.optim.Muon, Moonlight) or "
         "'moment1' and 'moment2' (Moonlight) are expected."

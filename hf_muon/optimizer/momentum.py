@@ -28,6 +28,11 @@ def filtered(x: Tensor, exp_avg: Tensor, momentum: float, nesterov: bool) -> Ten
     return x.to(exp_avg.dtype).lerp(exp_avg, momentum) if nesterov else exp_avg
 
 
+def window(momentum: float) -> float:
+    """T = 1/(1−β): the number of steps that the filter averages over."""
+    return 1 / (1 - momentum)
+
+
 def momentum_at(step: int, momentum: float, start: float, warmup_steps: int) -> float:
     """β at ``step`` (0 for the first): linear from ``start`` to ``momentum``, constant after."""
     if step >= warmup_steps:

@@ -30,7 +30,7 @@ from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype
-from hf_muon.optimizer.gradients import agree_on_gradients, check_whole, parameter_name
+from hf_muon.optimizer.gradients import agree_on_gradients, check_placement, parameter_name
 from hf_muon.optimizer.groups import complete_group, named_groups
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.step import Member, bucket_step, wire_dtype
@@ -135,10 +135,12 @@ class Muon(Optimizer):
         beta, warmup = group["momentum"], group["momentum_warmup_steps"]
         if warmup:
             beta = momentum_at(int(state["step"]), beta, group["momentum_start"], warmup)
+        gradient = local_gradient(parameter)
         return Member(
             weight=local(parameter),
-            gradient=local_gradient(parameter),
-            exp_avg=local(state.get("exp_avg", parameter)),  # polar_only has no buffer
+            gradient=gradient,
+            # polar_only has no buffer and reads none.
+            exp_avg=gradient if group["order"] == "polar_only" else local(state["exp_avg"]),
             momentum=beta,
             matrices=[Matrix(*matrix) for matrix in group["matrices"][index]],
         )
@@ -193,8 +195,8 @@ class Muon(Optimizer):
         """
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
+                check_placement(group, index, self.state[p])
                 if not self.state[p]:
-                    check_whole(group, index)
                     self.state[p] = _new_state(group, p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,7 +240,9 @@ def _warn_of_bfloat16_momentum(groups: list[Group]) -> None:
     dtypes = {
         p.dtype
         for group in groups
-        if group["algorithm"] == "muon" and group["momentum_dtype"] == "parameter"
+        if group["algorithm"] == "muon"
+        and group["momentum_dtype"] == "parameter"
+        and group["order"] != "polar_only"
         for p in group["params"]
     }
     if torch.bfloat16 in dtypes:

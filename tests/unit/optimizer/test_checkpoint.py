@@ -8,6 +8,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from hf_muon import Muon, create_muon_optimizer
 from hf_muon.optimizer import import_state
@@ -117,6 +122,64 @@ def test_other_settings_of_the_checkpoint_are_used_and_named():
     assert optimizer.param_groups[0]["nesterov"] is False
 
 
+def test_another_momentum_of_the_checkpoint_is_used_and_named():
+    net = model()
+    saved = build(net, momentum=0.9).state_dict()
+    with pytest.warns(
+        UserWarning, match=r"differ from this optimizer's: momentum=0.9 \(not 0.95\)$"
+    ):
+        build(net).load_state_dict(saved)
+
+
+def test_the_same_names_in_another_order_are_refused():
+    a, b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    saved = Muon([("a", a), ("b", b)], lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="loaded by position"):
+        Muon([("b", b), ("a", a)], lr=0.1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.Muon])
+def test_the_state_of_another_optimizer_is_refused_with_what_to_do(other):
+    weight = nn.Parameter(torch.randn(4, 4))
+    saved = other([weight], lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"another optimizer.*optimizer\.pt.*import_state"):
+        Muon([weight], lr=0.1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("momentum_dtype", [None, "float64"])
+def test_distributed_checkpoint_functions_in_one_process(flatten, momentum_dtype):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    net = model()
+    optimizer = build(net, momentum_dtype=momentum_dtype)
+    train(net, optimizer, 3, seed=1)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
+    other = copy.deepcopy(net)
+    resumed = build(other, momentum_dtype=momentum_dtype)
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)  # making state to load into changes no weight
+    train(net, optimizer, 3, seed=2)
+    train(other, resumed, 3, seed=2)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_schedules_go_on_after_a_reload():
+    net = model()
+    optimizer = build(net)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(2):
+        train(net, optimizer, 1, seed=1)
+        schedule.step()
+    again = build(net)
+    resumed = torch.optim.lr_scheduler.LambdaLR(again, lambda step: 0.5**step)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed.load_state_dict(schedule.state_dict())
+    resumed.step()
+    assert again.param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**3)
+
+
 def test_loading_its_own_state_warns_of_nothing():
     optimizer = build(model())
     with warnings.catch_warnings():
@@ -129,8 +192,13 @@ def test_copies_and_pickles_work():
     optimizer = build(net)
     train(net, optimizer, 1, seed=1)
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        other.add_param_group({"params": [("more", nn.Parameter(torch.randn(3, 3)))]})
+        more = nn.Parameter(torch.randn(3, 3))
+        more.grad = torch.randn(3, 3)
+        kept = more.detach().clone()
+        other.add_param_group({"params": [("more", more)]})
         assert other.param_groups[-1]["momentum"] == 0.95
+        other.step()
+        assert not torch.equal(more, kept)
 
 
 # --- other optimizers ---------------------------------------------------------------------------
@@ -209,6 +277,14 @@ def test_import_refuses_what_it_cannot_match():
             | {"state": {0: {"exp_avg": torch.zeros(1)}}},
             names,
         )
+
+
+@pytest.mark.parametrize("order", ["post_polar", "polar_only"])
+def test_import_into_an_order_that_keeps_something_else_is_refused(order):
+    net = model()
+    state, names, _ = moonlight_state(net)
+    with pytest.raises(ValueError, match=f"order='{order}' cannot continue"):
+        import_state(build(net, order=order), state, names)
 
 
 def test_create_muon_optimizer_resumes_itself():

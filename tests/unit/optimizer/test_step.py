@@ -207,14 +207,19 @@ def test_closure_is_called_with_gradients_enabled():
     weight = parameter(4, 6, grad=False)
     optimizer = optimizer_of(weight)
 
+    losses = []
+
     def closure():
         optimizer.zero_grad()
         loss = weight.square().sum()
         loss.backward()
-        return loss.item()
+        losses.append(loss.item())
+        return losses[-1]
 
-    assert optimizer.step(closure) == pytest.approx(weight.square().sum().item(), rel=1)
-    assert weight.grad is not None
+    expected = weight.square().sum().item()
+    assert optimizer.step(closure) == expected
+    assert losses == [expected]
+    assert weight.square().sum().item() < expected
 
 
 def test_batches_of_small_matrices_equal_a_loop():
@@ -241,6 +246,37 @@ def test_non_contiguous_weights_and_gradients():
     optimizer_of(weight).step()
     expected = reference(start, [gradient], order="pre_polar", lr=0.02)
     assert torch.allclose(weight.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": "post_polar", "match_update_rms": True}])
+def test_the_memory_format_of_a_matrix_does_not_matter(settings):
+    start, gradient = torch.randn(12, 8), torch.randn(12, 8)
+    rows, columns = nn.Parameter(start.clone()), nn.Parameter(start.T.contiguous().T)
+    for weight in (rows, columns):
+        weight.grad = gradient.clone()
+        optimizer_of(weight, **settings).step()
+    assert torch.equal(rows, columns)
+
+
+def test_several_matrices_in_a_tensor_that_is_not_contiguous_are_refused():
+    weight = nn.Parameter(torch.randn(6, 20).T)
+    weight.grad = torch.randn(20, 6)
+    rows = ((0, (14, 6), (6, 1), 0), (14 * 6, (6, 6), (6, 1), 0))
+    kept = weight.detach().clone()
+    with pytest.raises(ValueError, match="not contiguous in memory"):
+        Muon([{"params": [weight], "matrices": (rows,)}], lr=0.02).step()
+    assert torch.equal(weight, kept)
+
+
+def test_an_order_that_the_state_was_not_made_for_fails_before_the_weight_changes():
+    weight = parameter(4, 6)
+    optimizer = optimizer_of(weight, order="polar_only")
+    optimizer.step()
+    kept = weight.detach().clone()
+    optimizer.param_groups[0]["order"] = "pre_polar"
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.step()
+    assert torch.equal(weight, kept)
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -285,6 +321,16 @@ WRONG_GROUPS = [
         "matrices of w have 8 elements and the parameter has 16",
     ),
     ([], "no matrix to train"),
+    ([{"params": [torch.zeros(4, 4, dtype=torch.complex64)]}], "parameter 0 has dtype torch.compl"),
+    ([{"params": [torch.zeros(4, 4, dtype=torch.int32)]}], "parameter 0 has dtype torch.int32"),
+    (
+        [{"params": [torch.zeros(8, 4)], "matrices": (((0, (4, 4), (4, 1), 0),) * 2,)}],
+        "without overlap",
+    ),
+    (
+        [{"params": [torch.zeros(4, 4)], "matrices": (((4, (4, 4), (4, 1), 0),),)}],
+        "cover it exactly",
+    ),
 ]
 
 
@@ -292,6 +338,12 @@ WRONG_GROUPS = [
 def test_wrong_groups(groups, message):
     with pytest.raises(ValueError, match=message):
         Muon(groups, lr=0.1)
+
+
+def test_an_empty_group_cannot_be_added():
+    optimizer = Muon([torch.zeros(4, 4)], lr=0.1)
+    with pytest.raises(ValueError, match="group is empty"):
+        optimizer.add_param_group({"params": []})
 
 
 def test_lr_is_required():
@@ -316,7 +368,7 @@ def test_a_flat_shard_in_a_matrix_group_is_refused():
     # Launchers that shard put a flat piece where the matrix was.
     optimizer = Muon([("w", parameter(4, 6))], lr=0.1)
     optimizer.param_groups[0]["params"][0] = parameter(12)
-    with pytest.raises(ValueError, match=r"w is sharded.*shape \(12,\).*24 elements"):
+    with pytest.raises(ValueError, match=r"w is a flat shard.*shape \(12,\).*24 elements"):
         optimizer.step()
 
 
@@ -327,3 +379,4 @@ def test_bfloat16_weights_warn_once_unless_the_buffer_is_chosen():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Muon([weight], lr=0.1, momentum_dtype="float32")
+        Muon([weight], lr=0.1, order="polar_only")  # has no buffer
