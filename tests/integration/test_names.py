@@ -16,6 +16,7 @@ import hf_muon
 import hf_muon.auto
 from hf_muon import Muon, MuonOptimizerFactory
 from hf_muon.integrations import names
+from tests.distributed.launch import free_port
 from tests.integration.tiny import arguments, tiny_llama, trained, trainer_of, weights
 
 SCRIPT = """
@@ -140,11 +141,31 @@ def test_unmodified_module(script, tmp_path, monkeypatch):
     assert "TRAINED WITH hf_muon.optimizer.muon post_polar" in done.stdout, done.stderr
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+        ["torch.distributed.run", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_launchers_run_an_unmodified_script(launcher, script, tmp_path):
+    rest = ["-m", "hf_muon.run", script, *script_arguments(tmp_path)]
+    if "torch.distributed.run" in launcher:
+        rest = ["--master-port", free_port(), *rest]
+    done = run("-m", *launcher, *rest)
+    assert "TRAINED WITH hf_muon.optimizer.muon post_polar" in done.stdout, done.stderr
+
+
 def test_run_says_what_it_needs(tmp_path):
     assert run("-m", "hf_muon.run").returncode == 2
     missing = run("-m", "hf_muon.run", tmp_path / "nothing.py")
     assert "no script" in missing.stderr
     assert missing.returncode == 1
+    nowhere = run("-m", "hf_muon.run", "-m", "nothing.there")
+    assert "no module 'nothing.there'" in nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
     assert "usage" in run("-m", "hf_muon.run", "--help").stdout
 
 
@@ -204,6 +225,8 @@ def test_retraining_keeps_the_groups(tmp_path):
         ("order=prepolar", "order='prepolar'"),
         ("momentun=0.9", "Did you mean 'momentum'"),
         ("adamw_params=(", "regular expression"),
+        ("adjust_lr=spectral", "adamw_lr is not set"),
+        ("muon_params=nothing_here", "matches no trainable parameter"),
     ],
 )
 def test_wrong_optim_args_fail_when_the_trainer_is_built(tmp_path, optim_args, message):
@@ -216,6 +239,11 @@ def test_target_modules_choose_matrices(tmp_path):
     optimizer = trainer.create_optimizer()
     assert "lm_head.weight" in optimizer.param_groups[0]["param_names"]
     assert "model.layers.0.mlp.up_proj.weight" in optimizer.param_groups[0]["param_names"]
-    wrong = trainer_of(tmp_path, optim_target_modules=["nothing"])
     with pytest.raises(ValueError, match=r"optim_target_modules=\['nothing'\] matches no"):
-        wrong.create_optimizer()
+        trainer_of(tmp_path, optim_target_modules=["nothing"])
+
+
+def test_target_modules_of_a_compiled_model(tmp_path):
+    model = torch.compile(tiny_llama(), backend="eager")
+    optimizer = trainer_of(tmp_path, model=model, optim_target_modules=["lm_head"])
+    assert "lm_head.weight" in optimizer.create_optimizer().param_groups[0]["param_names"]

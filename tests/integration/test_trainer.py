@@ -5,12 +5,13 @@ import logging
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 import hf_muon.auto  # noqa: F401
-from hf_muon import Muon, route
-from hf_muon.integrations.report import find_muon
+from hf_muon import Muon, create_muon_optimizer, route
+from hf_muon.integrations.report import build_report, find_muon
 from tests.integration.tiny import (
+    TINY,
     arguments,
     largest_difference,
     tiny_data,
@@ -93,13 +94,17 @@ def test_pure_bfloat16_weights(tmp_path):
     assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
 
 
-def test_clipping_acts_on_the_gradient(tmp_path):
-    # O is scale-free, so a norm clipped a thousand times smaller moves the matrices as far.
-    loose, tight = (trained(tmp_path, max_grad_norm=norm, max_steps=1) for norm in (1e3, 1e-3))
-    a, b = weights(loose), weights(tight)
-    for r in route(loose.model).muon:
-        assert torch.allclose(a[r.name], b[r.name], atol=1e-5)  # float32 rounding of the gradient
-    assert tight.state.log_history[0]["grad_norm"] == loose.state.log_history[0]["grad_norm"]
+def test_clipping_acts_on_the_gradient_and_not_on_the_update(tmp_path):
+    free, tight = (trained(tmp_path, max_grad_norm=norm, max_steps=1) for norm in (0.0, 1e-3))
+    share = 1e-3 / tight.state.log_history[0]["grad_norm"]
+    optimizers = [find_muon(trainer.optimizer) for trainer in (free, tight)]
+    for group_free, group_tight in zip(*(o.param_groups for o in optimizers), strict=True):
+        for p, q in zip(group_free["params"], group_tight["params"], strict=True):
+            whole, clipped = optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"]
+            # float32 products; clip_grad_norm_ adds 1e-6 to the norm.
+            assert torch.allclose(clipped, share * whole, rtol=1e-4, atol=1e-12)
+            if group_free["algorithm"] == "muon":
+                assert torch.allclose(p, q, atol=1e-5)  # O is scale-free: the step is as large
 
 
 SCHEDULES = {
@@ -114,13 +119,14 @@ SCHEDULES = {
     "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
     "warmup_stable_decay": {"num_decay_steps": 2},
     "reduce_lr_on_plateau": {},
+    "greedy": {},
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_move_both_halves_together(tmp_path, schedule):
     extra = {}
-    if schedule == "reduce_lr_on_plateau":
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
         extra = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     trainer = trainer_of(
         tmp_path,
@@ -169,12 +175,46 @@ def test_resume_with_other_routes_names_the_parameters(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_resuming_an_adamw_checkpoint_says_what_to_do(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, optim="adamw_torch", **settings)
+    with pytest.raises(ValueError, match=r"another optimizer.*optimizer\.pt"):
+        trainer_of(tmp_path, **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
 def test_a_model_without_matrices_is_an_error(tmp_path):
     model = tiny_llama()
     for r in route(model).muon:
         model.get_parameter(r.name).requires_grad_(False)
     with pytest.raises(ValueError, match="Nothing to train with Muon"):
         trained(tmp_path, model=model)
+
+
+def test_tied_embeddings_train_once_with_adamw(tmp_path):
+    trainer = trained(tmp_path, model=tiny_llama(tie_word_embeddings=True))
+    groups = find_muon(trainer.optimizer).param_groups
+    names = [name for group in groups for name in group["param_names"]]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" not in groups[0]["param_names"]
+    assert trainer.model.lm_head.weight is trainer.model.model.embed_tokens.weight
+
+
+def test_a_compiled_model_trains_the_same_weights(tmp_path):
+    compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    # The traced graph adds some gradients in another order: float32 rounding.
+    assert largest_difference(weights(compiled), weights(trained(tmp_path))) < 1e-5
+
+
+def test_a_sequence_classifier(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=3, pad_token_id=0))
+    data = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(tiny_data())]
+    trainer = trained(tmp_path, model=model, data=data)
+    groups = find_muon(trainer.optimizer).param_groups
+    assert "score.weight" in groups[1]["param_names"]
 
 
 def test_model_init(tmp_path):
@@ -201,6 +241,25 @@ def test_report_is_written_to_checkpoints_and_output_folder(tmp_path):
         assert report["versions"]["torch"]
         reasons = {r["name"]: r["reason"] for r in report["routing"]["routes"]}
         assert "head" in reasons["lm_head.weight"]
+
+
+def test_report_of_a_trial_goes_to_its_checkpoint(tmp_path):
+    # What a hyper-parameter search does: each trial saves in a folder of its own.
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.state.trial_name = "run-0"
+    trainer.create_optimizer()
+    (tmp_path / "run-0" / "checkpoint-0").mkdir(parents=True)
+    trainer.callback_handler.optimizer = trainer.optimizer
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    assert (tmp_path / "run-0" / "checkpoint-0" / "muon_report.json").exists()
+    assert not (tmp_path / "checkpoint-0").exists()
+
+
+def test_report_names_parameters_that_were_added_by_hand(tmp_path):
+    optimizer = create_muon_optimizer(tiny_llama(), lr=0.1)
+    assert build_report(optimizer)["not_routed"] == []
+    optimizer.add_param_group({"params": [("more", torch.nn.Parameter(torch.zeros(3, 3)))]})
+    assert build_report(optimizer)["not_routed"] == ["more"]
 
 
 def test_model_card_names_optimizer_order_beta_and_window(tmp_path):

@@ -6,18 +6,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 VOCABULARY, LENGTH = 128, 16
 
 
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def tiny_llama(seed=0, **overrides):
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **overrides}))
 
 
 def tiny_data(count=64):

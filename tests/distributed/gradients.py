@@ -1,0 +1,49 @@
+"""Gradients that are missing or bad on some ranks only: gradients.py OUT, on two ranks, FSDP2."""
+
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import layouts
+
+
+def main():
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results = {}
+
+    model, _ = layouts.build("fsdp")
+    optimizer = layouts.build_optimizer(model)
+    layouts.set_gradients(model, 0, skip=("up", "embedding") if rank else ())
+    for name, p in model.named_parameters():
+        if name == "down":
+            p.grad = None
+    optimizer.step()
+    results["missing"] = layouts.full_weights(model)
+    results["steps"] = {
+        name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters()
+    }
+
+    layouts.set_gradients(model, 1)
+    if rank:
+        dict(model.named_parameters())["q"].grad.to_local()[0, 0] = float("nan")
+    try:
+        optimizer.step()
+        results["message"] = None
+    except FloatingPointError as error:
+        results["message"] = str(error)
+    results["after"] = layouts.full_weights(model)
+    messages = [None, None]
+    dist.all_gather_object(messages, results["message"])
+    results["messages"] = messages
+    if rank == 0:
+        torch.save(results, sys.argv[1])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
