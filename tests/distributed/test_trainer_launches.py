@@ -1,0 +1,90 @@
+"""The stock Trainer under DDP and FSDP2 trains the weights that it trains in one process."""
+
+import pytest
+import torch
+
+from tests.distributed.launch import launch
+from tests.integration.tiny import largest_difference, tiny_llama
+
+FULL = pytest.mark.full
+LAUNCHES = [("ddp", 2), ("fsdp", 2), pytest.param(("fsdp-lora", 2), marks=FULL)]
+
+
+class Runs:
+    """Launches, each made once."""
+
+    def __init__(self, make_folder):
+        self.make_folder, self.folders, self.results = make_folder, {}, {}
+
+    def __call__(self, kind, processes):
+        """What each rank saved."""
+        key = kind, processes
+        if key not in self.results:
+            self.folders[key] = folder = self.make_folder(f"{kind}{processes}")
+            launch("train", processes, kind, folder, 4 // processes)
+            ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+            self.results[key] = ranks
+        return self.results[key]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(params=LAUNCHES, ids=lambda param: f"{param[0]}{param[1]}")
+def kind_and_ranks(request, runs):
+    kind, processes = request.param
+    return kind, runs(kind, processes)
+
+
+def alone(runs, kind):
+    """One process; a model for one process is not sharded."""
+    (rank,) = runs("ddp-lora" if kind.endswith("lora") else "ddp", 1)
+    return rank
+
+
+def test_the_launch_is_what_was_asked_for(kind_and_ranks):
+    kind, ranks = kind_and_ranks
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    assert ranks[0]["sharded"] == {kind.startswith("fsdp")}
+
+
+def test_the_ranks_hold_the_same_weights(kind_and_ranks):
+    _, ranks = kind_and_ranks
+    assert largest_difference(ranks[0]["weights"], ranks[1]["weights"]) == 0
+
+
+def test_two_processes_equal_one(kind_and_ranks, runs):
+    kind, ranks = kind_and_ranks
+    expected = alone(runs, kind)
+    assert expected["world_size"] == 1
+    assert ranks[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    # Two gradients are averaged where one process sums one batch: float32 rounding, which the
+    # polar factor magnifies in directions of small singular values.
+    assert largest_difference(ranks[0]["weights"], expected["weights"]) < 1e-4
+
+
+def test_the_weights_moved(runs):
+    start = {name: p.detach() for name, p in tiny_llama().named_parameters()}
+    assert largest_difference(start, alone(runs, "ddp")["weights"]) > 1e-2
+
+
+def test_resume_is_bitwise(kind_and_ranks):
+    _, ranks = kind_and_ranks
+    for rank in ranks:
+        assert largest_difference(rank["weights"], rank["resumed"]) == 0
+
+
+def test_a_ddp_checkpoint_holds_all_momentum(runs):
+    # The Trainer saves the optimizer of rank 0 alone, so momentum must be whole there.
+    states = []
+    for count in (2, 1):
+        runs("ddp", count)
+        path = runs.folders["ddp", count] / "out" / "checkpoint-4" / "optimizer.pt"
+        states.append(torch.load(path, weights_only=True))
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for index, state in states[0]["state"].items():
+        expected = states[1]["state"][index]["exp_avg"]
+        assert expected.abs().max() > 0
+        assert torch.allclose(state["exp_avg"], expected, rtol=1e-3, atol=1e-6)  # as the weights
