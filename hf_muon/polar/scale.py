@@ -33,8 +33,10 @@ def prescale(X: Tensor, dtype: torch.dtype) -> Tensor:  # (…, m, n) -> (…, m
     Returns:
         A new tensor of the shape of X.
     """
-    # torch 2.13's vector_norm(inf) says this in one call but is many times slower on a CPU.
-    largest = X.abs().amax(dim=(-2, -1), keepdim=True)  # (…, 1, 1)
+    # torch 2.13's vector_norm(inf) says this in one call but is many times slower on a CPU, and
+    # X.abs() would write a copy.
+    both = (-2, -1)
+    largest = torch.maximum(X.amax(both, keepdim=True), -X.amin(both, keepdim=True))  # (…, 1, 1)
     if largest.dtype != torch.float64:
         largest = largest.float()
     factor = inverse_power_of_two(largest)

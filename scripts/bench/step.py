@@ -25,8 +25,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hf_muon import Muon
-from hf_muon.distributed.layout import Matrix
-from hf_muon.distributed.local import apply_to_matrices
 from hf_muon.polar import compute_dtype, orthogonalize
 
 # hidden size, intermediate size, layers (GaLore, arXiv 2403.03507, table 5)
@@ -162,7 +160,6 @@ def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
     results = {}
     for m, n in ((8, 64), (8, 384), (16, 16), (32, 32), (64, 64), (64, 256), (128, 128)):
         x = [torch.randn(m, n, device=arguments.device) for _ in range(32)]
-        whole = [[Matrix.whole((m, n))] for _ in x]
 
         def polar(batch: Tensor) -> Tensor:
             return orthogonalize(
@@ -173,8 +170,8 @@ def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
             for matrix in x:
                 polar(matrix)
 
-        def batch(x: list[Tensor] = x, whole: list[list[Matrix]] = whole) -> None:
-            apply_to_matrices(x, whole, polar)
+        def batch(x: list[Tensor] = x) -> None:
+            polar(torch.stack(x))
 
         loop(), batch()
         ratios = [
