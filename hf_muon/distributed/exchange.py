@@ -258,8 +258,8 @@ def _all_to_all(
     return received, work
 
 
-# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one, 64 × 256
-# still 1.5 times; from 128 × 128 on it does not (scripts/bench/step.py --batching).
+# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one: 32 of
+# 8 × 384 by 11 times, of 64 × 256 by 1.3, of 128 × 128 by 0.8 (scripts/bench/step.py --batching).
 _CPU_BATCHED_ELEMENTS = 2**14
 
 
