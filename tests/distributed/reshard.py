@@ -1,0 +1,69 @@
+"""Save a checkpoint under one sharding and go on from it under another.
+
+reshard.py save KIND FOLDER trains two steps and saves; reshard.py load KIND FOLDER OUT loads,
+trains two more and writes the whole weights.
+"""
+
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from tests.distributed import layouts
+
+ORDERS = ("pre_polar", "post_polar")
+
+
+def build(kind, order):
+    model, told = layouts.build(kind)
+    return model, layouts.build_optimizer(model, order=order, **told)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        layouts.set_gradients(model, step)
+        optimizer.step()
+
+
+def state_of(model, optimizer):
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def save(kind, folder):
+    for order in ORDERS:
+        model, optimizer = build(kind, order)
+        train(model, optimizer, range(2))
+        dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{order}")
+
+
+def load(kind, folder, out):
+    results = {}
+    for order in ORDERS:
+        model, optimizer = build(kind, order)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        state = state_of(model, optimizer)
+        dcp.load(state, checkpoint_id=f"{folder}/{order}")
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        train(model, optimizer, range(2, 4))
+        results[order] = layouts.full_weights(model)
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
+    dist.destroy_process_group()
