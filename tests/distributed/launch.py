@@ -1,18 +1,15 @@
 """Start a module of this folder on several processes, bounded in time."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+# Port 0: the rendezvous takes a free port itself, so that launches cannot collide.
+ON_LOOPBACK = [
+    "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
+]  # fmt: skip
 
 
 def launch(module, processes, *arguments, timeout=240, check=True):
@@ -21,7 +18,7 @@ def launch(module, processes, *arguments, timeout=240, check=True):
         [
             sys.executable, "-m", "torch.distributed.run",
             "--nproc-per-node", str(processes),
-            "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
+            *ON_LOOPBACK,
             "-m", f"tests.distributed.{module}", *map(str, arguments),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout,

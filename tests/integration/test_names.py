@@ -16,7 +16,7 @@ import hf_muon
 import hf_muon.auto
 from hf_muon import Muon, MuonOptimizerFactory
 from hf_muon.integrations import names
-from tests.distributed.launch import free_port
+from tests.distributed.launch import ON_LOOPBACK
 from tests.integration.tiny import arguments, tiny_llama, trained, trainer_of, weights
 
 SCRIPT = """
@@ -146,15 +146,12 @@ def test_unmodified_module(script, tmp_path, monkeypatch):
     "launcher",
     [
         ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
-        ["torch.distributed.run", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"],
+        ["torch.distributed.run", "--nproc-per-node", "1", *ON_LOOPBACK],
     ],
     ids=["accelerate", "torchrun"],
 )
 def test_launchers_run_an_unmodified_script(launcher, script, tmp_path):
-    rest = ["-m", "hf_muon.run", script, *script_arguments(tmp_path)]
-    if "torch.distributed.run" in launcher:
-        rest = ["--master-port", free_port(), *rest]
-    done = run("-m", *launcher, *rest)
+    done = run("-m", *launcher, "-m", "hf_muon.run", script, *script_arguments(tmp_path))
     assert "TRAINED WITH hf_muon.optimizer.muon post_polar" in done.stdout, done.stderr
 
 
