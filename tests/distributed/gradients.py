@@ -1,7 +1,6 @@
 """Gradients that are missing or bad on some ranks only: gradients.py OUT, on two ranks, FSDP2."""
 
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -10,9 +9,6 @@ from tests.distributed import layouts
 
 
 def main():
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     results = {}
 
@@ -42,8 +38,8 @@ def main():
     results["messages"] = messages
     if rank == 0:
         torch.save(results, sys.argv[1])
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with layouts.process_group():
+        main()

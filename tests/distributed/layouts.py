@@ -7,6 +7,7 @@ counted. Shapes are uneven on purpose: (5, 40) leaves a rank of four without row
 import sys
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -148,11 +149,19 @@ def train(kind, **settings):
     return model, optimizer
 
 
-def main():
-    kind, out = sys.argv[1:3]
+@contextmanager
+def process_group():
+    """A group on gloo that no rank leaves before the others are done."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main():
+    kind, out = sys.argv[1:3]
     results = {}
     counts = Counter()
     count_collectives(counts)
@@ -173,8 +182,8 @@ def main():
         }
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with process_group():
+        main()

@@ -5,7 +5,6 @@ trains two more and writes the whole weights.
 """
 
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -62,8 +61,5 @@ def load(kind, folder, out):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
-    dist.destroy_process_group()
+    with layouts.process_group():
+        {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from zoo import SIZES, ZOO, _qwen2_5_vl, config
+from zoo import SIZES, ZOO, _qwen2_5_vl, config, region
 
 from hf_muon.config import MuonConfig
 from hf_muon.routing import route
@@ -39,7 +39,7 @@ def maps(model: nn.Module, name: str) -> list[torch.Tensor]:
     found = next(r for r in route(model, SPLIT).routes if r.name == name)
     parameter = dict(model.named_parameters())[name]
     assert "split" in found.reason
-    views = [m.view(parameter.detach()) for m in found.matrices]
+    views = [region(m, parameter.detach()) for m in found.matrices]
     assert sum(v.numel() for v in views) == parameter.numel()
     return [
         v.reshape(-1, v.shape[-1]).T if m.fan_out_dim == 1 else v.reshape(-1, v.shape[-1])

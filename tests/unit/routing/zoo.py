@@ -33,6 +33,11 @@ class Model:
     counts: tuple[int, int, int, int]
 
 
+def region(matrix: Any, parameter: torch.Tensor) -> torch.Tensor:
+    """The elements of a matrix, in the shape the matrix gives them."""
+    return parameter.contiguous().as_strided(matrix.shape, matrix.strides, matrix.offset)
+
+
 def config(name: str, **values: Any) -> Any:
     return transformers.AutoConfig.for_model(name, **values)
 
