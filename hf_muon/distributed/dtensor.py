@@ -83,18 +83,19 @@ def _ranks(mesh: DeviceMesh, dims: Sequence[int]) -> Ranks:
     return Ranks(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
 
 
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# By the world they belong to, which ends with destroy_process_group.
+_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """A process group of these ranks, the whole world where that is what they are."""
+    world = dist.group.WORLD
+    assert world is not None
     if sorted(ranks) == list(range(dist.get_world_size())):
-        world = dist.group.WORLD
-        assert world is not None
         return world
-    if ranks not in _groups:
-        _groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _groups[ranks]
+    if (world, ranks) not in _groups:
+        _groups[world, ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _groups[world, ranks]
 
 
 def mesh_ranks(mesh: DeviceMesh) -> Ranks:

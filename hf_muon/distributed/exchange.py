@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -57,18 +58,43 @@ class Bucket:
 
     shard: Ranks
     replicate: Ranks
+    device: torch.device
     units: list[Unit] = field(default_factory=list)
 
-    @property
+    @cached_property
     def row(self) -> list[Unit]:
         """The units that this replica computes."""
         return [unit for unit in self.units if unit.owner[0] == self.replicate.index]
 
+    @cached_property
+    def mine(self) -> list[Unit]:
+        """The units that this rank computes."""
+        return [unit for unit in self.row if unit.owner[1] == self.shard.index]
+
+    @cached_property
     def held(self) -> list[Item]:
         """This rank's pieces of all units."""
         return [(unit, piece) for unit in self.units for piece in unit.pieces[self.shard.index]]
 
-    @property
+    @cached_property
+    def outgoing(self) -> list[list[Item]]:
+        """For each member of the shard group the pieces that this rank sends to it."""
+        return [self._sent(self.shard.index, owner) for owner in range(self.shard.size)]
+
+    @cached_property
+    def incoming(self) -> list[list[Item]]:
+        """For each member of the shard group the pieces that this rank gets from it."""
+        return [self._sent(member, self.shard.index) for member in range(self.shard.size)]
+
+    @cached_property
+    def by_replica(self) -> list[list[Item]]:
+        """For each replica this rank's pieces of what that replica computes."""
+        return [
+            [item for item in self.held if item[0].owner[0] == replica]
+            for replica in range(self.replicate.size)
+        ]
+
+    @cached_property
     def gathers(self) -> bool:
         """Whether any piece lies elsewhere than on the owner: known to every rank."""
         return any(
@@ -77,19 +103,16 @@ class Bucket:
             for member, pieces in enumerate(unit.pieces)
         )
 
-    def sent_by(self, member: int, owner: int) -> list[Item]:
+    def _sent(self, member: int, owner: int) -> list[Item]:
         """What a member of the shard group sends to an owner, in the order it is packed."""
         if member == owner:
             return []
         return [(u, piece) for u in self.row if u.owner[1] == owner for piece in u.pieces[member]]
 
-    def held_from(self, replica: int) -> list[Item]:
-        """This rank's pieces of what a replica computes."""
-        me = self.shard.index
-        return [(u, piece) for u in self.units if u.owner[0] == replica for piece in u.pieces[me]]
 
-
-def plan_buckets(layouts: Sequence[Layout], limit: int) -> list[Bucket]:
+def plan_buckets(
+    layouts: Sequence[Layout], devices: Sequence[torch.device], limit: int
+) -> list[Bucket]:
     """Assign owners and fill buckets.
 
     A rank that holds all of a matrix owns it, if there is one, so that replicas and experts need
@@ -97,32 +120,34 @@ def plan_buckets(layouts: Sequence[Layout], limit: int) -> list[Bucket]:
 
     Args:
         layouts: One for each parameter.
+        devices: Where each parameter is; a bucket is on one device.
         limit: Elements of whole matrices per owner and bucket; a larger matrix goes alone.
     """
-    contexts: dict[tuple[Ranks, Ranks], list[Unit]] = defaultdict(list)
-    for index, layout in enumerate(layouts):
+    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Unit]] = defaultdict(list)
+    for index, (layout, device) in enumerate(zip(layouts, devices, strict=True)):
         for number, shape in enumerate(layout.shapes):
             pieces = tuple(member[number] for member in layout.pieces)
             unit = Unit(index, number, shape, pieces)
-            contexts[layout.shard, layout.replicate].append(unit)
+            contexts[layout.shard, layout.replicate, device].append(unit)
     return [
         bucket
-        for (shard, replicate), units in contexts.items()
-        for bucket in _fill(shard, replicate, units, limit)
+        for (shard, replicate, device), units in contexts.items()
+        for bucket in _fill(Bucket(shard, replicate, device), units, limit)
     ]
 
 
-def _fill(shard: Ranks, replicate: Ranks, units: list[Unit], limit: int) -> Iterator[Bucket]:
+def _fill(bucket: Bucket, units: list[Unit], limit: int) -> Iterator[Bucket]:
+    shard, replicate = bucket.shard, bucket.replicate
     units.sort(key=lambda u: (-polar_cost(*u.shape), u.shape, u.parameter, u.matrix))
     slots = shard.size * replicate.size
-    balance, bucket, filled = Balance(slots), Bucket(shard, replicate), [0] * slots
+    balance, filled = Balance(slots), [0] * slots
     for unit in units:
         columns = unit.holders() or range(shard.size)
         candidates = [r * shard.size + c for r in range(replicate.size) for c in columns]
         slot = balance.lightest(candidates)
         if filled[slot] and filled[slot] + unit.numel > limit:
             yield bucket
-            bucket, filled = Bucket(shard, replicate), [0] * slots
+            bucket, filled = Bucket(shard, replicate, bucket.device), [0] * slots
             balance.new_bucket()
             slot = balance.lightest(candidates)
         balance.give(slot, polar_cost(*unit.shape))
@@ -134,11 +159,12 @@ def _fill(shard: Ranks, replicate: Ranks, units: list[Unit], limit: int) -> Iter
 
 
 def exchange(
-    bucket: Bucket, read: Read, function: MatrixFunction, wire: torch.dtype, device: torch.device
+    bucket: Bucket, read: Read, function: MatrixFunction, wire: torch.dtype
 ) -> Generator[None, None, Result]:
     """Apply ``function`` to every matrix of a bucket.
 
-    Yields after each collective is launched, so that others can overlap it.
+    Yields after each collective is launched, so that others can overlap it, and as often on every
+    rank, so that all launch theirs in the same order.
 
     Args:
         bucket: From :func:`plan_buckets`.
@@ -146,74 +172,67 @@ def exchange(
             that this replica computes.
         function: Matrices, alone (m, n) or in a batch (k, m, n), to matrices in ``wire``.
         wire: Dtype on the wire, the one that ``function`` computes in: nothing is lost.
-        device: Where the tensors are.
 
     Returns:
         This rank's pieces of all units, each with its part of the result.
     """
-    shard, replicate, me = bucket.shard, bucket.replicate, bucket.shard.index
-    members = range(shard.size)
-    mine = [unit for unit in bucket.row if unit.owner[1] == me]
-    inputs = {unit: _own_input(unit, me, read, wire, device) for unit in mine}
-
-    outgoing = [bucket.sent_by(me, owner) for owner in members]
-    incoming = [bucket.sent_by(member, me) for member in members]
+    me, mine = bucket.shard.index, bucket.mine
+    inputs = {unit: _own_input(unit, bucket, read, wire) for unit in mine}
     if bucket.gathers:
-        packed = _packed(outgoing, read, wire, device)
-        received, work = _all_to_all(packed, _counts(outgoing), _counts(incoming), shard)
+        packed = _packed(bucket.outgoing, read, wire, bucket.device)
+        received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
         yield
         work.wait()
-        for (unit, piece), block in _unpacked(incoming, received):
+        for (unit, piece), block in _unpacked(bucket.incoming, received):
             piece.of_matrix(inputs[unit]).copy_(block)
+        del packed, received
 
     outputs = dict(zip(mine, in_batches(list(inputs.values()), function), strict=True))
     inputs.clear()
-    results = {(u, p): p.of_matrix(outputs[u]) for u in mine for p in u.pieces[me]}
+    results = {(unit, p): p.of_matrix(outputs[unit]) for unit in mine for p in unit.pieces[me]}
     if bucket.gathers:
-        packed = _packed(incoming, lambda u, p: p.of_matrix(outputs[u]), wire, device)
-        received, work = _all_to_all(packed, _counts(incoming), _counts(outgoing), shard)
+        packed = _packed(bucket.incoming, lambda u, p: p.of_matrix(outputs[u]), wire, bucket.device)
+        received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
         yield
         work.wait()
-        results.update(_unpacked(outgoing, received))
+        results.update(_unpacked(bucket.outgoing, received))
 
-    if replicate.size > 1:
-        results = yield from _replicated(bucket, results, wire, device)
+    if bucket.replicate.size > 1:
+        yield from _replicated(bucket, results, wire)
     return results
 
 
-def _own_input(unit: Unit, me: int, read: Read, wire: torch.dtype, device: torch.device) -> Tensor:
+def _own_input(unit: Unit, bucket: Bucket, read: Read, wire: torch.dtype) -> Tensor:
     """The matrix on its owner: what it holds in one piece, or a buffer with its pieces."""
-    pieces = unit.pieces[me]
+    pieces = unit.pieces[bucket.shard.index]
     if len(pieces) == 1 and pieces[0].numel == unit.numel:
         return read(unit, pieces[0])
-    matrix = torch.empty(unit.shape, dtype=wire, device=device)
+    matrix = torch.empty(unit.shape, dtype=wire, device=bucket.device)
     for piece in pieces:
         piece.of_matrix(matrix).copy_(read(unit, piece))
     return matrix
 
 
-def _replicated(
-    bucket: Bucket, results: Result, wire: torch.dtype, device: torch.device
-) -> Generator[None, None, Result]:
-    """All-gather, padded to the largest replica, of what each replica computed."""
+def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator[None, None, None]:
+    """Add what the other replicas computed: an all-gather, padded to the largest of them."""
     replicate = bucket.replicate
-    parts = [bucket.held_from(replica) for replica in range(replicate.size)]
-    counts = _counts(parts)
+    counts = _counts(bucket.by_replica)
     width = max(counts)
-    if width == 0:
-        return results
-    send = torch.zeros(width, dtype=wire, device=device)
-    own = parts[replicate.index]
-    send[: counts[replicate.index]] = _packed([own], lambda *item: results[item], wire, device)
-    received = torch.empty(replicate.size, width, dtype=wire, device=device)
+    if width == 0:  # this rank and its replicas hold nothing, but their peers do
+        yield
+        return
+    send = torch.zeros(width, dtype=wire, device=bucket.device)
+    own = [bucket.by_replica[replicate.index]]
+    for item, block in _unpacked(own, send):
+        block.copy_(results[item])
+    received = torch.empty(replicate.size, width, dtype=wire, device=bucket.device)
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
     work = all_gather(received.view(-1), send, group=replicate.group, async_op=True)
     yield
     work.wait()
-    for replica, items in enumerate(parts):
+    for replica, items in enumerate(bucket.by_replica):
         if replica != replicate.index:
-            results.update(_unpacked([items], received[replica, : counts[replica]]))
-    return results
+            results.update(_unpacked([items], received[replica]))
 
 
 def summed(values: Tensor, members: Ranks) -> Generator[None, None, None]:
@@ -240,7 +259,7 @@ def _packed(
 
 
 def _unpacked(lists: Iterable[list[Item]], flat: Tensor) -> Iterator[tuple[Item, Tensor]]:
-    """Each item with its block, a view (rows, cols) of the flat tensor."""
+    """Each item with its block, a view (rows, cols) of the beginning of a flat tensor."""
     items = [item for items in lists for item in items]
     ends = accumulate(piece.numel for _, piece in items)
     for item, end in zip(items, ends, strict=True):
@@ -249,8 +268,9 @@ def _unpacked(lists: Iterable[list[Item]], flat: Tensor) -> Iterator[tuple[Item,
 
 
 def _all_to_all(
-    packed: Tensor, sends: list[int], receives: list[int], shard: Ranks
+    packed: Tensor, outgoing: list[list[Item]], incoming: list[list[Item]], shard: Ranks
 ) -> tuple[Tensor, dist.Work]:
+    sends, receives = _counts(outgoing), _counts(incoming)
     received = torch.empty(sum(receives), dtype=packed.dtype, device=packed.device)
     work = dist.all_to_all_single(
         received, packed, receives, sends, group=shard.group, async_op=True
@@ -267,8 +287,8 @@ def in_batches(matrices: Sequence[Tensor], function: MatrixFunction) -> list[Ten
     """``function`` of each matrix, those of one shape together where that is faster."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
-        together = matrix.device.type != "cpu" or matrix.numel() <= _CPU_BATCHED_ELEMENTS
-        groups[(*matrix.shape, -1 if together else index)].append(index)
+        alone = matrix.device.type == "cpu" and matrix.numel() > _CPU_BATCHED_ELEMENTS
+        groups[(*matrix.shape, index if alone else -1)].append(index)
     results: dict[int, Tensor] = {}
     for indices in groups.values():
         if len(indices) == 1:

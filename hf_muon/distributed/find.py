@@ -63,15 +63,12 @@ def agreed(flags: Tensor, parameters: Sequence[Tensor], replicate: Ranks) -> Ten
         parameters: Those whose ranks must agree.
         replicate: The ranks that hold copies of plain tensors.
     """
-    groups: dict[tuple[int, ...], Ranks] = {}
-    for parameter in parameters:
-        ranks = replicate
-        if is_dtensor(parameter):
-            from hf_muon.distributed.dtensor import mesh_ranks
+    meshes = {p.device_mesh: None for p in parameters if is_dtensor(p)}
+    members = [replicate]
+    if meshes:
+        from hf_muon.distributed.dtensor import mesh_ranks
 
-            ranks = mesh_ranks(parameter.device_mesh)
-        groups.setdefault(ranks.ranks, ranks)
-    for ranks in groups.values():
-        if ranks.size > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
+        members += map(mesh_ranks, meshes)
+    for ranks in {ranks: None for ranks in members if ranks.size > 1}:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
     return flags

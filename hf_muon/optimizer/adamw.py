@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from hf_muon.distributed.find import is_dtensor
+
 
 def has_fused_kernel(parameters: Iterable[Tensor]) -> bool:
     """Whether torch's fused AdamW runs on all of these parameters."""
@@ -34,11 +36,19 @@ def adamw_step(
     group: dict[str, Any], state: MutableMapping[Tensor, dict[str, Tensor]], active: list[Tensor]
 ) -> None:
     """One AdamW step (arXiv 1711.05101) on parameters of a group; no gradient counts as zero."""
+    for sharded in (False, True):  # a fused kernel takes no mixture
+        params = [p for p in active if is_dtensor(p) is sharded]
+        if params:
+            _functional_adamw(group, params, [state[p] for p in params])
+
+
+def _functional_adamw(
+    group: dict[str, Any], params: list[Tensor], states: list[dict[str, Tensor]]
+) -> None:
     beta1, beta2 = group["betas"]
-    states = [state[p] for p in active]
     adamw(
-        active,
-        [torch.zeros_like(p) if p.grad is None else p.grad for p in active],
+        params,
+        [torch.zeros_like(p) if p.grad is None else p.grad for p in params],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],

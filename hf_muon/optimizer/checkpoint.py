@@ -14,7 +14,24 @@ import torch
 Group = dict[str, Any]
 
 # Values that change while training, or that say where the group's parameters are.
+_TUPLES = {"matrices", "pairs", "betas"}
 _NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr"}
+
+
+def with_plain_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with tuples where torch.distributed.checkpoint has made lists of them.
+
+    Seen in torch 2.13 with ``full_state_dict=True``.
+    """
+    groups = [
+        {key: _tuples(value) if key in _TUPLES else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_routing(own: Sequence[Group], saved: Sequence[Group]) -> None:

@@ -30,15 +30,17 @@ def agree_on_gradients(groups: list[Group], replicate: Ranks) -> list[list[int]]
     """
     members = [(group, index) for group in groups for index in range(len(group["params"]))]
     parameters = [group["params"][index] for group, index in members]
-    for (group, index), p in zip(members, parameters, strict=True):
-        _check_kind(group, index, p.grad)
     present = [p.grad is not None for p in parameters]
-    bad = _non_finite([local(p.grad) for p in parameters if p.grad is not None])
+    problem = _problem(members)
+    flags = [bool(problem), *present]
     device = local(parameters[0]).device
-    flags = torch.tensor([bool(bad), *present], dtype=torch.int32, device=device)
-    any_bad, *active = agreed(flags, parameters, replicate).tolist()
-    if any_bad:
-        _raise_non_finite(members, parameters)
+    agreement = agreed(torch.tensor(flags, dtype=torch.int32, device=device), parameters, replicate)
+    any_problem, *active = agreement.tolist()
+    if any_problem:
+        raise problem or FloatingPointError(
+            "Another rank has a gradient that cannot be used: NaN, infinite, sparse or complex. No "
+            "parameter and no state was changed; that rank's error names the parameter."
+        )
     chosen: list[list[int]] = [[] for _ in groups]
     where = [number for number, group in enumerate(groups) for _ in group["params"]]
     for number, (_, index), is_active in zip(where, members, active, strict=True):
@@ -47,33 +49,37 @@ def agree_on_gradients(groups: list[Group], replicate: Ranks) -> list[list[int]]
     return chosen
 
 
-def _check_kind(group: Group, index: int, gradient: Tensor | None) -> None:
-    if gradient is not None and (gradient.is_sparse or gradient.is_complex()):
-        kind = "sparse" if gradient.is_sparse else "complex"
-        raise ValueError(
-            f"The gradient of {parameter_name(group, index)} is {kind}; Muon and AdamW need dense "
-            "real gradients (an embedding: sparse=False)."
-        )
-
-
-def _non_finite(gradients: list[Tensor]) -> bool:
+def _problem(members: list[tuple[Group, int]]) -> Exception | None:
+    """What is wrong with the gradients of this rank, if anything is."""
+    names, gradients = [], []
+    for group, index in members:
+        gradient = group["params"][index].grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse or gradient.is_complex():
+            kind = "sparse" if gradient.is_sparse else "complex"
+            return ValueError(
+                f"The gradient of {parameter_name(group, index)} is {kind}; Muon and AdamW need "
+                "dense real gradients (an embedding: sparse=False)."
+            )
+        names.append(parameter_name(group, index))
+        gradients.append(local(gradient))
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        return False
-    return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-
-
-def _raise_non_finite(members: list[tuple[Group, int]], parameters: list[Tensor]) -> None:
-    names = [
-        parameter_name(group, index)
-        for (group, index), p in zip(members, parameters, strict=True)
-        if p.grad is not None and not torch.isfinite(local(p.grad)).all()
+        return None
+    bad = [
+        name
+        for name, gradient in zip(names, gradients, strict=True)
+        if not torch.isfinite(gradient).all()
     ]
+    return _non_finite(bad) if bad else None
+
+
+def _non_finite(names: list[str]) -> FloatingPointError:
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise FloatingPointError(
-        f"The gradient holds NaN or infinity in {listed or 'a shard of another rank'}. No "
-        "parameter and no state was changed. Lower the learning rate, clip gradients "
-        "(max_grad_norm), or look for a division by zero in the loss; under float16, train with a "
-        "gradient scaler (fp16=True)."
+    return FloatingPointError(
+        f"The gradient holds NaN or infinity in {listed}. No parameter and no state was changed. "
+        "Lower the learning rate, clip gradients (max_grad_norm), or look for a division by zero "
+        "in the loss; under float16, train with a gradient scaler (fp16=True)."
     )
 
 
@@ -97,6 +103,11 @@ def check_placement(group: Group, index: int, state: dict[str, Tensor]) -> None:
             "Muon trains whole tensors (one process, DDP) and DTensors (FSDP2, tensor and expert "
             "parallelism), not yet the flat tensors of FSDP1 and DeepSpeed ZeRO: use FSDP2 "
             "(fsdp_version: 2)."
+        )
+    if len(group["matrices"][index]) > 1 and not local(parameter).is_contiguous():
+        raise ValueError(
+            f"{parameter_name(group, index)} holds several matrices and is not contiguous in "
+            "memory: make it contiguous before training."
         )
     buffer = state.get("exp_avg")
     if buffer is not None and is_dtensor(buffer) != is_dtensor(parameter):

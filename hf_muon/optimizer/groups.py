@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_muon.config import MuonConfig, require_known
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.adamw import has_fused_kernel
+from hf_muon.optimizer.scaling import step_size
 
 Group = dict[str, Any]
 
@@ -69,6 +70,9 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
     if muon:
         group["matrices"] = _plain(group.get("matrices") or [_default(p) for p in tensors])
         _check_cover(group, tensors)
+        for inside in set(group["matrices"]):
+            for matrix in inside:
+                step_size(group["adjust_lr"], Matrix(*matrix))  # raises where it cannot be known
     else:
         group.setdefault("fused", has_fused_kernel(tensors))
     return group

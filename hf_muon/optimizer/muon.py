@@ -29,7 +29,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
-from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype
+from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
 from hf_muon.optimizer.gradients import agree_on_gradients, check_placement, parameter_name
 from hf_muon.optimizer.groups import complete_group, named_groups
 from hf_muon.optimizer.momentum import momentum_at
@@ -90,7 +90,10 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
-        return {**super().__getstate__(), "config": self.config, "routes": self.routes}
+        kept: dict[str, Any] = {"config": self.config, "routes": self.routes}
+        if isinstance(self.replicate_group, str):  # a process group cannot be copied
+            kept["replicate_group"] = self.replicate_group
+        return {**super().__getstate__(), **kept}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
@@ -121,6 +124,8 @@ class Muon(Optimizer):
 
     def _muon_step(self, group: Group, indices: list[int], replicate: Ranks) -> None:
         """One step on some matrices of a group, a few buckets at a time."""
+        if not indices:
+            return
         members = [self._member(group, index) for index in indices]
         buckets = self._buckets(group, indices, replicate)
         run_overlapped(bucket_step(group, members, bucket) for bucket in buckets)
@@ -148,26 +153,26 @@ class Muon(Optimizer):
     def _buckets(self, group: Group, indices: list[int], replicate: Ranks) -> list[Bucket]:
         """The plan for these parameters; made once for each set of layouts."""
         layouts = [self._layout(group, index, replicate) for index in indices]
-        key = tuple(map(id, layouts))  # the layouts are kept, so that their ids stay theirs
+        devices = [local(group["params"][index]).device for index in indices]
+        # The layouts are kept, so that their ids stay theirs.
+        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"])
         if key not in self._plans:
-            wire = wire_dtype(group, group["params"][indices[0]]) if indices else torch.float32
-            self._plans[key] = plan_buckets(
-                layouts, int(group["bucket_mb"] * 2**20 / wire.itemsize)
-            )
+            wire = wire_dtype(group, group["params"][indices[0]])
+            limit = int(group["bucket_mb"] * 2**20 / wire.itemsize)
+            self._plans[key] = plan_buckets(layouts, devices, limit)
         return self._plans[key]
 
     def _layout(self, group: Group, index: int, replicate: Ranks) -> Layout:
         """Where the matrices of a parameter are; found once for each kind of parameter."""
         parameter, matrices = group["params"][index], group["matrices"][index]
-        copies = replicate if _divides(group, parameter, matrices) else ALONE
         placing = (parameter.device_mesh, parameter.placements) if is_dtensor(parameter) else None
-        key = (tuple(parameter.shape), placing, matrices, copies)
+        has_copies = placing is not None or replicate.size > 1
+        divides = has_copies and _divides(group, parameter, matrices)
+        key = (tuple(parameter.shape), placing, matrices, divides)
         if key not in self._layouts:
             inside = [Matrix(*matrix) for matrix in matrices]
-            found = find_layout(parameter, inside, parameter_name(group, index), copies)
-            if copies is ALONE:
-                found = dataclasses.replace(found, replicate=ALONE)
-            self._layouts[key] = found
+            found = find_layout(parameter, inside, parameter_name(group, index), replicate)
+            self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
         return self._layouts[key]
 
     def _replicate(self) -> Ranks:
@@ -206,9 +211,13 @@ class Muon(Optimizer):
             ValueError: The checkpoint was trained with other routes or in another order; the
                 message names the parameters.
         """
+        state_dict = with_plain_groups(state_dict)
         check_routing(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         keep_momentum_dtype(self, state_dict)
+        for state in self.state.values():  # torch keeps the checkpoint's own tensor
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
 
 def _divides(group: Group, parameter: Tensor, matrices: Sequence[Any]) -> bool:

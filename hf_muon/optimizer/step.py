@@ -11,7 +11,7 @@ works on the pieces that this rank holds::
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,11 +41,12 @@ class Member:
 
     def at(self, piece: Piece) -> Member:
         """Views of a piece, each (rows, cols)."""
-        return replace(
-            self,
-            weight=piece.of_local(self.weight),
-            gradient=piece.of_local(self.gradient),
-            exp_avg=piece.of_local(self.exp_avg),
+        return Member(
+            piece.of_local(self.weight),
+            piece.of_local(self.gradient),
+            piece.of_local(self.exp_avg),
+            self.momentum,
+            self.matrices,
         )
 
 
@@ -58,7 +59,7 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
         bucket: Some of their matrices.
     """
     order, nesterov = group["order"], group["nesterov"]
-    blocks = {(unit, piece): members[unit.parameter].at(piece) for unit, piece in bucket.held()}
+    blocks = {(unit, piece): members[unit.parameter].at(piece) for unit, piece in bucket.held}
 
     def before(unit: Unit, piece: Piece) -> Tensor:
         block = blocks[unit, piece]
@@ -77,12 +78,11 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
         # Also pieces whose factor another replica computes: their buffers stay copies.
         for block in blocks.values():
             accumulate(block.gradient, block.exp_avg, block.momentum)
-    weight = members[0].weight
-    polar, wire = polar_function(group), wire_dtype(group, weight)
-    factors = yield from exchange(bucket, before, polar, wire, weight.device)
+    wire = wire_dtype(group, members[bucket.units[0].parameter].weight)
+    factors = yield from exchange(bucket, before, polar_function(group), wire)
     updates = {item: after(item, factor) for item, factor in factors.items()}
     if group["match_update_rms"]:
-        updates = yield from _with_matched_rms(bucket, updates, weight.device)
+        updates = yield from _with_matched_rms(bucket, updates)
     for (unit, piece), update in updates.items():
         block = blocks[unit, piece]
         apply_update(
@@ -96,11 +96,11 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
 
 
 def _with_matched_rms(
-    bucket: Bucket, updates: dict[Item, Tensor], device: torch.device
+    bucket: Bucket, updates: dict[Item, Tensor]
 ) -> Generator[None, None, dict[Item, Tensor]]:
     """Updates with the RMS of a polar factor; the norm of the whole takes one all-reduce."""
     place = {unit: index for index, unit in enumerate(bucket.units)}
-    sums = torch.zeros(len(place), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(place), dtype=torch.float64, device=bucket.device)
     for (unit, _), update in updates.items():
         sums[place[unit]] += update.double().square().sum()
     yield from summed(sums, bucket.shard)

@@ -33,6 +33,15 @@ def main():
     except FloatingPointError as error:
         results["message"] = str(error)
     results["after"] = layouts.full_weights(model)
+
+    for p in model.parameters():
+        p.grad = None
+    model.q.grad = torch.zeros_like(model.q)
+    optimizer.state[model.q]["exp_avg"] = torch.zeros(layouts.SHAPES["q"])
+    try:
+        optimizer.step()
+    except ValueError as error:
+        results["state"] = str(error)
     messages = [None, None]
     dist.all_gather_object(messages, results["message"])
     results["messages"] = messages

@@ -1,15 +1,22 @@
 """Save a checkpoint under one sharding and go on from it under another.
 
 reshard.py save KIND FOLDER trains two steps and saves; reshard.py load KIND FOLDER OUT loads,
-trains two more and writes the whole weights.
+trains two more and writes the whole weights; reshard.py full KIND OUT does both by whole tensors.
 """
 
+import copy
 import sys
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from tests.distributed import layouts
 
@@ -39,6 +46,22 @@ def save(kind, folder):
         dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{order}")
 
 
+def full(kind, out):
+    """Through whole tensors on every rank, as launchers do that save one file."""
+    results = {}
+    options = StateDictOptions(full_state_dict=True)
+    for order in ORDERS:
+        model, optimizer = build(kind, order)
+        train(model, optimizer, range(2))
+        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+        again = layouts.build_optimizer(model, order=order)
+        set_optimizer_state_dict(model, again, state, options=options)
+        train(model, again, range(2, 4))
+        results[order] = layouts.full_weights(model)
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+
+
 def load(kind, folder, out):
     results = {}
     for order in ORDERS:
@@ -62,4 +85,4 @@ def load(kind, folder, out):
 
 if __name__ == "__main__":
     with layouts.process_group():
-        {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
+        {"save": save, "load": load, "full": full}[sys.argv[1]](*sys.argv[2:])

@@ -13,9 +13,13 @@ LAUNCHES = [
     pytest.param(("ddp", 3), marks=FULL),
     pytest.param(("fsdp", 3), marks=FULL),
     pytest.param(("fsdp", 4), marks=FULL),
-    pytest.param(("hsdp", 4), marks=FULL),
+    ("hsdp", 4),
     ("tp", 4),
 ]
+# A batch of matrices with a shorter side below 16 rounds by its composition, which follows from the
+# owners: a few float32 roundings of entries of size one.
+BATCHED_BELOW = 16
+ROUNDING = 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +48,41 @@ def test_equals_one_process(trained, alone, case):
     assert results[case]["same on all ranks"]
     assert results[case]["dtensor"] is (kind != "ddp")
     for name, weight in results[case]["weights"].items():
-        if case == "matched rms":
+        if case == "matched rms" or is_batched(weight):
             # The norm of a sharded matrix is summed in another order: float64 sums, then one
             # float32 rounding of the factor.
-            assert torch.allclose(weight, expected[name], rtol=0, atol=1e-6), name
+            assert torch.allclose(weight, expected[name], rtol=0, atol=ROUNDING), name
         else:
             assert torch.equal(weight, expected[name]), name
+
+
+def is_batched(weight):
+    return weight.ndim >= 2 and min(weight.shape[-2:]) < BATCHED_BELOW
+
+
+# kind -> which of (all-to-all, all-gather) the exchange launches.
+COLLECTIVES = {
+    "ddp": (False, True),
+    "fsdp": (True, False),
+    "hsdp": (True, True),
+    "tp": (True, False),
+}
+
+
+def test_only_the_collectives_that_the_layout_needs(trained):
+    kind, _, results = trained
+    counts = results["owner"]["counts"]
+    launched = [counts.get(f"{name}_single", 0) for name in ("all_to_all", "all_gather")]
+    assert tuple(number > 0 for number in launched) == COLLECTIVES[kind]
+    # There and back for every bucket of every step.
+    assert launched[0] % (2 * layouts.STEPS) == 0
+
+
+def test_redundant_work_needs_no_messages(trained):
+    kind, _, results = trained
+    if kind == "ddp":
+        assert results["redundant"]["counts"] == {}
+    assert "all_gather_single" not in results["redundant"]["counts"]
 
 
 def test_the_comparison_can_fail(alone):

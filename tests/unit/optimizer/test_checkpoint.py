@@ -81,6 +81,17 @@ def test_momentum_keeps_its_own_dtype():
     assert torch.equal(other.state[weight]["exp_avg"], buffer)
 
 
+def test_loaded_state_shares_nothing_with_its_source():
+    net = model()
+    optimizer = build(net)
+    train(net, optimizer, 2, seed=1)
+    other = copy.deepcopy(net)
+    resumed = build(other)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(net, optimizer, 1, seed=2)
+    assert {int(resumed.state[p]["step"]) for p in other.parameters()} == {2}
+
+
 def test_another_routing_is_refused_by_name():
     net = model()
     saved = build(net).state_dict()
