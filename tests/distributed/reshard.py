@@ -55,6 +55,7 @@ def full(kind, out):
         train(model, optimizer, range(2))
         state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
         again = layouts.build_optimizer(model, order=order)
+        model.zero_grad()  # with gradients around, no state is made to load into
         set_optimizer_state_dict(model, again, state, options=options)
         train(model, again, range(2, 4))
         results[order] = layouts.full_weights(model)
