@@ -346,6 +346,11 @@ def test_an_empty_group_cannot_be_added():
         optimizer.add_param_group({"params": []})
 
 
+def test_an_unknown_replicate_group_is_refused():
+    with pytest.raises(ValueError, match="replicate_group='all': a process group, 'world' or None"):
+        Muon([torch.zeros(4, 4)], lr=0.1, replicate_group="all")
+
+
 def test_lr_is_required():
     with pytest.raises(ValueError, match="lr is not set"):
         Muon([torch.zeros(4, 4)])
