@@ -77,7 +77,8 @@ class Muon(Optimizer):
         self.config = MuonConfig(lr=lr, **settings)
         if isinstance(replicate_group, str) and replicate_group != "world":
             raise ValueError(
-                f"replicate_group={replicate_group!r}: a process group, 'world' or None is expected."
+                f"replicate_group={replicate_group!r}: a process group, 'world' or None is "
+                "expected."
             )
         self.replicate_group = replicate_group
         self._layouts: dict[Any, Layout] = {}
