@@ -119,10 +119,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
     entries = list(contenders(arguments))
     for _, step, _ in entries:
         step()
-    rounds = [
-        {name: seconds(step, arguments.device) for name, step, _ in entries}
-        for _ in range(arguments.repeats)
-    ]
+    rounds = []
+    for number in range(arguments.repeats):
+        first = number % len(entries)  # each has each place, since the one before leaves its cache
+        turns = entries[first:] + entries[:first]
+        rounds.append({name: seconds(step, arguments.device) for name, step, _ in turns})
     reference = entries[-1][0]
     table = Table(
         "contender", "ms", "spread", f"{reference} / this", "spread", "state bytes / parameter",
