@@ -38,13 +38,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def local_gradient(parameter: Tensor) -> Tensor:
+def local_gradient(parameter: Any) -> Tensor:
     """This rank's part of the gradient, placed like the parameter; zeros where there is none."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(local(parameter))
-    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
-        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
     return local(gradient).contiguous()
 
 
@@ -52,7 +52,7 @@ def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:
     """The ranks of a replicate group; ``"world"`` is all of them, once they are known."""
     if not dist.is_initialized():
         return ALONE
-    return ranks_of(dist.group.WORLD if group == "world" else group)  # type: ignore[arg-type]
+    return ranks_of(dist.group.WORLD if isinstance(group, str) else group)
 
 
 def agreed(flags: Tensor, parameters: Sequence[Tensor], replicate: Ranks) -> Tensor:
