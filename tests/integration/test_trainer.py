@@ -252,6 +252,10 @@ def test_report_of_a_trial_goes_to_its_checkpoint(tmp_path):
     trainer.callback_handler.optimizer = trainer.optimizer
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     assert (tmp_path / "run-0" / "checkpoint-0" / "muon_report.json").exists()
+    # A folder with nothing but a report would pass for the last checkpoint.
+    trainer.state.trial_name = "run-1"
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    assert not (tmp_path / "run-1").exists()
     assert not (tmp_path / "checkpoint-0").exists()
 
 
