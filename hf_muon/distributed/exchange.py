@@ -1,7 +1,7 @@
 """Bring whole matrices together on their owners, and the results back: buckets of collectives.
 
-In: the layouts of some parameters, and two functions: one reads a piece of an input, the other maps
-a batch of whole matrices. Out: the result for every piece that this rank holds. A bucket runs
+In: a bucket of the plan, and two functions: one reads a piece of an input, the other maps a batch
+of whole matrices. Out: the result for every piece that this rank holds. A bucket runs
 
     pieces ── all-to-all ──► owner ── function ── all-to-all ──► pieces ── all-gather ──► replicas
 
@@ -13,149 +13,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.layout import Layout, Piece, Ranks
-from hf_muon.distributed.owners import Balance, polar_cost
+from hf_muon.distributed.buckets import Bucket, Item, Unit
+from hf_muon.distributed.layout import Piece, Ranks
 
-
-@dataclass(eq=False)
-class Unit:
-    """One matrix of one parameter, and who owns it: (replica, member of the shard group)."""
-
-    parameter: int
-    matrix: int
-    shape: tuple[int, int]
-    pieces: tuple[tuple[Piece, ...], ...]
-    owner: tuple[int, int] = (0, 0)
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole matrix."""
-        return self.shape[0] * self.shape[1]
-
-    def holders(self) -> list[int]:
-        """Members of the shard group that hold all of the matrix."""
-        held = [sum(piece.numel for piece in pieces) for pieces in self.pieces]
-        return [member for member, numel in enumerate(held) if numel == self.numel]
-
-
-Item = tuple[Unit, Piece]
 Read = Callable[[Unit, Piece], Tensor]
 MatrixFunction = Callable[[Tensor], Tensor]
 Result = dict[Item, Tensor]
-
-
-@dataclass(eq=False)
-class Bucket:
-    """Matrices that travel together, between the same ranks."""
-
-    shard: Ranks
-    replicate: Ranks
-    device: torch.device
-    units: list[Unit] = field(default_factory=list)
-
-    @cached_property
-    def row(self) -> list[Unit]:
-        """The units that this replica computes."""
-        return [unit for unit in self.units if unit.owner[0] == self.replicate.index]
-
-    @cached_property
-    def mine(self) -> list[Unit]:
-        """The units that this rank computes."""
-        return [unit for unit in self.row if unit.owner[1] == self.shard.index]
-
-    @cached_property
-    def held(self) -> list[Item]:
-        """This rank's pieces of all units."""
-        return [(unit, piece) for unit in self.units for piece in unit.pieces[self.shard.index]]
-
-    @cached_property
-    def outgoing(self) -> list[list[Item]]:
-        """For each member of the shard group the pieces that this rank sends to it."""
-        return [self._sent(self.shard.index, owner) for owner in range(self.shard.size)]
-
-    @cached_property
-    def incoming(self) -> list[list[Item]]:
-        """For each member of the shard group the pieces that this rank gets from it."""
-        return [self._sent(member, self.shard.index) for member in range(self.shard.size)]
-
-    @cached_property
-    def by_replica(self) -> list[list[Item]]:
-        """For each replica this rank's pieces of what that replica computes."""
-        return [
-            [item for item in self.held if item[0].owner[0] == replica]
-            for replica in range(self.replicate.size)
-        ]
-
-    @cached_property
-    def gathers(self) -> bool:
-        """Whether any piece lies elsewhere than on the owner: known to every rank."""
-        return any(
-            pieces and member != unit.owner[1]
-            for unit in self.units
-            for member, pieces in enumerate(unit.pieces)
-        )
-
-    def _sent(self, member: int, owner: int) -> list[Item]:
-        """What a member of the shard group sends to an owner, in the order it is packed."""
-        if member == owner:
-            return []
-        return [(u, piece) for u in self.row if u.owner[1] == owner for piece in u.pieces[member]]
-
-
-def plan_buckets(
-    layouts: Sequence[Layout], devices: Sequence[torch.device], limit: int
-) -> list[Bucket]:
-    """Assign owners and fill buckets.
-
-    A rank that holds all of a matrix owns it, if there is one, so that replicas and experts need
-    no gathering.
-
-    Args:
-        layouts: One for each parameter.
-        devices: Where each parameter is; a bucket is on one device.
-        limit: Elements of whole matrices per owner and bucket; a larger matrix goes alone.
-    """
-    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Unit]] = defaultdict(list)
-    for index, (layout, device) in enumerate(zip(layouts, devices, strict=True)):
-        for number, shape in enumerate(layout.shapes):
-            pieces = tuple(member[number] for member in layout.pieces)
-            unit = Unit(index, number, shape, pieces)
-            contexts[layout.shard, layout.replicate, device].append(unit)
-    return [
-        bucket
-        for (shard, replicate, device), units in contexts.items()
-        for bucket in _fill(Bucket(shard, replicate, device), units, limit)
-    ]
-
-
-def _fill(bucket: Bucket, units: list[Unit], limit: int) -> Iterator[Bucket]:
-    shard, replicate = bucket.shard, bucket.replicate
-    units.sort(key=lambda u: (-polar_cost(*u.shape), u.shape, u.parameter, u.matrix))
-    slots = shard.size * replicate.size
-    balance, filled = Balance(slots), [0] * slots
-    for unit in units:
-        columns = unit.holders() or range(shard.size)
-        candidates = [r * shard.size + c for r in range(replicate.size) for c in columns]
-        slot = balance.lightest(candidates)
-        if filled[slot] and filled[slot] + unit.numel > limit:
-            yield bucket
-            bucket, filled = Bucket(shard, replicate, bucket.device), [0] * slots
-            balance.new_bucket()
-            slot = balance.lightest(candidates)
-        balance.give(slot, polar_cost(*unit.shape))
-        filled[slot] += unit.numel
-        unit.owner = divmod(slot, shard.size)
-        bucket.units.append(unit)
-    if bucket.units:
-        yield bucket
 
 
 def exchange(
@@ -167,7 +36,7 @@ def exchange(
     rank, so that all launch theirs in the same order.
 
     Args:
-        bucket: From :func:`plan_buckets`.
+        bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
         read: The input of a piece that this rank holds, (rows, cols); called once for each piece
             that this replica computes.
         function: Matrices, alone (m, n) or in a batch (k, m, n), to matrices in ``wire``.

@@ -143,12 +143,42 @@ class Layout:
         pieces: ``pieces[member][matrix]``: what each member of ``shard`` holds.
         shard: The ranks that together hold one copy.
         replicate: The ranks that hold the same pieces as this one.
+        holders_own: Whether a rank that holds all of a matrix must compute it. Experts and copies
+            need no message then; where whole matrices are an accident of flat partitions, balance
+            is worth one.
     """
 
     shapes: tuple[tuple[int, int], ...]
     pieces: tuple[tuple[tuple[Piece, ...], ...], ...]
     shard: Ranks
     replicate: Ranks
+    holders_own: bool = True
+
+
+def pieces_in_range(matrix: Matrix, start: int, stop: int, offset: int) -> tuple[Piece, ...]:
+    """Pieces of a matrix in a flat tensor that holds a range of the row-major parameter.
+
+    Args:
+        matrix: The region.
+        start: First element of the parameter that the rank holds.
+        stop: One past the last.
+        offset: Where the range begins in the rank's flat tensor.
+
+    Returns:
+        Blocks of whole rows and the parts of rows at the ends; none where the range has nothing of
+        the matrix.
+    """
+    rows, step = matrix.row_indices(), matrix.strides[-1]
+    first = ((start - rows).clamp(min=0) + step - 1).div(step, rounding_mode="floor")
+    last = ((stop - rows).clamp(min=0) + step - 1).div(step, rounding_mode="floor")
+    first, last = first.clamp(max=matrix.cols), last.clamp(max=matrix.cols)
+    pieces = []
+    for low, high in sorted(set(zip(first.tolist(), last.tolist(), strict=True))):
+        if low < high:
+            places = rows + low * step - start + offset
+            for row, count, place, gap in _runs(places, (first == low) & (last == high)):
+                pieces.append(Piece(row, low, count, high - low, place, gap, step))
+    return tuple(pieces)
 
 
 def pieces_in_box(

@@ -1,7 +1,7 @@
 """Who computes which polar factor: a cost model and a balanced assignment.
 
 In: costs of matrices, and for each the slots (ranks) that may own it. Out: a slot for each. Nothing
-but shapes and indices decides, so every rank comes to the same answer without a word.
+but shapes and indices decides, so every rank comes to the same answer without a message.
 """
 
 from __future__ import annotations
@@ -15,28 +15,38 @@ def polar_cost(m: int, n: int) -> int:
     return 4 * s * s * l + 2 * s**3
 
 
-class Balance:
-    """Longest-processing-time-first assignment, with the load of earlier buckets as tie-breaker.
+# How far above the mean the load of a rank may rise before it gives away a matrix that it holds.
+SLACK = 1.05
 
-    Within 4/3 of the best makespan when matrices come in order of falling cost (Graham 1969).
+
+def assign_owners(
+    costs: Sequence[int],
+    candidates: Sequence[Sequence[int]],
+    preferred: Sequence[int | None],
+    slots: int,
+) -> list[int]:
+    """A slot for each matrix: the longest job first, to the slot with the least work.
+
+    Within 4/3 of the best makespan when all slots are candidates (Graham 1969).
+
+    Args:
+        costs: Of the matrices, falling.
+        candidates: The slots that may own each.
+        preferred: A slot that needs no message for it, or None. It owns the matrix while its load
+            stays within 5 % of the mean, or below the largest single cost.
+        slots: Number of slots.
     """
-
-    def __init__(self, slots: int) -> None:
-        self.total = [0] * slots
-        self.here = [0] * slots
-
-    def new_bucket(self) -> None:
-        """Forget the load of this bucket; its ranks wait for each other at its end."""
-        self.here = [0] * len(self.here)
-
-    def lightest(self, candidates: Sequence[int]) -> int:
-        """The candidate with the least work in this bucket, then in all, then the first."""
-        return min(candidates, key=lambda slot: (self.here[slot], self.total[slot], slot))
-
-    def give(self, slot: int, cost: int) -> None:
-        """Add work to a slot."""
-        self.here[slot] += cost
-        self.total[slot] += cost
+    load = [0] * slots
+    enough = max([SLACK * sum(costs) / slots, *costs[:1]])
+    owners = []
+    for cost, allowed, favourite in zip(costs, candidates, preferred, strict=True):
+        if favourite is not None and load[favourite] + cost <= enough:
+            owner = favourite
+        else:
+            owner = min(allowed, key=lambda slot: (load[slot], slot))
+        load[owner] += cost
+        owners.append(owner)
+    return owners
 
 
 # Operations per second of a rank's polar factors over bytes per second of its link: what a device

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.exchange import Bucket, plan_buckets, run_overlapped
+from hf_muon.distributed.buckets import Bucket, plan_buckets
+from hf_muon.distributed.exchange import run_overlapped
 from hf_muon.distributed.find import (
     find_layout,
     is_dtensor,

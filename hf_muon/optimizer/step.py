@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.exchange import Bucket, Item, Unit, exchange, summed
+from hf_muon.distributed.buckets import Bucket, Item, Unit
+from hf_muon.distributed.exchange import exchange, summed
 from hf_muon.distributed.layout import Matrix, Piece
 from hf_muon.optimizer.apply import apply_update
 from hf_muon.optimizer.momentum import accumulate, filtered

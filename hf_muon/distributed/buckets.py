@@ -1,0 +1,166 @@
+"""Which matrices travel together, and who computes them: the plan of a step.
+
+In: the layouts of some parameters. Out: buckets of units; a unit is one matrix with its owner. The
+plan follows from layouts alone, so that every rank makes the same one without a message; what a
+rank sends and receives is read from it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from hf_muon.distributed.layout import Layout, Piece, Ranks
+from hf_muon.distributed.owners import assign_owners, polar_cost
+
+
+@dataclass(eq=False)
+class Unit:
+    """One matrix of one parameter, and who owns it: (replica, member of the shard group)."""
+
+    parameter: int
+    matrix: int
+    shape: tuple[int, int]
+    pieces: tuple[tuple[Piece, ...], ...]
+    holders_own: bool = True
+    owner: tuple[int, int] = (0, 0)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def held(self) -> list[int]:
+        """Elements that each member of the shard group holds."""
+        return [sum(piece.numel for piece in pieces) for pieces in self.pieces]
+
+    def holders(self) -> list[int]:
+        """Members of the shard group that hold all of the matrix."""
+        return [member for member, numel in enumerate(self.held) if numel == self.numel]
+
+    def largest_holder(self) -> int:
+        """The first member of the shard group that holds as much as any."""
+        held = self.held
+        return held.index(max(held))
+
+
+Item = tuple[Unit, Piece]
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Matrices that travel together, between the same ranks."""
+
+    shard: Ranks
+    replicate: Ranks
+    device: torch.device
+    units: list[Unit] = field(default_factory=list)
+
+    @cached_property
+    def row(self) -> list[Unit]:
+        """The units that this replica computes."""
+        return [unit for unit in self.units if unit.owner[0] == self.replicate.index]
+
+    @cached_property
+    def mine(self) -> list[Unit]:
+        """The units that this rank computes."""
+        return [unit for unit in self.row if unit.owner[1] == self.shard.index]
+
+    @cached_property
+    def held(self) -> list[Item]:
+        """This rank's pieces of all units."""
+        return [(unit, piece) for unit in self.units for piece in unit.pieces[self.shard.index]]
+
+    @cached_property
+    def outgoing(self) -> list[list[Item]]:
+        """For each member of the shard group the pieces that this rank sends to it."""
+        return [self._sent(self.shard.index, owner) for owner in range(self.shard.size)]
+
+    @cached_property
+    def incoming(self) -> list[list[Item]]:
+        """For each member of the shard group the pieces that this rank gets from it."""
+        return [self._sent(member, self.shard.index) for member in range(self.shard.size)]
+
+    @cached_property
+    def by_replica(self) -> list[list[Item]]:
+        """For each replica this rank's pieces of what that replica computes."""
+        return [
+            [item for item in self.held if item[0].owner[0] == replica]
+            for replica in range(self.replicate.size)
+        ]
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether any piece lies elsewhere than on the owner: known to every rank."""
+        return any(
+            pieces and member != unit.owner[1]
+            for unit in self.units
+            for member, pieces in enumerate(unit.pieces)
+        )
+
+    def _sent(self, member: int, owner: int) -> list[Item]:
+        """What a member of the shard group sends to an owner, in the order it is packed."""
+        if member == owner:
+            return []
+        return [(u, piece) for u in self.row if u.owner[1] == owner for piece in u.pieces[member]]
+
+
+def plan_buckets(
+    layouts: Sequence[Layout], devices: Sequence[torch.device], limit: int
+) -> list[Bucket]:
+    """Assign owners and fill buckets.
+
+    Args:
+        layouts: One for each parameter.
+        devices: Where each parameter is computed; a bucket is on one device.
+        limit: Elements of whole matrices per owner and bucket; a larger matrix goes alone.
+    """
+    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Unit]] = defaultdict(list)
+    for index, (layout, device) in enumerate(zip(layouts, devices, strict=True)):
+        for number, shape in enumerate(layout.shapes):
+            pieces = tuple(member[number] for member in layout.pieces)
+            unit = Unit(index, number, shape, pieces, layout.holders_own)
+            contexts[layout.shard, layout.replicate, device].append(unit)
+    return [
+        Bucket(shard, replicate, device, units)
+        for (shard, replicate, device), members in contexts.items()
+        for units in _bucketfuls(_with_owners(members, shard.size, replicate.size), limit)
+    ]
+
+
+def _with_owners(units: list[Unit], shards: int, replicas: int) -> list[Unit]:
+    """The units in order of falling cost, each with its owner among all replicas."""
+    units.sort(key=lambda u: (-polar_cost(*u.shape), u.shape, u.parameter, u.matrix))
+    candidates, preferred = [], []
+    for unit in units:
+        holders = unit.holders()
+        columns = holders if holders and unit.holders_own else range(shards)
+        candidates.append([r * shards + c for r in range(replicas) for c in columns])
+        preferred.append(None if unit.holders_own else unit.largest_holder())
+    costs = [polar_cost(*unit.shape) for unit in units]
+    owners = assign_owners(costs, candidates, preferred, shards * replicas)
+    for unit, owner in zip(units, owners, strict=True):
+        unit.owner = divmod(owner, shards)
+    return units
+
+
+def _bucketfuls(units: list[Unit], limit: int) -> Iterator[list[Unit]]:
+    """The k-th bucketful of every owner together: equally much work for all, as far as it goes."""
+    bucketfuls: list[list[Unit]] = []
+    number: dict[tuple[int, int], int] = defaultdict(int)
+    filled: dict[tuple[int, int], int] = defaultdict(int)
+    for unit in units:
+        owner = unit.owner
+        if filled[owner] and filled[owner] + unit.numel > limit:
+            number[owner] += 1
+            filled[owner] = 0
+        filled[owner] += unit.numel
+        if number[owner] == len(bucketfuls):
+            bucketfuls.append([])
+        bucketfuls[number[owner]].append(unit)
+    return iter(bucketfuls)
