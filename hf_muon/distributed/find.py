@@ -6,7 +6,7 @@ and one agreement per step on which gradients exist and whether all are finite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -55,20 +55,46 @@ def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:
     return ranks_of(dist.group.WORLD if isinstance(group, str) else group)
 
 
-def agreed(flags: Tensor, parameters: Sequence[Tensor], replicate: Ranks) -> Tensor:
-    """The flags that are set on any rank which shares one of the parameters.
+def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
+    """The flags that are set on any rank of some groups.
 
     Args:
         flags: Integers, of the same shape and meaning on every rank.
-        parameters: Those whose ranks must agree.
-        replicate: The ranks that hold copies of plain tensors.
+        members: Groups of ranks, in the same order on each of them.
     """
-    meshes = {p.device_mesh: None for p in parameters if is_dtensor(p)}
-    members = [replicate]
-    if meshes:
-        from hf_muon.distributed.dtensor import mesh_ranks
-
-        members += map(mesh_ranks, meshes)
     for ranks in {ranks: None for ranks in members if ranks.size > 1}:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
     return flags
+
+
+def sharing_ranks(parameters: Iterable[Tensor], replicate: Ranks) -> list[Ranks]:
+    """The groups of ranks that train some tensors together.
+
+    Args:
+        parameters: Plain tensors, of which ``replicate`` holds copies, and DTensors.
+        replicate: Those ranks.
+    """
+    meshes = {p.device_mesh: None for p in parameters if is_dtensor(p)}
+    if not meshes:
+        return [replicate]
+    from hf_muon.distributed.dtensor import mesh_ranks
+
+    return [replicate, *map(mesh_ranks, meshes)]
+
+
+def compute_device(parameter: Any, flat: bool) -> torch.device:
+    """Where matrices are computed and sent: the accelerator, also for what is offloaded to the CPU.
+
+    Args:
+        parameter: The tensor in the optimizer.
+        flat: Whether it is a flat tensor of DeepSpeed.
+    """
+    device = local(parameter).device
+    if flat:
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+    if is_dtensor(parameter) and parameter.device_mesh.device_type != device.type:
+        kind = parameter.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return device

@@ -15,7 +15,7 @@ Group = dict[str, Any]
 
 # Values that change while training, or that say where the group's parameters are.
 _TUPLES = {"matrices", "pairs", "betas"}
-_NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr"}
+_NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr", "group_id"}
 
 
 def with_plain_groups(state_dict: dict[str, Any]) -> dict[str, Any]:

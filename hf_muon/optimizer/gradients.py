@@ -1,75 +1,65 @@
 """Which parameters take part in a step, and whether their gradients can be trusted.
 
-In: param groups. Out: the indices of the parameters that have a gradient, on which all ranks agree;
-or an error on all of them, before anything is written.
+In: the entries of all param groups. Out: those that have a gradient, on which all ranks agree; or
+an error on all of them, before anything is written.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.find import agreed, is_dtensor, local
-from hf_muon.distributed.layout import Matrix, Ranks
+from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local
+from hf_muon.distributed.layout import Ranks
+from hf_muon.optimizer.entries import Entry
 
-Group = dict[str, Any]
 
-
-def agree_on_gradients(groups: list[Group], replicate: Ranks) -> list[list[int]]:
-    """For each group the indices of the parameters that have a gradient on any rank.
+def agree_on_gradients(entries: Sequence[Entry], members: Sequence[Ranks]) -> list[Entry]:
+    """The entries that have a gradient on any rank.
 
     Also the place where a bad gradient stops the step, on all ranks together and before anything
     is written. A finite norm of all gradients proves that every entry is finite, at the cost of one
     read; a norm that is not may also have overflowed, and only then are the entries looked at.
 
+    Args:
+        entries: Of all groups.
+        members: The groups of ranks that must agree.
+
     Raises:
         ValueError: A gradient is sparse or complex.
         FloatingPointError: A gradient holds NaN or infinity on some rank.
     """
-    members = [(group, index) for group in groups for index in range(len(group["params"]))]
-    parameters = [group["params"][index] for group, index in members]
-    present = [p.grad is not None for p in parameters]
-    problem = _problem(members)
-    flags = [bool(problem), *present]
-    device = local(parameters[0]).device
-    agreement = agreed(torch.tensor(flags, dtype=torch.int32, device=device), parameters, replicate)
-    any_problem, *active = agreement.tolist()
+    problem = _problem(entries)
+    flags = [problem is not None, *(entry.tensor.grad is not None for entry in entries)]
+    device = compute_device(entries[0].tensor, entries[0].flat is not None)
+    any_problem, *active = agreed(torch.tensor(flags, dtype=torch.int32, device=device), members)
     if any_problem:
         raise problem or FloatingPointError(
             "Another rank has a gradient that cannot be used: NaN, infinite, sparse or complex. No "
             "parameter and no state was changed; that rank's error names the parameter."
         )
-    chosen: list[list[int]] = [[] for _ in groups]
-    where = [number for number, group in enumerate(groups) for _ in group["params"]]
-    for number, (_, index), is_active in zip(where, members, active, strict=True):
-        if is_active:
-            chosen[number].append(index)
-    return chosen
+    return [entry for entry, flag in zip(entries, active, strict=True) if flag]
 
 
-def _problem(members: list[tuple[Group, int]]) -> Exception | None:
+def _problem(entries: Sequence[Entry]) -> Exception | None:
     """What is wrong with the gradients of this rank, if anything is."""
-    names, gradients = [], []
-    for group, index in members:
-        gradient = group["params"][index].grad
-        if gradient is None:
-            continue
+    given = [(entry, entry.tensor.grad) for entry in entries if entry.tensor.grad is not None]
+    for entry, gradient in given:
         if gradient.is_sparse or gradient.is_complex():
             kind = "sparse" if gradient.is_sparse else "complex"
             return ValueError(
-                f"The gradient of {parameter_name(group, index)} is {kind}; Muon and AdamW need "
-                "dense real gradients (an embedding: sparse=False)."
+                f"The gradient of {entry.name} is {kind}; Muon and AdamW need dense real gradients "
+                "(an embedding: sparse=False)."
             )
-        names.append(parameter_name(group, index))
-        gradients.append(local(gradient))
-    if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+    if torch.isfinite(torch.nn.utils.get_total_norm([local(gradient) for _, gradient in given])):
         return None
     bad = [
         name
-        for name, gradient in zip(names, gradients, strict=True)
-        if not torch.isfinite(gradient).all()
+        for entry, gradient in given
+        for name, part in entry.parts(local(gradient))
+        if not torch.isfinite(part).all()
     ]
     return _non_finite(bad) if bad else None
 
@@ -83,8 +73,8 @@ def _non_finite(names: list[str]) -> FloatingPointError:
     )
 
 
-def check_placement(group: Group, index: int, state: dict[str, Tensor]) -> None:
-    """Raise for a Muon parameter that is a flat shard, or whose state lies elsewhere.
+def check_placement(entry: Entry, state: dict[str, Tensor]) -> None:
+    """Raise for a Muon parameter whose matrices cannot be found, or whose state lies elsewhere.
 
     Launchers swap parameters for shards after the optimizer is built, so every step asks. A polar
     factor of a shard would be another algorithm.
@@ -92,34 +82,27 @@ def check_placement(group: Group, index: int, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: Names the parameter and what to do.
     """
-    if group["algorithm"] != "muon":
+    if entry.flat is not None:
         return
-    parameter = group["params"][index]
-    expected = sum(Matrix(*matrix).numel for matrix in group["matrices"][index])
-    if parameter.ndim < 2 or parameter.numel() != expected:
+    tensor, matrices = entry.tensor, entry.matrices
+    expected = sum(matrix.numel for matrix in matrices)
+    if tensor.ndim < 2 or tensor.numel() != expected:
         raise ValueError(
-            f"{parameter_name(group, index)} is a flat shard: {type(parameter).__name__} of shape "
-            f"{tuple(parameter.shape)}, where matrices of {expected} elements in all are expected. "
-            "Muon trains whole tensors (one process, DDP) and DTensors (FSDP2, tensor and expert "
-            "parallelism), not yet the flat tensors of FSDP1 and DeepSpeed ZeRO: use FSDP2 "
+            f"{entry.name} is a flat shard: {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)}, where matrices of {expected} elements in all are expected. "
+            "Muon trains whole tensors (one process, DDP), DTensors (FSDP2, tensor and expert "
+            "parallelism) and the flat tensors of DeepSpeed ZeRO, not those of FSDP1: use FSDP2 "
             "(fsdp_version: 2)."
         )
-    if len(group["matrices"][index]) > 1 and not local(parameter).is_contiguous():
+    if len(matrices) > 1 and not local(tensor).is_contiguous():
         raise ValueError(
-            f"{parameter_name(group, index)} holds several matrices and is not contiguous in "
-            "memory: make it contiguous before training."
+            f"{entry.name} holds several matrices and is not contiguous in memory: make it "
+            "contiguous before training."
         )
     buffer = state.get("exp_avg")
-    if buffer is not None and is_dtensor(buffer) != is_dtensor(parameter):
+    if buffer is not None and is_dtensor(buffer) != is_dtensor(tensor):
         raise ValueError(
-            f"The momentum of {parameter_name(group, index)} is a {type(buffer).__name__} and the "
-            f"parameter a {type(parameter).__name__}: load optimizer state after the model is "
-            "sharded, through torch.distributed.checkpoint."
+            f"The momentum of {entry.name} is a {type(buffer).__name__} and the parameter a "
+            f"{type(tensor).__name__}: load optimizer state after the model is sharded, through "
+            "torch.distributed.checkpoint."
         )
-
-
-def parameter_name(group: Group, index: int) -> str:
-    """The name of a parameter, or its position and shape where the group has no names."""
-    if "param_names" in group:
-        return str(group["param_names"][index])
-    return f"parameter {index} of shape {tuple(group['params'][index].shape)}"

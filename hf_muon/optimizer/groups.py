@@ -21,7 +21,9 @@ from hf_muon.optimizer.scaling import step_size
 Group = dict[str, Any]
 
 # What a group holds besides hyper-parameters: torch's own keys, the schedulers' and the routes'.
-_STRUCTURE = {"params", "param_names", "algorithm", "initial_lr", "matrices", "pairs", "fused"}
+_STRUCTURE = {
+    "params", "param_names", "algorithm", "initial_lr", "matrices", "pairs", "fused", "group_id",
+}  # fmt: skip
 
 # torch's names of AdamW's hyper-parameters -> the settings that complete them.
 _ADAMW_SETTINGS = {

@@ -7,9 +7,8 @@ launchers replace both the group dicts and the parameters in them.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -17,24 +16,25 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.buckets import Bucket, plan_buckets
 from hf_muon.distributed.exchange import run_overlapped
 from hf_muon.distributed.find import (
-    find_layout,
     is_dtensor,
     local,
     local_gradient,
     replicate_ranks,
+    sharing_ranks,
 )
-from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
-from hf_muon.distributed.owners import owning_pays
+from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
-from hf_muon.optimizer.gradients import agree_on_gradients, check_placement, parameter_name
+from hf_muon.optimizer.deepspeed import add_placeholders, settings_of, with_own_settings
+from hf_muon.optimizer.entries import Entry, Origins
+from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
 from hf_muon.optimizer.groups import complete_group, named_groups
 from hf_muon.optimizer.momentum import momentum_at
-from hf_muon.optimizer.step import Member, bucket_step, wire_dtype
+from hf_muon.optimizer.plans import Plans
+from hf_muon.optimizer.step import Member, bucket_step
 
 Group = dict[str, Any]
 
@@ -82,8 +82,9 @@ class Muon(Optimizer):
                 "expected."
             )
         self.replicate_group = replicate_group
-        self._layouts: dict[Any, Layout] = {}
-        self._plans: dict[Any, list[Bucket]] = {}
+        self._origins = Origins()
+        self._settings: list[Group] = []
+        self._plans = Plans()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
         _warn_of_bfloat16_momentum(self.param_groups)
@@ -91,8 +92,13 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or load: what was planned for other parameters is forgotten."""
         super().__setstate__(state)
-        self._layouts, self._plans = {}, {}
+        self._plans = Plans()
         self.__dict__.setdefault("replicate_group", None)
+        if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
+            self._origins, self._settings = Origins(), []
+            for group in self.param_groups:
+                self._remember(group)
+        self._origins.forget_flats()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
@@ -103,7 +109,14 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
-        super().add_param_group(complete_group(param_group, self.config))
+        group = {**complete_group(param_group, self.config), "group_id": len(self.param_groups)}
+        super().add_param_group(group)
+        self._remember(self.param_groups[-1])
+
+    def _remember(self, group: Group) -> None:
+        """Keep what launchers may replace in a group: its parameters and settings."""
+        self._origins.add_group(group["params"])
+        self._settings.append(settings_of(group))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -118,79 +131,60 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._create_state()
-        replicate = self._replicate()
-        active = agree_on_gradients(self.param_groups, replicate)
-        for group, indices in zip(self.param_groups, active, strict=True):
+        self._settings = with_own_settings(self.param_groups, self._settings)
+        groups = self._origins.entries(self.param_groups)
+        entries = [entry for group in groups for entry in group]
+        if self._is_rehearsal(entries):
+            return loss
+        self._create_state(entries)
+        replicate = self._replicate(entries)
+        active = agree_on_gradients(entries, _sharing(entries, replicate))
+        for group in self.param_groups:
+            members = [entry for entry in active if entry.group is group]
             if group["algorithm"] == "muon":
-                self._muon_step(group, indices, replicate)
+                self._muon_step(group, members, replicate)
             else:
-                adamw_step(group, self.state, [group["params"][i] for i in indices])
+                adamw_step(group, self.state, [entry.tensor for entry in members])
         return loss
 
-    def _muon_step(self, group: Group, indices: list[int], replicate: Ranks) -> None:
+    def _muon_step(self, group: Group, entries: list[Entry], replicate: Ranks) -> None:
         """One step on some matrices of a group, a few buckets at a time."""
-        if not indices:
+        if not entries:
             return
-        members = [self._member(group, index) for index in indices]
-        buckets = self._buckets(group, indices, replicate)
+        members = [self._member(entry) for entry in entries]
+        buckets = self._plans.buckets(group, entries, replicate)
         run_overlapped(bucket_step(group, members, bucket) for bucket in buckets)
-        for index in indices:
-            state = self.state[group["params"][index]]
+        for entry in entries:
+            state = self.state[entry.tensor]
             state["step"] = state["step"] + 1  # not in place: loaders may share one tensor
 
-    def _member(self, group: Group, index: int) -> Member:
-        """What a step reads and writes of one parameter, on this rank."""
-        parameter = group["params"][index]
-        state = self.state[parameter]
+    def _member(self, entry: Entry) -> Member:
+        """What a step reads and writes of one tensor, on this rank."""
+        group, state = entry.group, self.state[entry.tensor]
         beta, warmup = group["momentum"], group["momentum_warmup_steps"]
         if warmup:
             beta = momentum_at(int(state["step"]), beta, group["momentum_start"], warmup)
-        gradient = local_gradient(parameter)
+        gradient = local_gradient(entry.tensor)
         return Member(
-            weight=local(parameter),
+            weight=local(entry.tensor),
             gradient=gradient,
             # polar_only has no buffer and reads none.
             exp_avg=gradient if group["order"] == "polar_only" else local(state["exp_avg"]),
             momentum=beta,
-            matrices=[Matrix(*matrix) for matrix in group["matrices"][index]],
+            matrices=entry.matrices,
         )
 
-    def _buckets(self, group: Group, indices: list[int], replicate: Ranks) -> list[Bucket]:
-        """The plan for these parameters; made once for each set of layouts."""
-        layouts = [self._layout(group, index, replicate) for index in indices]
-        devices = [local(group["params"][index]).device for index in indices]
-        # The layouts are kept, so that their ids stay theirs.
-        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"])
-        if key not in self._plans:
-            wire = wire_dtype(group, group["params"][indices[0]])
-            limit = int(group["bucket_mb"] * 2**20 / wire.itemsize)
-            self._plans[key] = plan_buckets(layouts, devices, limit)
-        return self._plans[key]
-
-    def _layout(self, group: Group, index: int, replicate: Ranks) -> Layout:
-        """Where the matrices of a parameter are; found once for each kind of parameter."""
-        parameter, matrices = group["params"][index], group["matrices"][index]
-        placing = (parameter.device_mesh, parameter.placements) if is_dtensor(parameter) else None
-        has_copies = placing is not None or replicate.size > 1
-        divides = has_copies and _divides(group, parameter, matrices)
-        key = (tuple(parameter.shape), placing, matrices, divides)
-        if key not in self._layouts:
-            inside = [Matrix(*matrix) for matrix in matrices]
-            found = find_layout(parameter, inside, parameter_name(group, index), replicate)
-            self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
-        return self._layouts[key]
-
-    def _replicate(self) -> Ranks:
+    def _replicate(self, entries: list[Entry]) -> Ranks:
         """The ranks that hold copies of plain tensors.
 
         Raises:
             ValueError: Several ranks hold plain tensors and nobody said whether they are copies.
         """
         if self.replicate_group is None and _several_ranks():
-            for group in self.param_groups:
-                divided = group["algorithm"] == "muon" and group["distribute"] != "redundant"
-                if divided and not all(map(is_dtensor, group["params"])):
+            for entry in entries:
+                plain = entry.flat is None and not is_dtensor(entry.tensor)
+                group = entry.group
+                if plain and group["algorithm"] == "muon" and group["distribute"] != "redundant":
                     raise ValueError(
                         "Several ranks train plain tensors. If all hold the same ones (DDP), pass "
                         "replicate_group=torch.distributed.group.WORLD, so that they share the "
@@ -198,17 +192,30 @@ class Muon(Optimizer):
                     )
         return replicate_ranks(self.replicate_group)
 
-    def _create_state(self) -> None:
-        """State of every parameter, with or without a gradient, at the first step.
+    def _create_state(self, entries: list[Entry]) -> None:
+        """State of every tensor, with or without a gradient, at the first step.
 
         Not in ``__init__``, because accelerate replaces the parameters after it; for all, because
         a checkpoint that lacks the state of a parameter cannot be resumed.
         """
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                check_placement(group, index, self.state[p])
-                if not self.state[p]:
-                    self.state[p] = _new_state(group, p)
+        for entry in entries:
+            state = self.state[entry.tensor]
+            if entry.group["algorithm"] == "muon":
+                check_placement(entry, state)
+            if not state:
+                state.update(_new_state(entry.group, entry.tensor))
+            if entry.flat is not None:
+                add_placeholders(state, entry.tensor)
+
+    def _is_rehearsal(self, entries: list[Entry]) -> bool:
+        """Whether DeepSpeed only wants to see memory allocated: no step, but state is made.
+
+        Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that
+        would decay the weights and count a step.
+        """
+        copies = [entry for entry in entries if entry.is_copy]
+        fresh = bool(copies) and not any(self.state[entry.tensor] for entry in entries)
+        return fresh and not any(_is_nonzero(entry.tensor.grad) for entry in entries)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer.
@@ -226,13 +233,14 @@ class Muon(Optimizer):
                 state["step"] = state["step"].clone()
 
 
-def _divides(group: Group, parameter: Tensor, matrices: Sequence[Any]) -> bool:
-    """Whether ranks that hold copies divide the work on a parameter among them."""
-    if group["distribute"] != "auto" or not matrices:
-        return bool(group["distribute"] != "redundant")
-    matrix = Matrix(*matrices[0])
-    itemsize, device = wire_dtype(group, parameter).itemsize, parameter.device.type
-    return owning_pays(matrix.rows, matrix.cols, group["polar_steps"], itemsize, device)
+def _sharing(entries: list[Entry], replicate: Ranks) -> list[Ranks]:
+    """The groups of ranks that must agree on a step."""
+    flats = {entry.flat.ranks: None for entry in entries if entry.flat is not None}
+    return [*sharing_ranks((entry.tensor for entry in entries), replicate), *flats]
+
+
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
 
 
 def _several_ranks() -> bool:

@@ -69,9 +69,10 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
         return filtered(block.gradient, block.exp_avg, block.momentum, nesterov)
 
     def after(item: Item, factor: Tensor) -> Tensor:
+        block = blocks[item]
+        factor = factor.to(block.weight.device)  # which may be offloaded
         if order != "post_polar":
             return factor
-        block = blocks[item]
         accumulate(factor, block.exp_avg, block.momentum)
         return filtered(factor, block.exp_avg, block.momentum, nesterov)
 
@@ -79,7 +80,7 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
         # Also pieces whose factor another replica computes: their buffers stay copies.
         for block in blocks.values():
             accumulate(block.gradient, block.exp_avg, block.momentum)
-    wire = wire_dtype(group, members[bucket.units[0].parameter].weight)
+    wire = wire_dtype(group, members[bucket.units[0].parameter].weight.dtype, bucket.device)
     factors = yield from exchange(bucket, before, polar_function(group), wire)
     updates = {item: after(item, factor) for item, factor in factors.items()}
     if group["match_update_rms"]:
@@ -107,7 +108,7 @@ def _with_matched_rms(
     yield from summed(sums, bucket.shard)
     factors = match_update_rms(sums, [unit.shape for unit in bucket.units])
     return {
-        (unit, piece): update * factors[place[unit]].to(update.dtype)
+        (unit, piece): update * factors[place[unit]].to(update)
         for (unit, piece), update in updates.items()
     }
 
@@ -124,10 +125,16 @@ def polar_function(group: Group) -> Callable[[Tensor], Tensor]:
     )
 
 
-def wire_dtype(group: Group, parameter: Tensor) -> torch.dtype:
-    """The dtype that polar factors are computed in; float16 has too small a range to travel in."""
+def wire_dtype(group: Group, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that polar factors are computed in; float16 has too small a range to travel in.
+
+    Args:
+        group: Settings of the param group.
+        dtype: Of the parameters.
+        device: Where their polar factors are computed.
+    """
     requested = group["polar_dtype"]
     if group["polar_method"] == "svd":
-        return svd_dtype(requested, parameter.dtype)
-    computed = compute_dtype(requested, parameter.device)
+        return svd_dtype(requested, dtype)
+    computed = compute_dtype(requested, device)
     return torch.float32 if computed == torch.float16 else computed

@@ -42,22 +42,26 @@ MATRICES = {
     "columns": tuple((16 * i, (20, 16), (48, 1), 1) for i in range(3)),
     "interleaved": tuple((120 * i, (2, 4, 30), (360, 30, 1), 0) for i in range(3)),
 }
-STEPS = 3
+STEPS = 5
 CASES = {
-    "pre_polar": {},
-    "post_polar": {"order": "post_polar"},
-    "polar_only": {"order": "polar_only"},
-    "bfloat16": {"polar_dtype": "bfloat16"},
+    **{
+        f"{order}, {dtype}, {'Nesterov' if nesterov else 'plain'}": {
+            "order": order, "polar_dtype": dtype, "nesterov": nesterov,
+        }
+        for order in ("pre_polar", "post_polar", "polar_only")
+        for dtype in ("float32", "bfloat16")
+        for nesterov in (True, False)
+    },
     "small buckets": {"bucket_mb": 0.02},
     "tiny buckets": {"bucket_mb": 1e-4, "distribute": "owner"},
     "owner": {"distribute": "owner"},
-    "average of factors": {"order": "post_polar", "nesterov": False},
     "warmup": {"momentum_start": 0.5, "momentum_warmup_steps": 2},
     "svd": {"polar_method": "svd"},
-    "plain momentum": {"nesterov": False, "cautious_weight_decay": True},
+    "cautious decay": {"cautious_weight_decay": True},
     "redundant": {"distribute": "redundant"},
     "matched rms": {"order": "post_polar", "match_update_rms": True},
-}
+}  # fmt: skip
+DEFAULT, OTHER = "pre_polar, float32, Nesterov", "pre_polar, float32, plain"
 
 
 class Model(nn.Module):

@@ -86,8 +86,15 @@ def test_redundant_work_needs_no_messages(trained):
 
 
 def test_the_comparison_can_fail(alone):
-    weights = alone["none", "pre_polar"]
-    assert any(
-        not torch.equal(weights[name], other)
-        for name, other in alone["none", "plain momentum"].items()
-    )
+    weights, others = alone["none", layouts.DEFAULT], alone["none", layouts.OTHER]
+    assert not any(torch.equal(weights[name], others[name]) for name in layouts.SHAPES)
+
+
+def test_polar_factors_of_shards_would_be_noticed(alone, monkeypatch):
+    rows, cols = layouts.SHAPES["up"]
+    shards = tuple((i * rows // 2 * cols, (rows // 2, cols), (cols, 1), 0) for i in range(2))
+    monkeypatch.setitem(layouts.MATRICES, "up", shards)
+    model, _ = layouts.train("none", **layouts.CASES[layouts.DEFAULT])
+    difference = (model.up - alone["none", layouts.DEFAULT]["up"]).abs().max()
+    assert difference > 1000 * ROUNDING
+    assert torch.equal(model.q, alone["none", layouts.DEFAULT]["q"])

@@ -1,0 +1,126 @@
+"""What the tensors in the groups are: the model's parameters, their shards, or several in one.
+
+In: param groups as a launcher left them. Out: an :class:`Entry` for each tensor, with the names and
+matrices of what it holds. Launchers replace the parameters that an optimizer was built from: FSDP2
+by DTensors, DeepSpeed by copies (stage 0) or by flat tensors that hold a part of many.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_muon.distributed.find import is_dtensor
+from hf_muon.distributed.layout import Matrix
+from hf_muon.distributed.zero import FlatTensor, find_flat, is_flattened
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A tensor of a param group.
+
+    Attributes:
+        group: Its param group.
+        tensor: What the optimizer trains.
+        indices: Positions in the group, when it was built, of the parameters it holds.
+        flat: Where they are in it, if it is a flat tensor of DeepSpeed.
+        is_copy: Whether it is a whole copy that a launcher made of the model's parameter.
+    """
+
+    group: Group
+    tensor: Tensor
+    indices: tuple[int, ...]
+    flat: FlatTensor | None = None
+    is_copy: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names of the parameters, or position and shape where the group has no names."""
+        names = [self._name(index) for index in self.indices]
+        return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """The matrices inside it; those of one parameter after those of the other."""
+        inside = self.group["matrices"]
+        return [Matrix(*matrix) for index in self.indices for matrix in inside[index]]
+
+    def parts(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The name of each parameter that this rank has a part of, with that part of ``values``."""
+        if self.flat is None:
+            yield self.name, values
+            return
+        for span in self.flat.held:
+            yield self._name(span.parameter), values[span.offset :][: span.stop - span.start]
+
+    def _name(self, index: int) -> str:
+        if "param_names" in self.group:
+            return str(self.group["param_names"][index])
+        return f"parameter {index} of shape {tuple(self.tensor.shape)}"
+
+
+class Origins:
+    """The parameters that the groups were built from, which launchers may have replaced.
+
+    DeepSpeed writes on them where their parts are. The references are weak: under FSDP2, others
+    would keep the unsharded model in memory.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[list[weakref.ref[Tensor]]] = []
+        self._flats = WeakTensorKeyDictionary()
+
+    def add_group(self, parameters: Iterable[Tensor]) -> None:
+        """Remember the parameters of one more group."""
+        self._groups.append([weakref.ref(parameter) for parameter in parameters])
+
+    def forget_flats(self) -> None:
+        """Look for flat tensors again: a checkpoint was loaded."""
+        self._flats = WeakTensorKeyDictionary()
+
+    def entries(self, groups: list[Group]) -> list[list[Entry]]:
+        """One entry for each tensor of each group.
+
+        Under ZeRO it talks to the other ranks when it meets a flat tensor for the first time.
+
+        Args:
+            groups: All groups, or one of them, as DeepSpeed's first stages step.
+        """
+        every = len(groups) == len(self._groups)
+        return [
+            self._of_group(group, self._parameters(number if every else group["group_id"]))
+            for number, group in enumerate(groups)
+        ]
+
+    def _parameters(self, number: int) -> list[Tensor | None]:
+        """Those of a group that are still alive; none at all in an optimizer that was copied."""
+        references = self._groups[number] if number < len(self._groups) else []
+        return [reference() for reference in references]
+
+    def _of_group(self, group: Group, origins: list[Tensor | None]) -> list[Entry]:
+        alive = [parameter for parameter in origins if parameter is not None]
+        if is_flattened(alive):
+            return [self._of_flat(group, tensor, alive) for tensor in group["params"]]
+        origins = origins or [None] * len(group["params"])
+        return [
+            Entry(group, tensor, (index,), is_copy=_is_copy(tensor, origin))
+            for index, (tensor, origin) in enumerate(zip(group["params"], origins, strict=True))
+        ]
+
+    def _of_flat(self, group: Group, tensor: Tensor, parameters: list[Tensor]) -> Entry:
+        if tensor not in self._flats:
+            self._flats[tensor] = find_flat(tensor, parameters)
+        flat: FlatTensor = self._flats[tensor]
+        return Entry(group, tensor, flat.parameters, flat)
+
+
+def _is_copy(tensor: Tensor, origin: Tensor | None) -> bool:
+    return origin is not None and origin is not tensor and not is_dtensor(tensor)

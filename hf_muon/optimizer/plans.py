@@ -1,0 +1,67 @@
+"""Where the matrices of a group are, and the buckets in which they are trained; found once.
+
+In: a param group and its entries. Out: the plan of a step. What is found is kept, since shapes and
+places stay the same from step to step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hf_muon.distributed.buckets import Bucket, plan_buckets
+from hf_muon.distributed.find import compute_device, find_layout, is_dtensor
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
+from hf_muon.distributed.owners import owning_pays
+from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.step import wire_dtype
+
+Group = dict[str, Any]
+
+
+class Plans:
+    """Layouts and buckets of the sets of tensors that were trained so far."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[Any, Layout] = {}
+        self._buckets: dict[Any, tuple[list[Layout], list[Bucket]]] = {}
+
+    def buckets(self, group: Group, entries: list[Entry], replicate: Ranks) -> list[Bucket]:
+        """The buckets of a step on some tensors of a group; ``replicate`` holds copies."""
+        layouts = [self._layout(entry, replicate) for entry in entries]
+        devices = [compute_device(entry.tensor, entry.flat is not None) for entry in entries]
+        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"])
+        if key not in self._buckets:
+            wire = wire_dtype(group, entries[0].tensor.dtype, devices[0])
+            limit = int(group["bucket_mb"] * 2**20 / wire.itemsize)
+            # The layouts are kept, so that their ids stay theirs.
+            self._buckets[key] = layouts, plan_buckets(layouts, devices, limit)
+        return self._buckets[key][1]
+
+    def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
+        """Where the matrices of a tensor are; found once for each kind of tensor."""
+        tensor, inside = entry.tensor, entry.group["matrices"]
+        if entry.flat is not None:
+            if entry.flat not in self._layouts:
+                matrices = [[Matrix(*matrix) for matrix in part] for part in inside]
+                self._layouts[entry.flat] = entry.flat.layout(matrices)
+            return self._layouts[entry.flat]
+        placing = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+        has_copies = placing is not None or replicate.size > 1
+        divides = has_copies and _divides(entry)
+        key = (tuple(tensor.shape), placing, inside[entry.indices[0]], divides)
+        if key not in self._layouts:
+            found = find_layout(tensor, entry.matrices, entry.name, replicate)
+            self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
+        return self._layouts[key]
+
+
+def _divides(entry: Entry) -> bool:
+    """Whether ranks that hold copies divide the work on a tensor among them."""
+    group, matrices = entry.group, entry.matrices
+    if group["distribute"] != "auto" or not matrices:
+        return bool(group["distribute"] != "redundant")
+    device = compute_device(entry.tensor, entry.flat is not None)
+    itemsize = wire_dtype(group, entry.tensor.dtype, device).itemsize
+    rows, cols = matrices[0].rows, matrices[0].cols
+    return owning_pays(rows, cols, group["polar_steps"], itemsize, device.type)
