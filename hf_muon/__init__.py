@@ -1,5 +1,6 @@
 """Muon for the Hugging Face Trainer: ``optim="muon"``."""
 
+from hf_muon import diagnostics
 from hf_muon.config import MuonConfig
 from hf_muon.integrations.factory import MuonOptimizerFactory, create_muon_optimizer
 from hf_muon.integrations.transformers import register
@@ -14,6 +15,7 @@ __all__ = [
     "Route",
     "RoutePlan",
     "create_muon_optimizer",
+    "diagnostics",
     "polar_factor",
     "register",
     "route",

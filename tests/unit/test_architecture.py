@@ -16,13 +16,21 @@ ALLOWED = {
     "distributed": set(),
     "optimizer": {"config", "distributed", "polar"},
     "routing": {"config", "distributed"},
+    "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},
     "cli": {"config", "routing"},
     "run": {"integrations"},
     "auto": {"integrations"},
 }
 # Files that work elementwise or on whole matrices, and know nothing of processes or trainers.
-PURE = ["polar", "optimizer/momentum.py", "optimizer/scaling.py", "optimizer/apply.py"]
+PURE = [
+    "polar",
+    "optimizer/momentum.py",
+    "optimizer/scaling.py",
+    "optimizer/apply.py",
+    "diagnostics/metrics.py",
+    "diagnostics/synthetic.py",
+]
 
 
 def python_files(path):

@@ -1,0 +1,130 @@
+"""The gradients of a model, matrix by matrix.
+
+In: a model, and batches or gradients that a backward pass has left. Out: for each matrix that Muon
+trains, by name, its gradient as a whole (m, n) matrix in float32. Gradients are copied, never
+written. On sharded models every rank must call, as gathering a gradient is a collective.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_muon.distributed.layout import Matrix
+from hf_muon.routing import route
+
+Sources = dict[str, tuple[nn.Parameter, Matrix]]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -> Sources:
+    """The matrices that Muon would train, by name.
+
+    Args:
+        model: Any module.
+        layers: Regexes, of which one must be found in the name. Default: all.
+
+    Returns:
+        Parameter and region for each; the second matrix of a stack is called ``name[1]``.
+
+    Raises:
+        ValueError: Nothing is routed to Muon, or a pattern matches none of what is.
+    """
+    plan = route(model)
+    plan.require_matrices()
+    found: Sources = {}
+    for one, parameter in zip(plan.routes, plan.parameters, strict=True):
+        for index, matrix in enumerate(one.matrices):
+            suffix = f"[{index}]" if len(one.matrices) > 1 else ""
+            found[one.name + suffix] = (parameter, matrix)
+    if layers is None:
+        return found
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in found):
+            near = difflib.get_close_matches(pattern, found, n=3, cutoff=0.3)
+            raise ValueError(
+                f"layers holds {pattern!r}, which matches none of the {len(found)} matrices that "
+                f"Muon trains. Near names: {', '.join(near) or next(iter(found))}."
+            )
+    return {name: at for name, at in found.items() if any(re.search(p, name) for p in patterns)}
+
+
+def read_gradients(sources: Sources) -> dict[str, Tensor]:
+    """Copies of the gradients that a backward pass has left, in float32 or better.
+
+    A parameter without a gradient counts as zero, as in the optimizer.
+
+    Raises:
+        RuntimeError: No parameter has a gradient.
+    """
+    if all(parameter.grad is None for parameter, _ in sources.values()):
+        raise RuntimeError(
+            "No matrix has a gradient. Read them after backward() and before zero_grad(); under "
+            "DeepSpeed gradients never reach .grad: probe the model without it."
+        )
+    return {name: _matrix(parameter, matrix) for name, (parameter, matrix) in sources.items()}
+
+
+def _matrix(parameter: nn.Parameter, matrix: Matrix) -> Tensor:  # -> (m, n)
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros(matrix.rows, matrix.cols, device=parameter.device)
+    if hasattr(gradient, "full_tensor"):  # a DTensor
+        gradient = gradient.full_tensor()
+    gradient = gradient.detach().contiguous()
+    region = gradient.as_strided(matrix.shape, matrix.strides, matrix.offset)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return region.reshape(matrix.rows, matrix.cols).to(dtype, copy=True)
+
+
+def gradient_buffers(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, sources: Sources
+) -> dict[str, Tensor]:
+    """One gradient per batch at fixed weights; the model's own gradients are put back afterwards.
+
+    Returns:
+        A buffer (K, m, n) for each matrix.
+
+    Raises:
+        ValueError: There are no batches.
+        FloatingPointError: A gradient is NaN or infinite.
+    """
+    parameters = list(model.parameters())
+    kept = [parameter.grad for parameter in parameters]
+    taken: list[dict[str, Tensor]] = []
+    try:
+        for number, batch in enumerate(batches):
+            _put(parameters, [None] * len(parameters))
+            with torch.enable_grad():
+                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            taken.append(read_gradients(sources))
+            for name, gradient in taken[-1].items():
+                if not gradient.isfinite().all():
+                    raise FloatingPointError(f"Batch {number} gives {name} a gradient with NaN.")
+    finally:
+        _put(parameters, kept)
+    if not taken:
+        raise ValueError("There are no batches to take gradients of.")
+    return {name: torch.stack([one[name] for one in taken]) for name in sources}
+
+
+def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a transformers model on a dict of tensors, moved to the model's device."""
+    device = next(model.parameters()).device
+    on_device = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+    loss: Tensor = model(**on_device).loss
+    return loss

@@ -1,0 +1,175 @@
+"""Run an order of momentum and polar factor over recorded gradients, without weights.
+
+In: gradients in the order of their steps, and the settings of the optimizer. Out: the update
+directions it would have applied, before learning rate, step-size factor and decay. The stages are
+the optimizer's own functions; filters of one's own may stand before and after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_muon.config import MuonConfig
+from hf_muon.optimizer.momentum import accumulate, filtered
+from hf_muon.optimizer.scaling import match_update_rms
+from hf_muon.polar import orthogonalize
+
+Filter = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+"""From a stream of tensors to a stream of tensors, one for each step. Its memory lives in the call,
+so that one filter serves many streams; ``functools.partial(map, f)`` makes one of a function."""
+
+
+def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = None) -> Filter:
+    """The optimizer's momentum as a filter: M ← βM + (1−β)X, M₀ = 0; or (1−β)X + βM (Nesterov).
+
+    Args:
+        momentum: β in [0, 1).
+        nesterov: Whether to look ahead.
+        dtype: Of the buffer M. Default: that of the first tensor.
+    """
+
+    def smooth(stream: Iterable[Tensor]) -> Iterator[Tensor]:
+        exp_avg = None
+        for x in stream:
+            if exp_avg is None:
+                exp_avg = torch.zeros_like(x, dtype=dtype)
+            accumulate(x, exp_avg, momentum)
+            smoothed = filtered(x, exp_avg, momentum, nesterov)
+            yield smoothed.clone() if smoothed is exp_avg else smoothed
+
+    return smooth
+
+
+class Stages(NamedTuple):
+    """A step as a picture: before ─► polar ─► after.
+
+    Attributes:
+        before: Filters of the gradients, first to last.
+        polar: The polar factor.
+        after: Filters of the polar factors, first to last.
+    """
+
+    before: tuple[Filter, ...]
+    polar: Callable[[Tensor], Tensor]
+    after: tuple[Filter, ...]
+
+    def updates(self, gradients: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Update directions of a stream of gradients."""
+        return through(map(self.polar, through(gradients, self.before)), self.after)
+
+
+def through(stream: Iterable[Tensor], filters: Sequence[Filter]) -> Iterable[Tensor]:
+    """A stream after some filters."""
+    for one in filters:
+        stream = one(stream)
+    return stream
+
+
+def stages(
+    config: MuonConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    before: Filter | None = None,
+    after: Filter | None = None,
+) -> Stages:
+    """The stages of an order.
+
+    Args:
+        config: Gives order, momentum, Nesterov, RMS matching and the polar method.
+        dtype: Of the momentum buffer. Default: that of what is filtered.
+        before: A filter of the raw gradients, ahead of everything.
+        after: A filter of the updates, behind everything.
+    """
+    smooth = ema(config.momentum, config.nesterov, dtype)
+    first = [before] if before else []
+    then: list[Filter] = []
+    if config.order == "pre_polar":
+        first.append(smooth)
+    elif config.order == "post_polar":
+        then.append(smooth)
+    if config.match_update_rms:
+        then.append(partial(map, _with_matched_rms))
+    polar = partial(
+        orthogonalize,
+        method=config.polar_method,
+        coefficients=config.coefficients,
+        steps=config.polar_steps,
+        dtype=config.polar_dtype,
+    )
+    return Stages(tuple(first), polar, (*then, after) if after else tuple(then))
+
+
+def replay(
+    gradients: Tensor | Iterable[Tensor],
+    order: str = "pre_polar",
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    *,
+    polar_method: str = "svd",
+    before: Filter | None = None,
+    after: Filter | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Return the update direction of every step; ``W ← W − lr·scale·update`` would apply it.
+
+    ::
+
+        pre_polar   gradient ─► before ─► momentum ─► polar ─► after ─► update
+        post_polar  gradient ─► before ─► polar ─► momentum ─► after ─► update
+        polar_only  gradient ─► before ─► polar ─► after ─► update
+
+    Args:
+        gradients: (K, …, m, n), or K tensors (…, m, n), in the order of the steps. Leading
+            dimensions are independent matrices. The dtype is that of the momentum buffer.
+        order: ``pre_polar``, ``post_polar`` or ``polar_only``.
+        momentum: β in [0, 1).
+        nesterov: Whether the momentum looks ahead.
+        polar_method: Default: the exact polar factor.
+        before: A filter of the gradients in addition, such as clipping of entries:
+            ``partial(map, clip)``. It takes the stream of all steps and gives a stream of as many.
+            With ``polar_only`` it is the only one, in place of the momentum.
+        after: A filter of the updates in addition.
+        **settings: ``match_update_rms``, ``coefficients``, ``polar_steps``, ``polar_dtype`` of
+            :class:`~hf_muon.MuonConfig`.
+
+    Returns:
+        Updates, (K, …, m, n).
+
+    Raises:
+        ValueError: A setting that is not allowed, no gradient at all, or a filter that loses steps.
+
+    Example:
+        >>> smoothing = lambda stream: ((x + y) / 2 for x, y in pairwise(chain([0], stream)))
+        >>> replay(gradients, "polar_only", before=smoothing)  # two-step FIR in place of the EMA
+    """
+    steps = list(gradients)
+    if not steps:
+        raise ValueError("There is no gradient to replay; one for each step is needed.")
+    config = MuonConfig(
+        order=order,  # type: ignore[arg-type]  # checked by the constructor, like the others
+        momentum=momentum,
+        nesterov=nesterov,
+        polar_method=polar_method,  # type: ignore[arg-type]
+        **settings,
+    )
+    chosen = stages(config, dtype=steps[0].dtype, before=before, after=after)
+    updates = list(chosen.updates(steps))
+    if len(updates) != len(steps):
+        raise ValueError(
+            f"A filter made {len(updates)} steps out of {len(steps)}; it must give one tensor for "
+            "each that it takes."
+        )
+    return torch.stack(updates)
+
+
+def _with_matched_rms(update: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
+    """The update with the RMS of a polar factor, 1/√max(m, n)."""
+    sums = update.double().square().sum((-2, -1))  # (…)
+    shapes = [(update.shape[-2], update.shape[-1])] * sums.numel()
+    factors = match_update_rms(sums.flatten(), shapes).reshape(sums.shape)
+    return update * factors[..., None, None].to(update.dtype)
