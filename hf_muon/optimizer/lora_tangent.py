@@ -1,0 +1,151 @@
+"""Steepest descent in the tangent space of the products BA, and the balancing of factors.
+
+In and out: as in ``lora``. Balancing is no part of the change of the factors, since it rescales the
+momentum as well: it is elementwise given one number per pair, which follows from two sums of
+squares, and every rank rescales its own pieces after the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_muon.optimizer.lora import (
+    Pair,
+    PolarFunction,
+    full_precision,
+    whitening,
+    with_split_decay,
+    without_autocast,
+)
+
+
+@torch.no_grad()
+def tangent_update(
+    weights: Pair,
+    gradients: Pair,
+    *,
+    step: float,
+    decay: float,
+    damping: float,
+    polar: PolarFunction,
+    iterations: int,
+) -> Pair:
+    """LoRA-TSD: a spectral step of BA among the matrices X = B·dA + dB·A that the factors reach.
+
+    With S_A = AAᵀ, S_B = BᵀB, P_A = Aᵀ·S_A⁻¹·A and P_B = B·S_B⁻¹·Bᵀ, the nearest X to a matrix G
+    is P(G) = P_B·G + G·P_A − P_B·G·P_A, at (dA, dB) as below. From X = P(M), τ times::
+
+        G  ← O(X), the polar factor
+        dB ← G·Aᵀ·S_A⁻¹
+        dA ← S_B⁻¹·Bᵀ·G·(I − P_A)              X ← B·dA + dB·A
+
+    and then A ← sA − η·dA/s, B ← sB − η·dB/s, s = √(1 − decay). Only Bᵀ·G and G·Aᵀ are needed, for
+    M the filtered gradients; and X = [B, dB]·[dA; A] has rank 2r, so that O works on a core of 2r
+    by 2r. The inverses are damped as in :func:`~hf_muon.optimizer.lora.product_update`; likewise a
+    factor stays as it is where the other one is zero, and BA moves the same way for (kA, B/k).
+
+    Args:
+        weights: A (…, r, n) and B (…, m, r), of any floating dtype; not modified.
+        gradients: M_A and M_B, of the same shapes: BᵀM and MAᵀ up to a common factor. Momentum
+            holds that only about; P_B·M·P_A, which both contain, is taken from M_B. Zero gives no
+            step.
+        step: η, about the spectral norm that BA moves by.
+        decay: lr·λ: what part of the product is removed, in [0, 1).
+        damping: δ, at least 1e-8.
+        polar: Maps matrices (…, m, n) to their polar factors.
+        iterations: τ, at least 1. More of them bring P(O(X)) closer to a matrix whose singular
+            values are one.
+
+    Returns:
+        What to add to A and to B, in float32, or float64 for float64 weights.
+
+    Raises:
+        ValueError: ``decay``, ``damping`` or ``iterations`` is out of range.
+
+    References:
+        arXiv 2609.02734.
+    """
+    if iterations < 1:
+        raise ValueError(f"tangent_update got iterations={iterations}; at least 1 is needed.")
+    weights, gradients = full_precision(weights), full_precision(gradients)
+    dtype = weights.a.dtype
+    with without_autocast(weights):
+        whiten_a = whitening(weights.a, damping).to(dtype)  # (…, r, r)
+        whiten_b = whitening(weights.b.mT, damping).to(dtype)
+        # Bases V of the rows of A and U of the columns of B: P_A = VᵀV and P_B = UUᵀ. In them
+        # nothing depends on the scales of A and B.
+        rows, columns = whiten_a @ weights.a, weights.b @ whiten_b.mT  # (…, r, n), (…, m, r)
+        along = beside(whiten_b @ gradients.a, rows)  # UᵀG(I − P_A), (…, r, n)
+        across = gradients.b @ whiten_a.mT  # GVᵀ, (…, m, r)
+        for _ in range(iterations):
+            left = torch.cat([columns, across], dim=-1)  # (…, m, 2r)
+            right = torch.cat([along, rows], dim=-2)  # (…, 2r, n)
+            left, right = polar_of_product(left, right, polar)
+            along = beside((columns.mT @ left) @ right, rows)
+            across = left @ (right @ rows.mT)
+        change = Pair(whiten_b.mT @ along * -step, across @ whiten_a * -step)
+    return with_split_decay(weights, change, decay)
+
+
+def beside(X: Tensor, rows: Tensor) -> Tensor:  # (…, r, n) -> (…, r, n)
+    """X(I − VᵀV): what of X the rows of V do not reach."""
+    return X - (X @ rows.mT) @ rows
+
+
+def polar_of_product(
+    left: Tensor, right: Tensor, polar: PolarFunction
+) -> tuple[Tensor, Tensor]:  # (…, m, k), (…, k, n) with k at most 2r
+    """O(LR) as a product: the polar factor of a small core between orthonormal bases.
+
+    Args:
+        left: L, (…, m, 2r).
+        right: R, (…, 2r, n).
+        polar: Maps matrices to their polar factors.
+    """
+    basis_left, core_left = torch.linalg.qr(left)  # (…, m, k), (…, k, 2r)
+    basis_right, core_right = torch.linalg.qr(right.mT)
+    core = polar(core_left @ core_right.mT).to(left.dtype)
+    return basis_left @ core, basis_right.mT
+
+
+def balance_factor(squares_a: Tensor, squares_b: Tensor) -> Tensor:
+    """The power of two next to √(‖B‖/‖A‖), which brings ‖A‖ and ‖B‖ within a factor of two.
+
+    Powers of two because they are exact in every dtype: BA keeps its bits, where a factor that
+    equalizes the norms would round every weight, in bfloat16 by as much as steps are large. Updates
+    of the product do not depend on the balance; it keeps the factors far from overflow, and close
+    to what a change of optimizer or of dtype expects.
+
+    Args:
+        squares_a: ‖A‖², the sum of squares over the whole factor, of any shape, float64.
+        squares_b: ‖B‖², of the same shape.
+
+    Returns:
+        f for A ← f·A and B ← B/f, float32; 1 where a factor is zero.
+    """
+    exponent = (torch.log2(squares_b / squares_a) / 4).round()
+    # exp2 may be off in the last digit of float64, and is exact once rounded to float32.
+    return torch.where((squares_a > 0) & (squares_b > 0), exponent.exp2(), 1.0).float()
+
+
+def balanced(weights: Pair, momenta: Pair, factor: Tensor) -> tuple[Pair, Pair]:
+    """Weights (f·A, B/f) and momenta (M_A/f, f·M_B): momenta are gradients, which scale inversely.
+
+    Elementwise, so the pairs may be whole or what a rank holds of them. To be called after a step:
+    gradients that were computed before no longer belong to the weights.
+
+    Args:
+        weights: A and B, (…, rows, columns) each.
+        momenta: M_A and M_B, of the same shapes.
+        factor: f, (…), from :func:`balance_factor`.
+    """
+    grow = factor[..., None, None]
+
+    def scaled(tensor: Tensor, by: Tensor) -> Tensor:
+        return tensor * by.to(tensor.dtype)
+
+    return (
+        Pair(scaled(weights.a, grow), scaled(weights.b, 1 / grow)),
+        Pair(scaled(momenta.a, 1 / grow), scaled(momenta.b, grow)),
+    )
