@@ -168,6 +168,8 @@ def pieces_in_range(matrix: Matrix, start: int, stop: int, offset: int) -> tuple
         Blocks of whole rows and the parts of rows at the ends; none where the range has nothing of
         the matrix.
     """
+    if list(matrix.strides) == _row_major(matrix.shape):
+        return _in_consecutive_rows(matrix, start, stop, offset)
     rows, step = matrix.row_indices(), matrix.strides[-1]
     first = ((start - rows).clamp(min=0) + step - 1).div(step, rounding_mode="floor")
     last = ((stop - rows).clamp(min=0) + step - 1).div(step, rounding_mode="floor")
@@ -178,6 +180,20 @@ def pieces_in_range(matrix: Matrix, start: int, stop: int, offset: int) -> tuple
             places = rows + low * step - start + offset
             for row, count, place, gap in _runs(places, (first == low) & (last == high)):
                 pieces.append(Piece(row, low, count, high - low, place, gap, step))
+    return tuple(pieces)
+
+
+def _in_consecutive_rows(matrix: Matrix, start: int, stop: int, offset: int) -> tuple[Piece, ...]:
+    """The end of a row, whole rows, the beginning of a row: fast, for thousands of ranks."""
+    pieces = []
+    here, end = max(start - matrix.offset, 0), min(stop - matrix.offset, matrix.numel)
+    while here < end:
+        row, col = divmod(here, matrix.cols)
+        cols = min(matrix.cols - col, end - here)
+        rows = (end - here) // cols if cols == matrix.cols else 1
+        place = offset + matrix.offset + here - start
+        pieces.append(Piece(row, col, rows, cols, place, matrix.cols, 1))
+        here += rows * cols
     return tuple(pieces)
 
 

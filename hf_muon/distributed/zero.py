@@ -8,6 +8,7 @@ looked at, never imported.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,11 +58,13 @@ class FlatTensor:
         places = [(number, matrix) for number in self.parameters for matrix in matrices[number]]
 
         def pieces(spans: Sequence[Span]) -> Any:
-            of = {number: [s for s in spans if s.parameter == number] for number in self.parameters}
+            of: dict[int, list[Span]] = defaultdict(list)
+            for span in spans:
+                of[span.parameter].append(span)
             return tuple(
                 tuple(
                     piece
-                    for span in of[number]
+                    for span in of.get(number, ())
                     for piece in pieces_in_range(matrix, span.start, span.stop, span.offset)
                 )
                 for number, matrix in places
