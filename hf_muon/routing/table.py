@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def render(plan: RoutePlan, *, compact: bool) -> str:
     """The plan as a table, a summary per kind, and a paragraph on unknown parameters."""
-    lines = [_text(_routes(plan, compact=compact)), _text(_summary(plan)), _totals(plan)]
+    lines = [text(_routes(plan, compact=compact)), text(_summary(plan)), _totals(plan)]
     unknown = [route for route in plan.routes if route.kind == "unknown"]
     if unknown:
         named = "\n".join(f"  {name} {shape}" for (name, shape), _ in _folded(unknown))
@@ -90,7 +90,7 @@ def _shape(route: Route) -> str:
     return f"({', '.join(map(str, route.shape))})"
 
 
-def _text(table: Table) -> str:
+def text(table: Table) -> str:
     """Rendered as wide as it needs to be: a name that is cut in two cannot be searched for."""
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     console.width = console.measure(table).maximum

@@ -18,7 +18,8 @@ ALLOWED = {
     "routing": {"config", "distributed"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},
-    "cli": {"config", "routing"},
+    "forecast": {"config", "distributed", "optimizer", "routing"},
+    "cli": {"config", "distributed", "forecast", "routing"},
     "run": {"integrations"},
     "auto": {"integrations"},
 }

@@ -1,0 +1,142 @@
+"""What a plan costs each rank: work, messages, memory.
+
+In: a bucket of the plan. Out: a :class:`Cost` for every rank of the world, and sums of them. Owners
+and pieces are read from the plan itself, so that these are the numbers of the run and not a model
+of them; only the memory of the polar iteration is an estimate.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from hf_muon.distributed.buckets import Bucket, Unit
+from hf_muon.distributed.owners import polar_cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one rank does for a bucket, or for several.
+
+    Attributes:
+        matrices: Polar factors that it computes.
+        operations: Of one Newton–Schulz iteration on each of them.
+        exchanged: Bytes that it sends in all-to-alls.
+        replicated: Bytes that it sends in all-gathers: what it contributes, with the padding to the
+            largest contribution, once to every other replica.
+        collectives: All-to-alls and all-gathers that it takes part in.
+        waiting: Bytes of whole matrices and buffers while messages travel.
+        computing: Bytes of whole matrices and of the iteration while it computes.
+    """
+
+    matrices: int = 0
+    operations: int = 0
+    exchanged: int = 0
+    replicated: int = 0
+    collectives: int = 0
+    waiting: int = 0
+    computing: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes that it sends."""
+        return self.exchanged + self.replicated
+
+    @property
+    def memory(self) -> int:
+        """Bytes, at most, beyond weights, gradients and state."""
+        return max(self.waiting, self.computing)
+
+
+@dataclass
+class _Share:
+    """What a rank owns, holds, sends to owners and gets as an owner; in elements."""
+
+    owned: list[Unit] = field(default_factory=list)
+    held: int = 0
+    outgoing: int = 0
+    incoming: int = 0
+
+
+def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[Cost]:
+    """The cost of a bucket for every rank.
+
+    Args:
+        bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`, of any rank.
+        mesh: (replicas, shards) of the world. Where the bucket has one replica only, each does all
+            of the work for itself.
+        itemsize: Bytes of an element on the wire.
+
+    Returns:
+        One cost for each rank; rank r is member ``r % shards`` of replica ``r // shards``.
+    """
+    replicas, shards = bucket.replicate.size, bucket.shard.size
+    shares = [[_Share() for _ in range(shards)] for _ in range(replicas)]
+    for unit in bucket.units:
+        row, owner = shares[unit.owner[0]], unit.owner[1]
+        row[owner].owned.append(unit)
+        for member, numel in enumerate(unit.held):
+            row[member].held += numel
+            if member != owner:
+                row[member].outgoing += numel
+                row[owner].incoming += numel
+    widths = [max(row[member].held for row in shares) for member in range(shards)]
+    found = [
+        [
+            _cost(share, bucket.gathers, width if replicas > 1 else 0, replicas, itemsize)
+            for share, width in zip(row, widths, strict=True)
+        ]
+        for row in shares
+    ]
+    return [found[r % replicas][s % shards] for r in range(mesh[0]) for s in range(mesh[1])]
+
+
+def _cost(share: _Share, gathers: bool, width: int, replicas: int, itemsize: int) -> Cost:
+    owned = sum(unit.numel for unit in share.owned)
+    travelling = share.outgoing + share.incoming
+    return Cost(
+        matrices=len(share.owned),
+        operations=sum(polar_cost(*unit.shape) for unit in share.owned),
+        exchanged=travelling * itemsize,
+        replicated=width * (replicas - 1) * itemsize,
+        collectives=2 * gathers + (width > 0),
+        waiting=(owned + max(travelling, share.outgoing + width * (replicas + 1))) * itemsize,
+        computing=(2 * owned + _workspace(share.owned)) * itemsize,
+    )
+
+
+def _workspace(owned: Sequence[Unit]) -> int:
+    """Elements that the iteration needs beside its input and its output.
+
+    It keeps a stack of the matrices of one shape, a normalized copy and one iterate besides the
+    next, and works on three square matrices.
+    """
+    stacks: dict[tuple[int, int], int] = defaultdict(int)
+    for unit in owned:
+        stacks[unit.shape] += 1
+    return max((k * (3 * m * n + 3 * min(m, n) ** 2) for (m, n), k in stacks.items()), default=0)
+
+
+def in_flight(costs: Sequence[Cost]) -> Cost:
+    """The cost of buckets of which two are in flight at a time, for one rank."""
+    pairs = [max(a.waiting + b.computing, a.computing + b.waiting) for a, b in pairwise(costs)]
+    return _sum(costs, computing=max([*pairs, *(cost.memory for cost in costs)], default=0))
+
+
+def one_after_another(costs: Sequence[Cost]) -> Cost:
+    """The cost of plans of which each ends before the next begins, for one rank."""
+    return _sum(costs, computing=max((cost.memory for cost in costs), default=0))
+
+
+def _sum(costs: Sequence[Cost], computing: int) -> Cost:
+    return Cost(
+        matrices=sum(cost.matrices for cost in costs),
+        operations=sum(cost.operations for cost in costs),
+        exchanged=sum(cost.exchanged for cost in costs),
+        replicated=sum(cost.replicated for cost in costs),
+        collectives=sum(cost.collectives for cost in costs),
+        waiting=max((cost.waiting for cost in costs), default=0),
+        computing=computing,
+    )

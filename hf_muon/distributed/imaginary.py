@@ -1,0 +1,169 @@
+"""Layouts of ranks that do not exist, for a look at a plan before it is run.
+
+In: the matrices of some parameters, a kind of sharding, a number of ranks. Out: the layouts that
+would be found there. No process group is needed: how each library cuts a parameter is written down
+here, and the tests hold it against the library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box
+from hf_muon.distributed.zero import FlatTensor, Span
+
+KINDS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+
+# DeepSpeed 0.19.8: a flat group is padded to a multiple of this times the number of ranks
+# (nccl_start_alignment_factor of ZeRO-1/2), and ZeRO-3 steps through sub-groups of so many elements
+# per rank (sub_group_size, by default).
+FLAT_ALIGNMENT = 2
+SUB_GROUP_SIZE = 10**9
+
+
+class Parameter(NamedTuple):
+    """A whole parameter: its shape and the matrices inside it."""
+
+    shape: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks that train one model together.
+
+    Attributes:
+        kind: One of :data:`KINDS`.
+        ranks: How many there are.
+        replicas: ``hsdp`` only: groups of ranks that each hold the whole model. Rank r is member
+            r mod ranks/replicas of replica ⌊r·replicas/ranks⌋, as in a device mesh
+            (replicas, shards).
+
+    Raises:
+        ValueError: An unknown kind, or numbers that do not fit it.
+    """
+
+    kind: str
+    ranks: int
+    replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.kind not in KINDS:
+            raise ValueError(f"layout={self.kind!r} is not one of {', '.join(KINDS)}.")
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks}: at least one is needed.")
+        if self.kind != "hsdp" and self.replicas is not None:
+            raise ValueError(f"replicas={self.replicas} with layout={self.kind!r}: only for hsdp.")
+        if self.kind == "hsdp" and (not self.replicas or self.replicas < 1):
+            raise ValueError("layout='hsdp' needs replicas, the number of copies of the model.")
+        if self.kind == "hsdp" and self.ranks % (self.replicas or 1):
+            raise ValueError(f"replicas={self.replicas} does not divide ranks={self.ranks}.")
+
+    @property
+    def mesh(self) -> tuple[int, int]:
+        """(replicas, shards): ranks that hold the same, and ranks that hold one copy together."""
+        replicas = {"ddp": self.ranks, "hsdp": self.replicas or 1}.get(self.kind, 1)
+        return replicas, self.ranks // replicas
+
+
+def exchanges(
+    parameters: Sequence[Parameter], shares: Sequence[bool], world: World
+) -> list[list[Layout]]:
+    """The layouts of one param group, in the lists that a step plans one after the other.
+
+    Args:
+        parameters: All parameters of the group.
+        shares: For each whether ranks that hold copies divide the work on it.
+        world: The ranks.
+
+    Returns:
+        One list with a layout for each parameter; under ZeRO one layout for each flat tensor, each
+        in a list of its own, because DeepSpeed calls the optimizer once for each.
+    """
+    matrices = [parameter.matrices for parameter in parameters]
+    if world.kind == "zero3":
+        groups = _sub_groups(parameters, world.ranks)
+        flats = [_flat_slices(parameters, members, world.ranks) for members in groups]
+        return [[flat.layout(matrices)] for flat in flats]
+    if world.kind in ("zero1", "zero2"):
+        return [[_flat_partitions(parameters, world.ranks).layout(matrices)]]
+    return [
+        [
+            _rows_of_a_mesh(parameter, *(world.mesh if share else (1, world.mesh[1])))
+            for parameter, share in zip(parameters, shares, strict=True)
+        ]
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _rows_of_a_mesh(parameter: Parameter, replicas: int, shards: int) -> Layout:
+    """(Replicate, Shard(0)) on a mesh (replicas, shards), as ``torch.chunk`` cuts the rows."""
+    rows, *others = parameter.shape
+    chunk = -(-rows // shards)
+    pieces = []
+    for member in range(shards):
+        start, stop = (min(rows, place * chunk) for place in (member, member + 1))
+        held = [torch.arange(start, stop), *map(torch.arange, others)]
+        pieces.append(
+            tuple(pieces_in_box(matrix, parameter.shape, held) for matrix in parameter.matrices)
+        )
+    shard = Ranks(tuple(range(shards))) if shards > 1 else ALONE
+    replicate = Ranks(tuple(range(0, replicas * shards, shards))) if replicas > 1 else ALONE
+    shapes = tuple((matrix.rows, matrix.cols) for matrix in parameter.matrices)
+    return Layout(shapes, tuple(pieces), shard, replicate)
+
+
+def _flat_partitions(parameters: Sequence[Parameter], ranks: int) -> FlatTensor:
+    """ZeRO-1/2: the group is one vector, cut into equal parts; matrices lie where they fall."""
+    offsets = [0, *accumulate(parameter.numel for parameter in parameters)]
+    size = -(-offsets[-1] // (FLAT_ALIGNMENT * ranks)) * FLAT_ALIGNMENT
+    spans: list[list[Span]] = [[] for _ in range(ranks)]
+    for index, (first, end) in enumerate(pairwise(offsets)):
+        for rank in range(first // size, -(-end // size)):
+            start, stop = max(first, rank * size), min(end, (rank + 1) * size)
+            spans[rank].append(Span(index, start - first, stop - first, start - rank * size))
+    return _flat_tensor(range(len(parameters)), spans)
+
+
+def _sub_groups(parameters: Sequence[Parameter], ranks: int) -> list[list[int]]:
+    """ZeRO-3: as many parameters as reach the size of a sub-group."""
+    groups: list[list[int]] = [[]]
+    size = 0
+    for index, parameter in enumerate(parameters):
+        if size >= SUB_GROUP_SIZE:
+            groups.append([])
+            size = 0
+        groups[-1].append(index)
+        size += -(-parameter.numel // ranks)
+    return groups
+
+
+def _flat_slices(parameters: Sequence[Parameter], members: list[int], ranks: int) -> FlatTensor:
+    """ZeRO-3: each parameter is cut into equal parts; a rank's parts lie one after the other."""
+    spans: list[list[Span]] = [[] for _ in range(ranks)]
+    offset = 0
+    for index in members:
+        numel = parameters[index].numel
+        size = -(-numel // ranks)
+        for rank in range(-(-numel // size)):
+            spans[rank].append(Span(index, rank * size, min(numel, (rank + 1) * size), offset))
+        offset += size
+    return _flat_tensor(members, spans)
+
+
+def _flat_tensor(members: Iterable[int], spans: list[list[Span]]) -> FlatTensor:
+    ranks = Ranks(tuple(range(len(spans)))) if len(spans) > 1 else ALONE
+    return FlatTensor(tuple(members), tuple(map(tuple, spans)), ranks)

@@ -1,0 +1,255 @@
+"""What the Muon half of a step will cost on ranks that need not exist.
+
+In: a route plan, settings, a :class:`~hf_muon.distributed.imaginary.World`, and two rates. Out: a
+:class:`Forecast` with the costs of every rank; it prints as a table and exports to JSON. Owners and
+buckets come from the code that plans the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from hf_muon.config import MuonConfig
+from hf_muon.distributed.buckets import plan_buckets
+from hf_muon.distributed.costs import Cost, bucket_costs, in_flight, one_after_another
+from hf_muon.distributed.imaginary import Parameter, World, exchanges
+from hf_muon.distributed.owners import owning_pays, polar_cost
+from hf_muon.optimizer.step import wire_dtype
+from hf_muon.routing.plan import RoutePlan
+from hf_muon.routing.table import text
+
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Costs of one step on every rank, without those of the AdamW half.
+
+    Attributes:
+        world: The ranks.
+        ranks: The cost of each.
+        steps: Newton–Schulz iterations of a polar factor.
+        matrices: Operations of one iteration on each matrix of the model.
+        in_lockstep: The same on the busiest rank of each bucket, summed over buckets: how long the
+            step takes if every bucket waits for its slowest rank.
+        wire: Dtype on the wire.
+    """
+
+    world: World
+    ranks: tuple[Cost, ...]
+    steps: int
+    matrices: tuple[int, ...]
+    in_lockstep: int
+    wire: torch.dtype
+
+    @property
+    def mean(self) -> float:
+        """Operations of one iteration, on average over the ranks."""
+        return sum(cost.operations for cost in self.ranks) / len(self.ranks)
+
+    @property
+    def balance(self) -> float:
+        """Most operations of a rank over the mean; 1 is perfect."""
+        return max(cost.operations for cost in self.ranks) / self.mean
+
+    @property
+    def lower_bound(self) -> float:
+        """What no assignment of whole matrices can be below."""
+        return max(1.0, max(self.matrices) / self.mean)
+
+    @property
+    def idle(self) -> int:
+        """Ranks that compute no polar factor."""
+        return sum(cost.matrices == 0 for cost in self.ranks)
+
+    def to_dict(self, tflops: float, gbps: float) -> dict[str, Any]:
+        """Everything as plain values, for JSON.
+
+        Args:
+            tflops: 10¹² operations per second that a rank reaches in matrix products.
+            gbps: 10⁹ bytes per second that a rank sends.
+        """
+        polar_ms = _milliseconds(self.steps, 1e12, "tflops", tflops)
+        wire_ms = _milliseconds(1, 1e9, "gbps", gbps)
+        return {
+            "layout": self.world.kind,
+            "ranks": self.world.ranks,
+            "replicas": self.world.mesh[0],
+            "wire_dtype": str(self.wire).removeprefix("torch."),
+            "matrices": len(self.matrices),
+            "newton_schulz_flops": self.steps * sum(self.matrices),
+            "max_over_mean": self.balance,
+            "lower_bound": self.lower_bound,
+            "idle_ranks": self.idle,
+            "polar_ms": polar_ms(max(cost.operations for cost in self.ranks)),
+            "polar_in_lockstep_ms": polar_ms(self.in_lockstep),
+            "polar_duplicated_ms": polar_ms(sum(self.matrices)),
+            "wire_ms": wire_ms(max(cost.sent for cost in self.ranks)),
+            "per_rank": [
+                {
+                    "rank": rank,
+                    "matrices": cost.matrices,
+                    "newton_schulz_flops": self.steps * cost.operations,
+                    "bytes_sent": cost.sent,
+                    "all_to_all_bytes": cost.exchanged,
+                    "all_gather_bytes": cost.replicated,
+                    "collectives": cost.collectives,
+                    "peak_extra_bytes": cost.memory,
+                    "polar_ms": polar_ms(cost.operations),
+                    "wire_ms": wire_ms(cost.sent),
+                }
+                for rank, cost in enumerate(self.ranks)
+            ],
+        }
+
+    def table(self, tflops: float, gbps: float, *, full: bool = False) -> str:
+        """Everything as text.
+
+        Args:
+            tflops: As in :meth:`to_dict`.
+            gbps: As in :meth:`to_dict`.
+            full: A line per rank; default: one line for all ranks with the same numbers.
+        """
+        facts = self.to_dict(tflops, gbps)
+        lines: dict[Any, list[int]] = defaultdict(list)
+        for one in facts["per_rank"]:
+            lines[(one["rank"] if full else None, *_cells(one))].append(one["rank"])
+        table = Table(
+            "ranks", "matrices", "TFLOP", "MB sent", "collectives", "MB extra", "polar ms",
+            "wire ms",
+        )  # fmt: skip
+        for (_, *cells), members in lines.items():
+            table.add_row(_ranks(members), *cells)
+        return text(table) + _summary(facts, tflops, gbps)
+
+
+def _milliseconds(amount: int, unit: float, name: str, rate: float) -> Callable[[int], float]:
+    if not rate > 0:
+        raise ValueError(f"{name}={rate}: a rate above 0 is expected.")
+    return lambda count: 1e3 * amount * count / (unit * rate)
+
+
+def forecast(
+    groups: Sequence[Sequence[Parameter]],
+    config: MuonConfig,
+    world: World,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+) -> Forecast:
+    """Plan a step as the ranks of a world would.
+
+    Args:
+        groups: The parameters of each Muon group, in the optimizer's order.
+        config: Gives the polar settings, ``distribute`` and ``bucket_mb``.
+        world: The ranks.
+        dtype: Of the parameters.
+        device: ``cuda`` (a GPU that computes in bfloat16) or ``cpu`` (this one).
+
+    Raises:
+        ValueError: An unknown device, or no matrix at all.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}.")
+    matrices = [m for group in groups for parameter in group for m in parameter.matrices]
+    if not matrices:
+        raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
+    wire = _wire(config, dtype, device)
+    limit = int(config.bucket_mb * 2**20 / wire.itemsize)
+    plans, in_lockstep = [], 0
+    for group in groups:
+        shares = [_shares(parameter, config, wire, device) for parameter in group]
+        for layouts in exchanges(group, shares, world):
+            buckets = plan_buckets(layouts, [torch.device(device)] * len(layouts), limit)
+            if not buckets:
+                continue
+            costs = [bucket_costs(bucket, world.mesh, wire.itemsize) for bucket in buckets]
+            in_lockstep += sum(max(cost.operations for cost in of_ranks) for of_ranks in costs)
+            plans.append([in_flight(of_rank) for of_rank in zip(*costs, strict=True)])
+    return Forecast(
+        world=world,
+        ranks=tuple(map(one_after_another, zip(*plans, strict=True))),
+        steps=config.polar_steps,
+        matrices=tuple(polar_cost(matrix.rows, matrix.cols) for matrix in matrices),
+        in_lockstep=in_lockstep,
+        wire=wire,
+    )
+
+
+def forecast_routes(
+    plan: RoutePlan, config: MuonConfig, world: World, *, device: str = "cuda"
+) -> Forecast:
+    """The forecast of a routed model; its groups are those of ``RoutePlan.param_groups``."""
+    groups = [
+        [Parameter(route.shape, route.matrices) for route in plan.muon if route.decay is decay]
+        for decay in (True, False)
+    ]
+    muon = [p for route, p in zip(plan.routes, plan.parameters, strict=True) if route.matrices]
+    dtype = muon[0].dtype if muon else torch.float32
+    return forecast([g for g in groups if g], config, world, dtype=dtype, device=device)
+
+
+def _wire(config: MuonConfig, dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype on the wire, without the device that would be asked what it can do."""
+    requested = config.polar_dtype
+    if device == "cuda" and requested == "auto" and config.polar_method != "svd":
+        requested = "bfloat16"
+    settings = {"polar_dtype": requested, "polar_method": config.polar_method}
+    return wire_dtype(settings, dtype, torch.device("cpu" if device == "cpu" else "meta"))
+
+
+def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device: str) -> bool:
+    """Whether ranks that hold copies of a parameter divide the work on it."""
+    if config.distribute != "auto" or not parameter.matrices:
+        return config.distribute != "redundant"
+    matrix = parameter.matrices[0]
+    return owning_pays(matrix.rows, matrix.cols, config.polar_steps, wire.itemsize, device)
+
+
+def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(one["matrices"]),
+        short(one["newton_schulz_flops"] / 1e12),
+        short(one["bytes_sent"] / 1e6),
+        str(one["collectives"]),
+        short(one["peak_extra_bytes"] / 1e6),
+        short(one["polar_ms"]),
+        short(one["wire_ms"]),
+    )
+
+
+def short(number: float) -> str:
+    """Three digits, or all before the point: ``0.0214``, ``1,710``."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def _ranks(members: Sequence[int]) -> str:
+    """Ranks in short: ``0-3, 8``, and how many where that is long."""
+    breaks = [i for i in range(1, len(members)) if members[i] != members[i - 1] + 1]
+    runs = [members[start:stop] for start, stop in zip([0, *breaks], [*breaks, None], strict=True)]
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])}, … ({len(members)} ranks)"
+
+
+def _summary(facts: dict[str, Any], tflops: float, gbps: float) -> str:
+    busiest, in_lockstep, duplicated, wire = (
+        short(facts[f"{name}_ms"])
+        for name in ("polar", "polar_in_lockstep", "polar_duplicated", "wire")
+    )
+    return (
+        f"{facts['matrices']:,} polar factors, {short(facts['newton_schulz_flops'] / 1e12)} TFLOP, "
+        f"{facts['wire_dtype']} on the wire. Busiest rank over the mean "
+        f"{facts['max_over_mean']:,.2f}, with whole matrices at least "
+        f"{facts['lower_bound']:,.2f}; {facts['idle_ranks']} idle ranks.\n"
+        f"At {tflops:g} TFLOP/s and {gbps:g} GB/s per rank: polar factors {busiest} ms on the "
+        f"busiest rank ({in_lockstep} ms if every bucket waits for its slowest rank, {duplicated} "
+        f"ms if every rank computed all), wire {wire} ms."
+    )

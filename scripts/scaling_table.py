@@ -1,0 +1,90 @@
+"""Print how the polar factors of LLaMA models spread over many ranks, as a Markdown table.
+
+In: names of models, numbers of ranks, a layout, two rates. Out: a row for each model and number of
+ranks, from the plan that a run would make; no process group and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from hf_muon.config import MuonConfig
+from hf_muon.distributed.imaginary import Parameter, World
+from hf_muon.distributed.layout import Matrix
+from hf_muon.forecast import Forecast, forecast, short
+
+
+class Llama(NamedTuple):
+    """Shape of a LLaMA: width, width inside the MLP, layers, width of keys and values."""
+
+    hidden: int
+    inner: int
+    layers: int
+    keys: int
+
+    def parameters(self) -> list[Parameter]:
+        """The hidden matrices, in the model's order."""
+        hidden, inner, layers, keys = self
+        attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+        mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
+        return [Parameter(s, (Matrix.whole(s),)) for s in [*attention, *mlp] * layers]
+
+
+MODELS = {
+    # GaLore (arXiv 2403.03507), table 5
+    "60M": Llama(512, 1376, 8, 512),
+    "130M": Llama(768, 2048, 12, 768),
+    "350M": Llama(1024, 2736, 24, 1024),
+    "1B": Llama(2048, 5461, 24, 2048),
+    # LLaMA (arXiv 2302.13971) and Llama 3 (arXiv 2407.21783)
+    "7B": Llama(4096, 11008, 32, 4096),
+    "70B": Llama(8192, 28672, 80, 1024),
+}
+COLUMNS = (
+    "model", "matrices", "ranks", "TFLOP per step", "max/mean", "lower bound", "idle ranks",
+    "busiest rank ms", "in lockstep ms", "duplicated ms", "MB sent per rank", "MB extra per rank",
+)  # fmt: skip
+
+
+def row(name: str, costs: Forecast, tflops: float, gbps: float) -> list[str]:
+    """The cells of one line; ranks by their largest number."""
+    facts = costs.to_dict(tflops, gbps)
+    sent = max(one["bytes_sent"] for one in facts["per_rank"]) / 1e6
+    extra = max(one["peak_extra_bytes"] for one in facts["per_rank"]) / 1e6
+    return [
+        name,
+        str(facts["matrices"]),
+        str(facts["ranks"]),
+        short(facts["newton_schulz_flops"] / 1e12),
+        f"{facts['max_over_mean']:.2f}",
+        f"{facts['lower_bound']:.2f}",
+        str(facts["idle_ranks"]),
+        *(short(facts[key]) for key in ("polar_ms", "polar_in_lockstep_ms", "polar_duplicated_ms")),
+        short(sent),
+        short(extra),
+    ]
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 512, 1024])
+    parser.add_argument("--layout", default="fsdp2")
+    parser.add_argument("--replicas", type=int)
+    parser.add_argument("--optim-args")
+    parser.add_argument("--tflops", type=float, default=400.0)
+    parser.add_argument("--gbps", type=float, default=50.0)
+    given = parser.parse_args()
+    config = MuonConfig.from_optim_args(given.optim_args)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for name in given.models:
+        for ranks in given.ranks:
+            world = World(given.layout, ranks, given.replicas)
+            costs = forecast([MODELS[name].parameters()], config, world)
+            print(f"| {' | '.join(row(name, costs, given.tflops, given.gbps))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

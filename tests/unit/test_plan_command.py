@@ -1,0 +1,116 @@
+"""``hf-muon plan`` prints what a step costs each rank, from a config alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_muon.cli import app
+from hf_muon.config import MuonConfig
+from hf_muon.distributed.imaginary import World
+from hf_muon.forecast import forecast
+from scripts.scaling_table import Llama
+
+SHAPE = Llama(hidden=32, inner=48, layers=2, keys=16)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    values = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    path.write_text(json.dumps(values))
+    return path
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def facts(*arguments: object):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_a_routed_model_costs_what_its_shapes_say(config):
+    found = facts(config, "--ranks", 4, "--layout", "hsdp", "--replicas", 2)
+    expected = forecast([SHAPE.parameters()], MuonConfig(), World("hsdp", 4, replicas=2))
+    assert found == expected.to_dict(tflops=400.0, gbps=50.0)
+    assert found["matrices"] == 14
+    assert [one["rank"] for one in found["per_rank"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_every_layout_shares_out_all_matrices(config, layout):
+    found = facts(config, "--ranks", 2, "--layout", layout, "--optim-args", "distribute=owner")
+    assert sum(one["matrices"] for one in found["per_rank"]) == 14
+    assert (
+        sum(one["newton_schulz_flops"] for one in found["per_rank"])
+        == (found["newton_schulz_flops"])
+    )
+
+
+def test_settings_and_rates_reach_the_plan(config):
+    base = facts(config, "--ranks", 2)
+    assert base["wire_dtype"] == "bfloat16"
+    wide = facts(config, "--ranks", 2, "--optim-args", "polar_dtype=float32,polar_steps=4")
+    for here, there in zip(base["per_rank"], wide["per_rank"], strict=True):
+        assert there["bytes_sent"] == 2 * here["bytes_sent"]
+        assert 5 * there["newton_schulz_flops"] == 4 * here["newton_schulz_flops"]
+    fast = facts(config, "--ranks", 2, "--tflops", 800, "--gbps", 25)
+    assert fast["polar_ms"] == pytest.approx(base["polar_ms"] / 2)
+    assert fast["wire_ms"] == pytest.approx(base["wire_ms"] * 2)
+    buckets = facts(config, "--ranks", 2, "--optim-args", "bucket_mb=0.001")
+    assert buckets["per_rank"][0]["collectives"] > base["per_rank"][0]["collectives"] == 2
+
+
+def test_copies_share_the_work_where_that_pays(config):
+    """Matrices of width 32 are computed faster than they are sent, by GPUs and by CPUs."""
+    on = {device: facts(config, "--ranks", 2, "--layout", "ddp", "--device", device)
+          for device in ("cuda", "cpu")}  # fmt: skip
+    assert [one["bytes_sent"] for one in on["cuda"]["per_rank"]] == [0, 0]
+    assert [one["matrices"] for one in on["cuda"]["per_rank"]] == [14, 14]
+    assert sum(one["matrices"] for one in on["cpu"]["per_rank"]) == 14
+
+
+def test_ranks_with_the_same_numbers_share_a_line_unless_asked(config):
+    folded, full = (run(config, "--ranks", 16, *more) for more in ((), ("--full",)))
+    assert "14-15" in folded.output  # the idle ones
+    assert "2 idle ranks" in folded.output
+    assert len(full.output.splitlines()) == len(folded.output.splitlines()) + 16 - 4
+
+
+ERRORS = {
+    "unknown layout": (["--layout", "fsdp"], "layout='fsdp' is not one of ddp, fsdp2"),
+    "no ranks": (["--ranks", "0"], "ranks=0"),
+    "replicas of nothing": (["--replicas", "2"], "only for hsdp"),
+    "rate": (["--gbps", "-1"], "gbps=-1.0"),
+    "unknown setting": (["--optim-args", "bucket=1"], "Did you mean 'bucket_mb'?"),
+    "unknown device": (["--device", "tpu"], "device='tpu' is not one of cuda, cpu"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments_are_one_sentence(config, case):
+    arguments, message = ERRORS[case]
+    result = run(config, "--ranks", 4, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_nothing_for_muon_fails(config):
+    result = run(config, "--ranks", 2, "--optim-args", "adamw_params=.")
+    assert result.exit_code == 1
+    assert "Nothing to train with Muon" in result.stderr
