@@ -2,6 +2,7 @@
 
 In: a :class:`~hf_muon.routing.plan.RoutePlan`. Out: plain text with a line per parameter (or per
 parameter of a repeated layer), totals per reason, and the parameters that no rule knows by name.
+Where there are LoRA factors, each comes with its partner, rank and scaling.
 """
 
 from __future__ import annotations
@@ -32,26 +33,51 @@ def render(plan: RoutePlan, *, compact: bool) -> str:
 
 
 def _routes(plan: RoutePlan, *, compact: bool) -> Table:
-    table = Table("parameter", "shape", "algorithm", "matrices", "decay", "reason")
+    adapted = any(route.scaling is not None for route in plan.routes)
+    of_adapters = ("partner", "rank", "scaling") if adapted else ()
+    table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, "decay", "reason")
+
+    def cells(route: Route) -> tuple[str, ...]:
+        matrices = _matrices(route)
+        adapter = _adapter(route) if adapted else ()
+        decay = "yes" if route.decay else "no"
+        return _shape(route), route.algorithm, matrices, *adapter, decay, route.reason
+
     if not compact:
         for route in plan.routes:
-            table.add_row(route.name, *_cells(route))
+            table.add_row(route.name, *cells(route))
         return table
     seen: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for route in plan.routes:
-        seen[(_pattern(route.name), *_cells(route))].append(route.name)
-    for (pattern, *cells), names in seen.items():
-        table.add_row(names[0] if len(names) == 1 else f"{pattern}  ({len(names)} times)", *cells)
+        seen[(_pattern(route.name), *cells(route))].append(route.name)
+    for (pattern, *row), names in seen.items():
+        table.add_row(names[0] if len(names) == 1 else f"{pattern}  ({len(names)} times)", *row)
     return table
 
 
-def _cells(route: Route) -> tuple[str, ...]:
-    matrices = " + ".join(
+def _matrices(route: Route) -> str:
+    return " + ".join(
         f"{count} of {rows} x {cols}"
         for (rows, cols), count in Counter((m.rows, m.cols) for m in route.matrices).items()
     )
-    decay = "yes" if route.decay else "no"
-    return _shape(route), route.algorithm, matrices, decay, route.reason
+
+
+def _adapter(route: Route) -> tuple[str, str, str]:
+    """Partner, rank and scaling of a LoRA factor; blank for any other parameter."""
+    if route.scaling is None:
+        return "", "", ""
+    matrix = route.matrices[0]
+    rank = matrix.rows if route.reason.endswith("factor A") else matrix.cols  # A (r, n), B (m, r)
+    return _partner(route), str(rank), f"{route.scaling:g}"
+
+
+def _partner(route: Route) -> str:
+    """The partner's name without the modules that both are in."""
+    if route.pair is None:
+        return "none"
+    own, other = route.name.split("."), route.pair.split(".")
+    shared = next(i for i, steps in enumerate(zip(own, other, strict=False)) if len({*steps}) > 1)
+    return ".".join(other[shared:])
 
 
 def _summary(plan: RoutePlan) -> Table:

@@ -33,11 +33,14 @@ from tests.unit.optimizer.pairs import (
 def test_a_zero_factor_moves_and_leaves_the_other_alone(update, polar, zero):
     weights, G = factors()
     weights = weights._replace(**{zero: torch.zeros_like(getattr(weights, zero))})
-    change = update(weights, gradients_of(weights, G), polar=polar, decay=0.1)
-    assert getattr(change, zero).any()
     (other,) = {"a", "b"} - {zero}
     old = getattr(weights, other)
-    assert torch.equal(old + getattr(change, other), old)
+    # Its gradient is zero; what momentum it has from before has no direction in the product.
+    momenta = gradients_of(weights, G)._replace(**{other: torch.randn_like(old)})
+    for gradients in (gradients_of(weights, G), momenta):
+        change = update(weights, gradients, polar=polar, decay=0.1)
+        assert getattr(change, zero).any()
+        assert torch.equal(old + getattr(change, other), old)
 
 
 @UPDATES

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import transformers
-from torch import nn
+from adapted import LINEARS, NOT_FACTORS, adapted, lora, peft, with_experts, with_two_adapters
 from zoo import SIZES, built, region
 
 from hf_muon.config import MuonConfig
 from hf_muon.routing import RoutePlan, route
-
-peft = pytest.importorskip("peft")
-
-LINEARS = ["q_proj", "down_proj"]
-
-
-def adapted(adapter: Any, auto: Any = None, name: str = "llama", **values: Any) -> nn.Module:
-    auto = transformers.AutoModelForCausalLM if auto is None else auto
-    sizes = {**SIZES, "num_hidden_layers": 1, **values}
-    return peft.get_peft_model(built(auto, name, device="cpu", **sizes), adapter)
 
 
 def by_kind(plan: RoutePlan) -> tuple[set[str], set[str]]:
@@ -109,6 +97,50 @@ def test_modules_to_save_go_to_adamw():
     assert [r.algorithm for r in saved] == ["adamw"]
 
 
+def test_each_trainable_adapter_has_its_own_pairs():
+    model = with_two_adapters(["default", "second"])
+    plan = route(model)
+    facts = {
+        (r.name.split(".")[-2], r.pair.split(".")[-2]): (r.scaling, r.matrices[0].rows)
+        for r in plan.muon
+        if "q_proj.lora_A" in r.name
+    }
+    assert facts == {("default", "default"): (2.0, 4), ("second", "second"): (0.5, 8)}
+    assert len(plan.muon) == 6
+    assert plan.adamw == ()
+
+
+def test_an_adapter_that_is_not_active_is_not_trained():
+    plan = route(with_two_adapters(["second"]))
+    assert {r.name.split(".")[-2] for r in plan.routes} == {"second"}
+    assert len(plan.muon) == 2
+    assert plan.fingerprint != route(with_two_adapters(["default", "second"])).fingerprint
+
+
+def test_the_table_shows_partner_rank_and_scaling_of_factors():
+    def cells(plan, name, compact=False):
+        lines = plan.table(compact=compact).splitlines()
+        header = next(line for line in lines if "partner" in line)
+        line = next(line for line in lines if name in line)
+        titles, values = (
+            [cell.strip() for cell in text.strip(border).split(border)]
+            for text, border in ((header, "┃"), (line, "│"))
+        )
+        row = dict(zip(titles, values, strict=True))
+        return row["partner"], row["rank"], row["scaling"]
+
+    plan = route(with_two_adapters(["default", "second"]))
+    assert cells(plan, "q_proj.lora_A.second") == ("lora_B.second.weight", "8", "0.5")
+    assert cells(plan, "q_proj.lora_B.second") == ("lora_A.second.weight", "8", "0.5")
+    experts = route(with_experts("mixtral"))
+    assert cells(experts, "experts.lora_B", compact=True) == ("lora_A.default.weight", "3", "2")
+    dora = route(adapted(lora(use_dora=True)))
+    assert cells(dora, "lora_magnitude_vector") == ("", "", "")
+    alone = route(adapted(lora()), MuonConfig(adamw_params=("lora_B",)))
+    assert cells(alone, "q_proj.lora_A") == ("none", "4", "2")
+    assert "partner" not in route(adapted(NOT_FACTORS["ia3"]())).table()
+
+
 def test_trainable_tokens_go_to_adamw():
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3])
     plan = route(adapted(adapter))
@@ -123,29 +155,6 @@ def test_conv1d_adapters_are_stored_like_linear_ones():
     plan = route(adapted(adapter, name="gpt2", **gpt2))
     assert [r.shape for r in plan.muon] == [(4, 32), (96, 4)]
     assert {m.fan_out_dim for r in plan.muon for m in r.matrices} == {0}
-
-
-NOT_FACTORS = {
-    "adalora": lambda: peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=10, target_modules=LINEARS
-    ),
-    "ia3": lambda: peft.IA3Config(target_modules=LINEARS, feedforward_modules=["down_proj"]),
-    "loha": lambda: peft.LoHaConfig(r=4, target_modules=LINEARS),
-    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=LINEARS),
-    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=LINEARS),
-    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
-    "hra": lambda: peft.HRAConfig(r=4, target_modules=LINEARS),
-    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
-    "vblora": lambda: peft.VBLoRAConfig(
-        r=4, num_vectors=8, vector_length=4, target_modules=LINEARS
-    ),
-    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEARS),
-    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "p-tuning": lambda: peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
-    ),
-}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,11 +174,7 @@ def test_loha_can_be_sent_to_muon():
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
 def test_expert_adapters_are_one_pair_of_matrices_per_expert(name):
-    experts = "feed_forward" if name == "llama4_text" else "mlp"
-    targets = [f"{experts}.experts.gate_up_proj", f"{experts}.experts.down_proj"]
-    adapter = peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets)
-    values = {"num_local_experts": 4, "head_dim": 8, "pad_token_id": 0}
-    model = adapted(adapter, name=name, **values)
+    model = with_experts(name)
     routes = {r.name: r for r in route(model).routes}
     parameters = dict(model.named_parameters())
     wrappers = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
