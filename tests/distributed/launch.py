@@ -11,6 +11,17 @@ ON_LOOPBACK = [
     "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
 ]  # fmt: skip
 
+# DeepSpeed builds an extension at its first start, with the ninja of this environment.
+ON_CPU = {
+    "ACCELERATE_USE_CPU": "true",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "TORCH_EXTENSIONS_DIR": os.environ.get(
+        "TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions")
+    ),
+}
+
 
 def launch(module, processes, *arguments, timeout=240, check=True):
     """Run ``tests.distributed.<module>`` under torchrun on the loopback address."""
@@ -21,8 +32,7 @@ def launch(module, processes, *arguments, timeout=240, check=True):
             *ON_LOOPBACK,
             "-m", f"tests.distributed.{module}", *map(str, arguments),
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **ON_CPU},
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

@@ -166,7 +166,8 @@ def process_group():
     """A group on gloo that no rank leaves before the others are done."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():  # DeepSpeed does it its own way
+        dist.init_process_group("gloo")
     yield
     dist.barrier()
     dist.destroy_process_group()

@@ -1,10 +1,11 @@
 """Train the matrices of layouts.py under DeepSpeed ZeRO, with the same gradients: zero.py OUT.
 
 DeepSpeed's own gradients are replaced by the given ones in the flat tensors that it hands to the
-optimizer. Rank 0 writes for each stage and case the whole weights, and the polar factors computed
-by each rank.
+optimizer. Rank 0 writes for each stage and case the whole weights, and the polar factors that each
+rank computed.
 """
 
+import dataclasses
 import sys
 from collections import Counter
 
@@ -13,9 +14,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
+import hf_muon.optimizer.entries
+import hf_muon.optimizer.step
 from tests.distributed import layouts
 
 STAGES = (1, 2, 3)
+SHAPES = {**layouts.SHAPES, **layouts.VECTORS}
 
 
 class Model(layouts.Model):
@@ -23,7 +27,7 @@ class Model(layouts.Model):
         return sum(p.sum() for p in self.parameters())
 
 
-def settings(stage, **zero):
+def config(stage, **zero):
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, **zero},
@@ -32,56 +36,87 @@ def settings(stage, **zero):
     }
 
 
-def inject(optimizer, indices, counts):
+def inject(optimizer):
     """Before each step of the optimizer, put the given gradients into its flat tensors."""
     steps = Counter()
 
     def given(optimizer, *_):
         for group in optimizer._origins.entries(optimizer.param_groups):
             for entry in group:
+                names = entry.group["param_names"]
                 values = torch.zeros_like(entry.tensor)
                 for span in entry.flat.held:
-                    name = entry.group["param_names"][span.parameter]
-                    shape = torch.Size({**layouts.SHAPES, **layouts.VECTORS}[name])
-                    whole = layouts.gradient(shape, steps[name], indices[name]).flatten()
+                    name = names[span.parameter]
+                    index, shape = list(SHAPES).index(name), torch.Size(SHAPES[name])
+                    whole = layouts.gradient(shape, steps[name], index).flatten()
                     stop = span.offset + span.stop - span.start
                     values[span.offset : stop] = whole[span.start : span.stop]
-                for index in entry.indices:
-                    steps[entry.group["param_names"][index]] += 1
+                steps.update(names[index] for index in entry.indices)
                 entry.tensor.grad = values
 
     optimizer.register_step_pre_hook(given)
 
 
+def count_matrices():
+    """The number of matrices whose polar factors this rank computed."""
+    counts = Counter()
+    original = hf_muon.optimizer.step.orthogonalize
+
+    def counted(matrices, **settings):
+        counts["computed"] += 1 if matrices.ndim == 2 else len(matrices)
+        return original(matrices, **settings)
+
+    hf_muon.optimizer.step.orthogonalize = counted
+    return counts
+
+
 def train(stage, **case):
     model = Model()
-    indices = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     optimizer = layouts.build_optimizer(model, **case)
-    inject(optimizer, indices, None)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))
+    inject(optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage))
     for _ in range(layouts.STEPS):
         engine.backward(engine())
         engine.step()
-    return engine
+    weights = {
+        name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return weights
+
+
+def shift_regions():
+    """A map that is wrong by one element, as a negative control."""
+    original = hf_muon.optimizer.entries.find_flat
+
+    def shifted(flat, parameters):
+        found = original(flat, parameters)
+        spans = tuple(
+            tuple(s._replace(start=max(s.start - 1, 0), stop=s.stop - (s.start > 0)) for s in part)
+            for part in found.spans
+        )
+        return dataclasses.replace(found, spans=spans)
+
+    hf_muon.optimizer.entries.find_flat = shifted
 
 
 def main(out):
     results = {}
+    counts = count_matrices()
     for stage in STAGES:
-        for case, chosen in layouts.CASES.items():
-            engine = train(stage, **chosen)
-            results[stage, case] = {
-                name: safe_get_full_fp32_param(p).clone()
-                for name, p in engine.module.named_parameters()
-            }
-            engine.destroy()
+        for case, settings in layouts.CASES.items():
+            counts.clear()
+            weights = train(stage, **settings)
+            computed = [None] * dist.get_world_size()
+            dist.all_gather_object(computed, counts["computed"])
+            results[stage, case] = {"weights": weights, "computed": computed}
+    shift_regions()
+    results[3, "wrong region"] = {"weights": train(3, **layouts.CASES[layouts.DEFAULT])}
     if dist.get_rank() == 0:
         torch.save(results, out)
 
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    torch.set_num_threads(1)
-    main(sys.argv[1])
-    dist.barrier()
-    dist.destroy_process_group()
+    with layouts.process_group():
+        main(sys.argv[1])
