@@ -78,7 +78,8 @@ def _matrix(parameter: nn.Parameter, matrix: Matrix) -> Tensor:  # -> (m, n)
     if hasattr(gradient, "full_tensor"):  # a DTensor
         gradient = gradient.full_tensor()
     gradient = gradient.detach().contiguous()
-    region = gradient.as_strided(matrix.shape, matrix.strides, matrix.offset)
+    start = gradient.storage_offset() + matrix.offset  # gradients may be views of DDP's buckets
+    region = gradient.as_strided(matrix.shape, matrix.strides, start)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return region.reshape(matrix.rows, matrix.cols).to(dtype, copy=True)
 

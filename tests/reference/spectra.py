@@ -88,7 +88,7 @@ class Spike:
 
     The EMA divides the noise by √(2T−1), so a spike of strength λ behind it is a spike of strength
     θ = λ√(2T−1) in plain noise, for which the limits are known (Benaych-Georges and Nadakuditi,
-    J. Multivariate Anal. 111 (2012), example 3.1 with c = n/m).
+    J. Multivariate Anal. 111 (2012), with c = n/m).
     """
 
     def __init__(self, m: int, n: int, strength: float, window: float) -> None:

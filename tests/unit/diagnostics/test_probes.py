@@ -1,6 +1,8 @@
 """Probes: what they read from noise, from a known signal, and from a real model."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_muon import create_muon_optimizer
 from hf_muon import diagnostics as d
 from hf_muon.config import MuonConfig
-from hf_muon.diagnostics.gradients import muon_matrices
+from hf_muon.diagnostics.gradients import muon_matrices, read_gradients
 from hf_muon.diagnostics.readings import Flipped, balanced_signs
 from hf_muon.diagnostics.replay import ema, stages
+from hf_muon.diagnostics.report import Reading, Statistic
 
 ORDERS = ("pre_polar", "post_polar", "polar_only")
 
@@ -149,6 +152,18 @@ def test_signs_are_balanced_and_the_first_row_is_the_original(steps):
     assert len(signs.unique(dim=0)) > 10
 
 
+def test_the_null_is_the_statistic_on_flipped_copies_without_the_original():
+    batches, _ = spiked(16, 2.0)
+    statistic = probe(batches, orders=("polar_only",), flips=5).readings[0].statistics["alignment"]
+    generator = torch.Generator().manual_seed(0)
+    signs, other_signs = (balanced_signs(8, 5, generator)[1:] for _ in range(2))
+    gradients, update = torch.stack(batches), d.replay(batches[:8], "polar_only")[-1]
+    signals = torch.einsum("fk,kmn->fmn", other_signs, gradients[8:]) / 8
+    null = d.signal_alignment(signs[:, -1, None, None] * update, signals)
+    assert statistic.null == pytest.approx(null.mean().item(), rel=1e-3)
+    assert statistic.spread == pytest.approx(null.std().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("filters", [{}, {"before": ema(0.5)}, {"after": ema(0.5)}])
 @pytest.mark.parametrize("order", ORDERS)
 def test_flipped_copies_are_replays_of_flipped_gradients(order, filters):
@@ -252,7 +267,7 @@ def test_a_trajectory_probe_slides_over_training(llama):
         recorded.append(llama.model.layers[0].mlp.down_proj.weight.grad.clone())
         assert trajectory.is_full == (step >= 5)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # the next gradient is written over this one
     reading = trajectory.report(orders=("pre_polar",), flips=4).readings[0]
     steps = torch.stack(recorded)
     update = d.replay(steps[2:6], "pre_polar")[-1]
@@ -276,6 +291,21 @@ def test_recording_does_not_change_the_training(llama):
     assert all(map(torch.equal, llama.parameters(), twin.parameters()))
 
 
+def test_gradients_that_are_views_of_a_bucket_are_read_in_place():
+    model = Linear(4, 6)
+    bucket = torch.randn(2, 4, 6)
+    model.hidden.weight.grad = bucket[1]
+    read = read_gradients(muon_matrices(model))["hidden.weight"]
+    assert torch.equal(read, bucket[1])
+    assert read.data_ptr() != bucket[1].data_ptr()
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero(llama):
+    llama.model.layers[0].mlp.up_proj.weight.grad = torch.ones(48, 32)
+    read = read_gradients(muon_matrices(llama, "mlp.up_proj"))
+    assert [gradient.sum().item() for gradient in read.values()] == [48 * 32, 0]
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -291,12 +321,47 @@ def test_the_report_prints_every_number_beside_its_null():
     assert "sin_left" in report.table()
 
 
+def test_a_number_stands_out_beyond_three_spreads_of_its_null():
+    assert Statistic(0.5, 0.1, 0.1).stands_out
+    assert Statistic(-0.5, 0.1, 0.1).stands_out
+    assert not Statistic(0.35, 0.1, 0.1).stands_out
+    assert not Statistic(1 + 1e-6, 1.0, 1e-8).stands_out  # signs change nothing: rounding
+    assert not Statistic(0.5, 0.1, float("nan")).stands_out
+
+
+def test_an_alignment_below_the_null_is_no_evidence_of_a_signal():
+    def flag(value):
+        statistics = {"alignment": Statistic(value, 0.1, 0.1)}
+        return Reading("w", (2, 3), "pre_polar", 0.9, "held_out", statistics).flag
+
+    assert flag(0.5) == ""
+    assert flag(-0.5) == "as in noise"
+
+
 def test_the_report_is_plain_data():
     data = json.loads(json.dumps(probe(noise(8), flips=2).to_dict()))
     first = data["readings"][0]
     assert first["layer"] == "hidden.weight"
     assert first["shape"] == [48, 64]
     assert set(first["statistics"]["alignment"]) == {"value", "null", "spread", "stands_out"}
+
+
+@pytest.mark.full
+def test_the_example_of_the_documentation_prints_what_the_page_shows(capsys):
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    example, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.S).groups()
+    exec(example, {})
+
+    def rows(table):
+        cells = [line.strip("│ ").split("│") for line in table.splitlines() if line.startswith("│")]
+        return [([c.strip() for c in row[:4]], float(row[4].split()[0])) for row in cells]
+
+    actual, shown = rows(capsys.readouterr().out), rows(printed)
+    assert [labels for labels, _ in actual] == [labels for labels, _ in shown]
+    # The text is a file of Python's, and training amplifies rounding.
+    values = [value for _, value in actual]
+    assert values == pytest.approx([value for _, value in shown], abs=0.15)
 
 
 # --- refusals -------------------------------------------------------------------------------------
