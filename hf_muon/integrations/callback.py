@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_muon.integrations.arguments import config_from_arguments, with_target_modules
+from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
 from hf_muon.routing import route
@@ -35,6 +36,7 @@ class MuonCallback(TrainerCallback):
         """Fail at construction, not after the data is prepared, if settings are wrong."""
         if not is_ours(args.optim):
             return
+        check_deepspeed()
         model = kwargs.get("model")
         config = with_target_modules(config_from_arguments(args), args, model)
         if isinstance(model, nn.Module) and route(model, config).adamw:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from hf_muon.config import MuonConfig
+from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.model_card import describe_in_model_cards
 from hf_muon.optimizer import Muon
 from hf_muon.routing import route
@@ -79,6 +80,7 @@ class MuonOptimizerFactory:
         """
         settings.pop("training_args", None)  # axolotl passes it by name
         describe_in_model_cards()
+        check_deepspeed()
         config = MuonConfig.from_mapping(settings)
         # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.
         return create_muon_optimizer(model, config, replicate_group="world")

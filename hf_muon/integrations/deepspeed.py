@@ -1,0 +1,128 @@
+"""DeepSpeed configurations under which Muon would be replaced, or would train something else.
+
+In: the configuration of DeepSpeed as a dict. Out: nothing, or an error that names each setting and
+what to do. Most of these settings raise nowhere else: DeepSpeed and accelerate take another
+optimizer without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+def check_deepspeed() -> None:
+    """Check the configuration of this process, if it trains with DeepSpeed."""
+    if "transformers.integrations.deepspeed" in sys.modules:
+        from transformers.integrations.deepspeed import deepspeed_config
+
+        config = deepspeed_config()  # type: ignore[no-untyped-call]
+        if config is not None:
+            check_config(config)
+
+
+def check_config(config: Config) -> None:
+    """Refuse what Muon cannot train under.
+
+    Args:
+        config: A configuration of DeepSpeed (0.19), or a part of one.
+
+    Raises:
+        ValueError: Names every setting that has to change.
+    """
+    problems = [f"{setting}: {remedy}" for setting, is_set, remedy in _REFUSED if is_set(config)]
+    if problems:
+        raise ValueError("The DeepSpeed config does not let Muon train.\n" + "\n".join(problems))
+
+
+def _at(config: Config, *path: str) -> Any:
+    """The value at a path of keys, None where there is none."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _offload(config: Config) -> Config | None:
+    """The section of optimizer offload, if it is switched on."""
+    section = _at(config, "zero_optimization", "offload_optimizer")
+    return section if _at(section or {}, "device") not in (None, "none") else None
+
+
+def _forced(config: Config) -> bool:
+    return bool(_offload(config)) and config.get("zero_force_ds_cpu_optimizer", True) is not False
+
+
+def _is_nvme(config: Config) -> bool:
+    sections = ("offload_optimizer", "offload_param")
+    return any(_at(config, "zero_optimization", s, "device") == "nvme" for s in sections)
+
+
+def _number(*path: str, default: int) -> Callable[[Config], bool]:
+    """Whether a setting is above its default."""
+
+    def is_above(config: Config) -> bool:
+        value = _at(config, *path)
+        return isinstance(value, int | float) and value > default
+
+    return is_above
+
+
+# (setting, whether a configuration has it, what to do about it)
+_REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    (
+        "optimizer",
+        lambda config: bool(config.get("optimizer")),
+        "DeepSpeed uses this optimizer and ignores the Trainer's. Remove the section.",
+    ),
+    (
+        "zero_force_ds_cpu_optimizer",
+        _forced,
+        "with offload_optimizer, its default lets accelerate put DeepSpeedCPUAdam in Muon's "
+        "place. Set it to false, at the top level of the config.",
+    ),
+    (
+        "zero_optimization.offload_optimizer.device = nvme",
+        _is_nvme,
+        "what is on NVMe is not in memory when Muon steps. Use the device 'cpu'.",
+    ),
+    (
+        "zero_optimization.offload_optimizer.ratio",
+        lambda config: (_at(_offload(config) or {}, "ratio") or 1.0) < 1.0,
+        "a part below 1 is stepped by DeepSpeedCPUAdam. Remove it.",
+    ),
+    (
+        "zero_optimization.offload_optimizer.super_offload",
+        lambda config: bool(_at(_offload(config) or {}, "super_offload")),
+        "the step is DeepSpeed's own Adam. Remove it.",
+    ),
+    (
+        "zero_optimization.round_robin_gradients",
+        lambda config: bool(_at(config, "zero_optimization", "round_robin_gradients")),
+        "it makes DeepSpeed's map of its flat tensors wrong. Remove it.",
+    ),
+    (
+        "zero_optimization.zenflow",
+        lambda config: bool(_at(config, "zero_optimization", "zenflow")),
+        "it steps parts of a matrix at different times. Remove the section.",
+    ),
+    (
+        "zero_optimization.zero_hpz_partition_size",
+        _number("zero_optimization", "zero_hpz_partition_size", default=1),
+        "Muon has not been tried with hierarchical partitions. Remove it.",
+    ),
+    (
+        "zero_optimization.mics_shard_size",
+        _number("zero_optimization", "mics_shard_size", default=0),
+        "Muon has not been tried with MiCS. Remove it.",
+    ),
+    (
+        "tensor_parallel.autotp_size",
+        _number("tensor_parallel", "autotp_size", default=1),
+        "DeepSpeed cuts matrices in ways that Muon does not know. Use FSDP2 with tensor "
+        "parallelism.",
+    ),
+)
