@@ -48,24 +48,12 @@ def exchange(
     me, mine = bucket.shard.index, bucket.mine
     inputs = {unit: _own_input(unit, bucket, read, wire) for unit in mine}
     if bucket.gathers:
-        packed = _packed(bucket.outgoing, read, wire, bucket.device)
-        received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
-        yield
-        work.wait()
-        for (unit, piece), block in _unpacked(bucket.incoming, received):
-            piece.of_matrix(inputs[unit]).copy_(block)
-        del packed, received
-
+        yield from _gathered(bucket, inputs, read, wire)
     outputs = dict(zip(mine, in_batches(list(inputs.values()), function), strict=True))
     inputs.clear()
     results = {(unit, p): p.of_matrix(outputs[unit]) for unit in mine for p in unit.pieces[me]}
     if bucket.gathers:
-        packed = _packed(bucket.incoming, lambda u, p: p.of_matrix(outputs[u]), wire, bucket.device)
-        received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
-        yield
-        work.wait()
-        results.update(_unpacked(bucket.outgoing, received))
-
+        yield from _scattered(bucket, outputs, results, wire)
     if bucket.replicate.size > 1:
         yield from _replicated(bucket, results, wire)
     return results
@@ -80,6 +68,32 @@ def _own_input(unit: Unit, bucket: Bucket, read: Read, wire: torch.dtype) -> Ten
     for piece in pieces:
         piece.of_matrix(matrix).copy_(read(unit, piece))
     return matrix
+
+
+def _gathered(
+    bucket: Bucket, inputs: dict[Unit, Tensor], read: Read, wire: torch.dtype
+) -> Generator[None, None, None]:
+    """Complete the inputs of this rank's units by what other members hold.
+
+    A function of its own, so that no name keeps the buffers through the polar factors.
+    """
+    packed = _packed(bucket.outgoing, read, wire, bucket.device)
+    received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
+    yield
+    work.wait()
+    for (unit, piece), block in _unpacked(bucket.incoming, received):
+        piece.of_matrix(inputs[unit]).copy_(block)
+
+
+def _scattered(
+    bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
+) -> Generator[None, None, None]:
+    """Add what the other members of the shard group computed."""
+    packed = _packed(bucket.incoming, lambda u, p: p.of_matrix(outputs[u]), wire, bucket.device)
+    received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
+    yield
+    work.wait()
+    results.update(_unpacked(bucket.outgoing, received))
 
 
 def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator[None, None, None]:
