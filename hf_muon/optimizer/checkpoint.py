@@ -64,6 +64,28 @@ def check_routing(own: Sequence[Group], saved: Sequence[Group]) -> None:
         _check_settings(group, loaded)
 
 
+def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None:
+    """The same check for one group, by a loader that wrote over it.
+
+    Args:
+        loaded: What the loader wrote.
+        own: What stood there.
+        every: What stood in all groups.
+
+    Raises:
+        ValueError: Names up to five of the parameters that differ.
+    """
+    here, there = _routes(every), _routes([loaded])
+    names = sorted(
+        name
+        for name in _routes([own]).keys() | there.keys()
+        if here.get(name) != there.get(name, ("in another group", ()))
+    )
+    if names:
+        raise ValueError(_routing_message(names, here, there, "in another group"))
+    _check_settings(own, loaded)
+
+
 def _order_of_names(groups: Sequence[Group]) -> list[Any]:
     """What torch's loader goes by: the names of each group in turn, or their number."""
     named = all("param_names" in group for group in groups)
@@ -82,13 +104,19 @@ def _routes(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
 
 
 def _routing_message(
-    names: list[str], mine: dict[str, tuple[str, Any]], theirs: dict[str, tuple[str, Any]]
+    names: list[str],
+    mine: dict[str, tuple[str, Any]],
+    theirs: dict[str, tuple[str, Any]],
+    otherwise: str = "absent",
 ) -> str:
-    def said(routes: dict[str, tuple[str, Any]], name: str) -> str:
-        algorithm, inside = routes.get(name, ("absent", ()))
+    def said(routes: dict[str, tuple[str, Any]], name: str, otherwise: str) -> str:
+        algorithm, inside = routes.get(name, (otherwise, ()))
         return f"{algorithm} as {len(inside)} matrices" if algorithm == "muon" else algorithm
 
-    listed = "; ".join(f"{n}: {said(theirs, n)} there, {said(mine, n)} here" for n in names[:5])
+    listed = "; ".join(
+        f"{name}: {said(theirs, name, otherwise)} there, {said(mine, name, 'absent')} here"
+        for name in names[:5]
+    )
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f"The checkpoint was routed otherwise: {listed}{more}. Load it with the muon_params, "

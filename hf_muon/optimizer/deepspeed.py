@@ -1,8 +1,9 @@
 """What DeepSpeed's checkpoints need of an optimizer, and what their loaders do to one.
 
 In: states and param groups. Out: the same, as DeepSpeed (0.19) can save them, or as they were
-before it loaded them. Universal checkpoints know Adam's state only, and their loader for ZeRO-3
-gives the settings of the first group to all groups.
+before it loaded them. Universal checkpoints know Adam's state only; their loaders write into
+groups and states past ``load_state_dict``, and the one for ZeRO-3 gives the settings of the first
+group to all groups, and one step count to all tensors.
 """
 
 from __future__ import annotations
@@ -11,14 +12,29 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_muon.optimizer.checkpoint import check_overwritten
+
 Group = dict[str, Any]
 
 
-def add_placeholders(state: dict[str, Tensor], flat: Tensor) -> None:
-    """Fill up the state of a flat tensor to Adam's: zeros that take no memory."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name not in state:
+def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None:
+    """Make the state of a flat tensor Adam's and its own.
+
+    What Muon has no use for are zeros that take no memory; a loader may have made whole tensors of
+    them. The step count, which AdamW increments in place, is copied, since a loader may have given
+    the same tensor to others, and goes where a fused kernel expects it.
+    """
+    for name in _unused(group):
+        if name not in state or any(state[name].stride()):
             state[name] = flat.detach().new_zeros(()).expand(flat.shape)
+    device = flat.device if group.get("fused") else "cpu"
+    state["step"] = state["step"].to(device, copy=True)
+
+
+def _unused(group: Group) -> tuple[str, ...]:
+    if group["algorithm"] == "adamw":
+        return ()
+    return ("exp_avg", "exp_avg_sq") if group["order"] == "polar_only" else ("exp_avg_sq",)
 
 
 def settings_of(group: Group) -> Group:
@@ -29,7 +45,8 @@ def settings_of(group: Group) -> Group:
 def with_own_settings(groups: list[Group], settings: list[Group]) -> list[Group]:
     """Undo a loader that copied the first group's settings to all: give each group its own again.
 
-    Learning rates keep the ratios that they had, since the loaded one may have been scheduled.
+    What was loaded must fit this optimizer, as in ``load_state_dict``. Learning rates keep the
+    ratios that they had, since the loaded one may have been scheduled.
 
     Args:
         groups: The optimizer's groups; written where they are copies.
@@ -37,14 +54,23 @@ def with_own_settings(groups: list[Group], settings: list[Group]) -> list[Group]
 
     Returns:
         The settings of all groups now.
+
+    Raises:
+        ValueError: The loaded groups have other routes or another order.
     """
+    for group in groups:
+        own = settings[group["group_id"]]
+        if group.get("param_names") is not own.get("param_names"):  # it was loaded
+            check_overwritten(group, own, settings)
+            group.update({key: own[key] for key in ("param_names", "matrices") if key in own})
     if len(groups) != len(settings):
         return settings  # DeepSpeed's first stages step one group at a time, and copy nothing
     for number, (group, own) in enumerate(zip(groups, settings, strict=True)):
         if group["group_id"] == number:
             continue
-        loaded = settings_of(group)
-        group.update(own)
+        loaded = {**group}
+        group.clear()
+        group.update(own, params=loaded["params"])
         for key in {"lr", "initial_lr"} & loaded.keys():
             group[key] = loaded[key] * _ratio(own, settings[0])
     return [settings_of(group) for group in groups]

@@ -28,7 +28,7 @@ from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
-from hf_muon.optimizer.deepspeed import add_placeholders, settings_of, with_own_settings
+from hf_muon.optimizer.deepspeed import complete_state, settings_of, with_own_settings
 from hf_muon.optimizer.entries import Entry, Origins
 from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
 from hf_muon.optimizer.groups import complete_group, named_groups
@@ -205,7 +205,7 @@ class Muon(Optimizer):
             if not state:
                 state.update(_new_state(entry.group, entry.tensor))
             if entry.flat is not None:
-                add_placeholders(state, entry.tensor)
+                complete_state(entry.group, state, entry.tensor)
 
     def _is_rehearsal(self, entries: list[Entry]) -> bool:
         """Whether DeepSpeed only wants to see memory allocated: no step, but state is made.
@@ -227,6 +227,7 @@ class Muon(Optimizer):
         state_dict = with_plain_groups(state_dict)
         check_routing(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
+        self._settings = [settings_of(group) for group in self.param_groups]
         keep_momentum_dtype(self, state_dict)
         for state in self.state.values():  # torch keeps the checkpoint's own tensor
             if "step" in state:

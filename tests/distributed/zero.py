@@ -36,9 +36,9 @@ def config(stage, **zero):
     }
 
 
-def inject(optimizer):
-    """Before each step of the optimizer, put the given gradients into its flat tensors."""
-    steps = Counter()
+def inject(optimizer, shapes=SHAPES, first=0):
+    """Before each step of the optimizer, put the gradients of steps from ``first`` on into it."""
+    steps = Counter(dict.fromkeys(shapes, first))
 
     def given(optimizer, *_):
         for group in optimizer._origins.entries(optimizer.param_groups):
@@ -47,7 +47,7 @@ def inject(optimizer):
                 values = torch.zeros_like(entry.tensor)
                 for span in entry.flat.held:
                     name = names[span.parameter]
-                    index, shape = list(SHAPES).index(name), torch.Size(SHAPES[name])
+                    index, shape = list(shapes).index(name), torch.Size(shapes[name])
                     whole = layouts.gradient(shape, steps[name], index).flatten()
                     stop = span.offset + span.stop - span.start
                     values[span.offset : stop] = whole[span.start : span.stop]
