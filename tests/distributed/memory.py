@@ -52,11 +52,13 @@ def main(kind, out):
             distribute="owner",
             replicate_group="world" if kind == "ddp" else None,
         )
-        for step in range(2):
+        measured = []
+        for step in range(6):
             layouts.set_gradients(model, step)
-            optimizer.step()  # the first one makes state and plan
-        layouts.set_gradients(model, 2)
-        peaks[matrices] = peak_bytes(optimizer.step)
+            measured.append(peak_bytes(optimizer.step))
+        # The first step makes the state. The profiler does not see what a thread of gloo's
+        # releases, so that some steps seem to take more than they do, and none less.
+        peaks[matrices] = min(measured[1:])
     if dist.get_rank() == 0:
         torch.save(peaks, out)
 

@@ -11,7 +11,7 @@ IN_FLIGHT = 2
 # sent, what is received of both, and the copy of it that gloo makes while it gathers.
 PER_BUCKET = 1 + 1 + 2 + 2
 # The filtered gradient and the iteration: a matrix, its successor, and products of them.
-WORKSPACE = 8
+WORKSPACE = 10
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
