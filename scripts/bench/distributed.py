@@ -1,0 +1,151 @@
+"""Time the step of several processes: matrices divided among owners against every rank doing all.
+
+In: ``torchrun --nproc_per_node N scripts/bench/distributed.py [--layers 4]``. Out: from rank 0 a
+table (and JSON) of medians and of ratios within each round, for DDP and FSDP2, on the matrices of a
+LLaMA in float32. "redundant" gathers whole gradients where they are sharded, and computes all polar
+factors on every rank. The two take turns, so that a busy machine slows both alike. Where ranks
+outnumber the cores, the ratio is that of the work of all ranks together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_muon import Muon, MuonConfig
+from hf_muon.optimizer.momentum import accumulate, filtered
+from hf_muon.optimizer.scaling import match_rms_adamw
+from hf_muon.optimizer.step import polar_function
+
+# hidden size, intermediate size (GaLore, arXiv 2403.03507, table 5)
+LLAMA = {"60m": (512, 1376), "130m": (768, 2048)}
+LR, BETA = 1e-3, 0.95
+
+Step = Callable[[], object]
+
+
+class Matrices(nn.Module):
+    """The hidden matrices of some layers."""
+
+    def __init__(self, hidden: int, inner: int, layers: int) -> None:
+        super().__init__()
+        sides = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        torch.manual_seed(0)
+        self.all = nn.ParameterList(
+            nn.Parameter(0.02 * torch.randn(side)) for _ in range(layers) for side in sides
+        )
+
+
+def build(kind: str, arguments: argparse.Namespace) -> list[nn.Parameter]:
+    """The parameters under a sharding, with random gradients."""
+    model = Matrices(*LLAMA[arguments.model], arguments.layers)
+    if kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape)
+        if isinstance(parameter, DTensor):
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        parameter.grad = gradient
+    return list(model.parameters())
+
+
+def owner(parameters: list[nn.Parameter], kind: str) -> Step:
+    """Muon, whose ranks divide the matrices among them."""
+    group = "world" if kind == "ddp" else None
+    return Muon(
+        parameters, LR, replicate_group=group, distribute="owner", polar_dtype="float32"
+    ).step
+
+
+def redundant(parameters: list[nn.Parameter], kind: str) -> Step:
+    """The same update with all polar factors on every rank, of whole gathered matrices."""
+    if kind == "ddp":
+        return Muon(parameters, LR, distribute="redundant", polar_dtype="float32").step
+    polar = polar_function(MuonConfig(lr=LR, polar_dtype="float32").muon_group())
+    averages = [torch.zeros_like(parameter) for parameter in parameters]
+
+    @torch.no_grad()
+    def step() -> None:
+        for parameter, average in zip(parameters, averages, strict=True):
+            accumulate(parameter.grad, average, BETA)
+            whole = filtered(parameter.grad, average, BETA, nesterov=True).full_tensor()
+            shard = distribute_tensor(
+                polar(whole), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+            parameter.add_(shard, alpha=-LR * match_rms_adamw(*parameter.shape))
+
+    return step
+
+
+def seconds(step: Step) -> float:
+    """Of one step, from when all ranks begin until all have ended."""
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def compare(kind: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """Rounds in which both take a turn; the one that begins alternates."""
+    steps = {make.__name__: make(build(kind, arguments), kind) for make in (owner, redundant)}
+    rounds = []
+    for number in range(-1, arguments.repeats):  # the first round makes state and plans
+        order = list(steps) if number % 2 else list(reversed(steps))
+        taken = {name: seconds(steps[name]) for name in order}
+        rounds += [taken] if number >= 0 else []
+    ratios = sorted(taken["redundant"] / taken["owner"] for taken in rounds)
+    return {
+        **{name: statistics.median(taken[name] for taken in rounds) for name in steps},
+        "redundant / owner": statistics.median(ratios),
+        "least": ratios[0],
+        "most": ratios[-1],
+    }
+
+
+def main() -> None:
+    """Measure both layouts and print them from rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=LLAMA, default="60m")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model that are taken")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {kind: compare(kind, arguments) for kind in ("ddp", "fsdp2")}
+    if dist.get_rank() == 0:
+        report(results, arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def report(results: dict[str, dict[str, object]], arguments: argparse.Namespace) -> None:
+    """A table of milliseconds and ratios."""
+    ranks = dist.get_world_size()
+    table = Table("layout", "ranks", "owner ms", "redundant ms", "redundant / owner", "range")
+    for kind, result in results.items():
+        times = (f"{1000 * result[name]:.0f}" for name in ("owner", "redundant"))
+        spread = f"{result['least']:.2f} … {result['most']:.2f}"
+        table.add_row(kind, str(ranks), *times, f"{result['redundant / owner']:.2f}", spread)
+    Console().print(table)
+    if arguments.json:
+        facts = {"ranks": ranks, **vars(arguments), "json": None, "results": results}
+        arguments.json.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
