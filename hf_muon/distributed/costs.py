@@ -7,7 +7,7 @@ of them; only the memory of the polar iteration is an estimate.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -58,9 +58,12 @@ class _Share:
     held: int = 0
     outgoing: int = 0
     incoming: int = 0
+    read_whole: int = 0
 
 
-def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[Cost]:
+def bucket_costs(
+    bucket: Bucket, mesh: tuple[int, int], itemsize: int, read_itemsize: int | None = None
+) -> list[Cost]:
     """The cost of a bucket for every rank.
 
     Args:
@@ -68,6 +71,8 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
         mesh: (replicas, shards) of the world. Where the bucket has one replica only, each does all
             of the work for itself.
         itemsize: Bytes of an element on the wire.
+        read_itemsize: Bytes that an owner makes of an element which it need not gather: 0 where it
+            reads a buffer in place. Default: as on the wire.
 
     Returns:
         One cost for each rank; rank r is member ``r % shards`` of replica ``r // shards``.
@@ -77,15 +82,19 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
     for unit in bucket.units:
         row, owner = shares[unit.owner[0]], unit.owner[1]
         row[owner].owned.append(unit)
-        for member, numel in enumerate(unit.held):
+        held = unit.held
+        if held[owner] == unit.numel:
+            row[owner].read_whole += unit.numel
+        for member, numel in enumerate(held):
             row[member].held += numel
             if member != owner:
                 row[member].outgoing += numel
                 row[owner].incoming += numel
     widths = [max(row[member].held for row in shares) for member in range(shards)]
+    read_itemsize = itemsize if read_itemsize is None else read_itemsize
     found = [
         [
-            _cost(share, bucket.gathers, width if replicas > 1 else 0, replicas, itemsize)
+            _cost(share, bucket, width if replicas > 1 else 0, itemsize, read_itemsize)
             for share, width in zip(row, widths, strict=True)
         ]
         for row in shares
@@ -93,30 +102,39 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
     return [found[r % replicas][s % shards] for r in range(mesh[0]) for s in range(mesh[1])]
 
 
-def _cost(share: _Share, gathers: bool, width: int, replicas: int, itemsize: int) -> Cost:
-    owned = sum(unit.numel for unit in share.owned)
-    travelling = share.outgoing + share.incoming
+def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, read_itemsize: int) -> Cost:
+    owned = sum(unit.numel for unit in share.owned) * itemsize
+    inputs = owned + share.read_whole * (read_itemsize - itemsize)
+    outgoing, incoming = share.outgoing * itemsize, share.incoming * itemsize
+    row, copies = width * itemsize, bucket.replicate.size
     return Cost(
         matrices=len(share.owned),
         operations=sum(polar_cost(*unit.shape) for unit in share.owned),
-        exchanged=travelling * itemsize,
-        replicated=width * (replicas - 1) * itemsize,
-        collectives=2 * gathers + (width > 0),
-        waiting=(owned + max(travelling, share.outgoing + width * (replicas + 1))) * itemsize,
-        computing=(2 * owned + _workspace(share.owned)) * itemsize,
+        exchanged=outgoing + incoming,
+        replicated=row * (copies - 1),
+        collectives=2 * bucket.gathers + (width > 0),
+        waiting=max(
+            inputs + outgoing + incoming,  # gathered
+            owned + incoming + outgoing,  # scattered
+            owned + outgoing + row * (copies + 1),  # replicated
+        ),
+        computing=inputs + owned + _workspace(share.owned) * itemsize,
     )
 
 
 def _workspace(owned: Sequence[Unit]) -> int:
-    """Elements that the iteration needs beside its input and its output.
+    """Elements that the iteration needs, at most, beside its input and its output.
 
-    It keeps a stack of the matrices of one shape, a normalized copy and one iterate besides the
-    next, and works on three square matrices.
+    Several matrices of one shape are stacked; the stack is normalized into a copy and iterated on,
+    which keeps the last iterate beside the next one. It works with two square matrices, on the Gram
+    matrix, where that is cheaper, with four.
     """
-    stacks: dict[tuple[int, int], int] = defaultdict(int)
-    for unit in owned:
-        stacks[unit.shape] += 1
-    return max((k * (3 * m * n + 3 * min(m, n) ** 2) for (m, n), k in stacks.items()), default=0)
+    most = 0
+    for (m, n), k in Counter(unit.shape for unit in owned).items():
+        s, l = sorted((m, n))  # noqa: E741
+        squares = 4 if 2 * l > 3 * s else 2
+        most = max(most, k * ((2 + (k > 1)) * s * l + squares * s * s))
+    return most
 
 
 def in_flight(costs: Sequence[Cost]) -> Cost:
