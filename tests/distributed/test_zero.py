@@ -6,6 +6,7 @@ import torch
 from tests.distributed import layouts, zero
 from tests.distributed.launch import launch
 from tests.distributed.test_layouts import ROUNDING, is_batched
+from tests.integration.tiny import largest_difference
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,16 @@ def test_a_wrong_region_would_be_noticed(results, alone):
     weights = results[3, "wrong region"]["weights"]
     difference = (weights["up"] - alone[layouts.DEFAULT]["up"]).abs().max()
     assert difference > 1000 * ROUNDING
+
+
+@pytest.mark.parametrize("stage", zero.STAGES)
+def test_a_bad_gradient_on_one_rank_stops_all_and_changes_nothing(results, stage):
+    result = results["not finite"][stage]
+    *others, mine = result["messages"]
+    assert "NaN or infinity in " in mine
+    assert all("Another rank has a gradient" in message for message in others)
+    assert largest_difference(result["before"], result["after"]) == 0
+
+
+def test_a_wrong_map_is_refused_on_all_ranks(results):
+    assert all("Remove 'round_robin_gradients'" in message for message in results["round robin"])

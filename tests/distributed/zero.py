@@ -70,19 +70,56 @@ def count_matrices():
     return counts
 
 
-def train(stage, **case):
+def build(stage, zero=None, **case):
     model = Model()
     optimizer = layouts.build_optimizer(model, **case)
     inject(optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage))
+    settings = config(stage, **(zero or {}))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine, optimizer
+
+
+def train(stage, **case):
+    engine, _ = build(stage, **case)
     for _ in range(layouts.STEPS):
         engine.backward(engine())
         engine.step()
-    weights = {
-        name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()
-    }
+    weights = whole_weights(engine)
     engine.destroy()
     return weights
+
+
+def whole_weights(engine):
+    return {
+        name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()
+    }
+
+
+def refused(engine):
+    """What a step raises on each rank."""
+    engine.backward(engine())
+    try:
+        engine.step()
+        said = None
+    except (ValueError, FloatingPointError) as error:
+        said = str(error)
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, said)
+    return messages
+
+
+def not_finite(stage):
+    """A gradient that is NaN on the last rank: messages, and weights before and after."""
+    engine, optimizer = build(stage)
+    before = whole_weights(engine)
+
+    def spoil(optimizer, *_):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            for (entry,) in optimizer._origins.entries(optimizer.param_groups)[:1]:
+                entry.tensor.grad[entry.flat.held[-1].offset] = float("nan")
+
+    optimizer.register_step_pre_hook(spoil)
+    return {"messages": refused(engine), "before": before, "after": whole_weights(engine)}
 
 
 def shift_regions():
@@ -110,6 +147,9 @@ def main(out):
             computed = [None] * dist.get_world_size()
             dist.all_gather_object(computed, counts["computed"])
             results[stage, case] = {"weights": weights, "computed": computed}
+    results["not finite"] = {stage: not_finite(stage) for stage in STAGES}
+    engine, _ = build(2, zero={"round_robin_gradients": True})
+    results["round robin"] = refused(engine)
     shift_regions()
     results[3, "wrong region"] = {"weights": train(3, **layouts.CASES[layouts.DEFAULT])}
     if dist.get_rank() == 0:
