@@ -1,4 +1,4 @@
-"""The stock Trainer under DDP and FSDP2 trains the weights that it trains in one process."""
+"""The stock Trainer trains on two processes the weights that it trains in one."""
 
 import pytest
 import torch
@@ -7,7 +7,14 @@ from tests.distributed.launch import launch
 from tests.integration.tiny import largest_difference, tiny_llama
 
 FULL = pytest.mark.full
-LAUNCHES = [("ddp", 2), ("fsdp", 2), pytest.param(("fsdp-lora", 2), marks=FULL)]
+MORE = ("fsdp-lora", "zero1", "zero3", "zero3-init", "zero3-small", "zero2-offload")
+LAUNCHES = [
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("zero2", 2),
+    *(pytest.param((kind, 2), marks=FULL) for kind in (*MORE, "zero2-lora", "zero3-lora")),
+]
+PLACEMENTS = {"ddp": "whole", "fsdp": "sharded", "zero": "flat"}
 
 
 class Runs:
@@ -47,7 +54,7 @@ def alone(runs, kind):
 def test_the_launch_is_what_was_asked_for(kind_and_ranks):
     kind, ranks = kind_and_ranks
     assert [rank["world_size"] for rank in ranks] == [2, 2]
-    assert ranks[0]["sharded"] == {kind.startswith("fsdp")}
+    assert ranks[0]["placement"] == PLACEMENTS[kind.partition("-")[0].rstrip("123")]
 
 
 def test_the_ranks_hold_the_same_weights(kind_and_ranks):
@@ -60,14 +67,15 @@ def test_two_processes_equal_one(kind_and_ranks, runs):
     expected = alone(runs, kind)
     assert expected["world_size"] == 1
     assert ranks[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    # Two gradients are averaged where one process sums one batch: float32 rounding, which the
-    # polar factor magnifies in directions of small singular values.
-    assert largest_difference(ranks[0]["weights"], expected["weights"]) < 1e-4
+    # Two gradients are averaged where one process sums one batch: some float32 roundings of
+    # weights around one.
+    assert largest_difference(ranks[0]["weights"], expected["weights"]) < 2e-6
 
 
-def test_the_weights_moved(runs):
+def test_the_weights_moved_and_gradients_were_clipped(runs):
     start = {name: p.detach() for name, p in tiny_llama().named_parameters()}
     assert largest_difference(start, alone(runs, "ddp")["weights"]) > 1e-2
+    assert min(alone(runs, "ddp")["grad_norm"]) > 1
 
 
 def test_resume_is_bitwise(kind_and_ranks):
