@@ -1,8 +1,9 @@
 """Which matrices travel together, and who computes them: the plan of a step.
 
-In: the layouts of some parameters. Out: buckets of units; a unit is one matrix with its owner. The
-plan follows from layouts alone, so that every rank makes the same one without a message; what a
-rank sends and receives is read from it.
+In: the layouts of some parameters. Out: buckets of units; a unit is one matrix with its owner, and
+matrices that are needed together are a team with one owner. The plan follows from layouts alone, so
+that every rank makes the same one without a message; what a rank sends and receives is read from
+it.
 """
 
 from __future__ import annotations
@@ -39,17 +40,11 @@ class Unit:
         """Elements that each member of the shard group holds."""
         return [sum(piece.numel for piece in pieces) for pieces in self.pieces]
 
-    def holders(self) -> list[int]:
-        """Members of the shard group that hold all of the matrix."""
-        return [member for member, numel in enumerate(self.held) if numel == self.numel]
-
-    def largest_holder(self) -> int:
-        """The first member of the shard group that holds as much as any."""
-        held = self.held
-        return held.index(max(held))
-
 
 Item = tuple[Unit, Piece]
+Team = list[Unit]
+Place = tuple[int, int]
+"""A matrix: the number of its parameter, and its own number there."""
 
 
 @dataclass(eq=False)
@@ -111,7 +106,10 @@ class Bucket:
 
 
 def plan_buckets(
-    layouts: Sequence[Layout], devices: Sequence[torch.device], limit: int
+    layouts: Sequence[Layout],
+    devices: Sequence[torch.device],
+    limit: int,
+    together: Sequence[tuple[Place, ...]] = (),
 ) -> list[Bucket]:
     """Assign owners and fill buckets.
 
@@ -119,48 +117,64 @@ def plan_buckets(
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
         limit: Elements of whole matrices per owner and bucket; a larger matrix goes alone.
+        together: Teams of matrices that one owner needs at the same time, and that lie on the same
+            ranks. They follow each other in their bucket. Other matrices are teams of one.
     """
-    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Unit]] = defaultdict(list)
-    for index, (layout, device) in enumerate(zip(layouts, devices, strict=True)):
-        for number, shape in enumerate(layout.shapes):
-            pieces = tuple(member[number] for member in layout.pieces)
-            unit = Unit(index, number, shape, pieces, layout.holders_own)
-            contexts[layout.shard, layout.replicate, device].append(unit)
+    units = {
+        (index, number): Unit(
+            index, number, shape, tuple(of[number] for of in layout.pieces), layout.holders_own
+        )
+        for index, layout in enumerate(layouts)
+        for number, shape in enumerate(layout.shapes)
+    }
+    teams = [[units.pop(place) for place in team] for team in together]
+    teams += [[unit] for unit in units.values()]
+    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Team]] = defaultdict(list)
+    for team in teams:
+        layout, device = layouts[team[0].parameter], devices[team[0].parameter]
+        contexts[layout.shard, layout.replicate, device].append(team)
     return [
-        Bucket(shard, replicate, device, units)
+        Bucket(shard, replicate, device, bucketful)
         for (shard, replicate, device), members in contexts.items()
-        for units in _bucketfuls(_with_owners(members, shard.size, replicate.size), limit)
+        for bucketful in _bucketfuls(_with_owners(members, shard.size, replicate.size), limit)
     ]
 
 
-def _with_owners(units: list[Unit], shards: int, replicas: int) -> list[Unit]:
-    """The units in order of falling cost, each with its owner among all replicas."""
-    units.sort(key=lambda u: (-polar_cost(*u.shape), u.shape, u.parameter, u.matrix))
+def _cost(team: Team) -> int:
+    return sum(polar_cost(*unit.shape) for unit in team)
+
+
+def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
+    """The teams in order of falling cost, each with its owner among all replicas."""
+    teams.sort(key=lambda team: (-_cost(team), team[0].shape, team[0].parameter, team[0].matrix))
     candidates, preferred = [], []
-    for unit in units:
-        holders = unit.holders()
-        columns = holders if holders and unit.holders_own else range(shards)
+    for team in teams:
+        numel = sum(unit.numel for unit in team)
+        held = [sum(parts) for parts in zip(*(unit.held for unit in team), strict=True)]
+        holders = [member for member, part in enumerate(held) if part == numel]
+        columns = holders if holders and team[0].holders_own else range(shards)
         candidates.append([r * shards + c for r in range(replicas) for c in columns])
-        preferred.append(None if unit.holders_own else unit.largest_holder())
-    costs = [polar_cost(*unit.shape) for unit in units]
+        preferred.append(None if team[0].holders_own else held.index(max(held)))
+    costs = [_cost(team) for team in teams]
     owners = assign_owners(costs, candidates, preferred, shards * replicas)
-    for unit, owner in zip(units, owners, strict=True):
-        unit.owner = divmod(owner, shards)
-    return units
+    for team, owner in zip(teams, owners, strict=True):
+        for unit in team:
+            unit.owner = divmod(owner, shards)
+    return teams
 
 
-def _bucketfuls(units: list[Unit], limit: int) -> Iterator[list[Unit]]:
+def _bucketfuls(teams: list[Team], limit: int) -> Iterator[list[Unit]]:
     """The k-th bucketful of every owner together: equally much work for all, as far as it goes."""
     bucketfuls: list[list[Unit]] = []
     number: dict[tuple[int, int], int] = defaultdict(int)
     filled: dict[tuple[int, int], int] = defaultdict(int)
-    for unit in units:
-        owner = unit.owner
-        if filled[owner] and filled[owner] + unit.numel > limit:
+    for team in teams:
+        owner, numel = team[0].owner, sum(unit.numel for unit in team)
+        if filled[owner] and filled[owner] + numel > limit:
             number[owner] += 1
             filled[owner] = 0
-        filled[owner] += unit.numel
+        filled[owner] += numel
         if number[owner] == len(bucketfuls):
             bucketfuls.append([])
-        bucketfuls[number[owner]].append(unit)
+        bucketfuls[number[owner]] += team
     return iter(bucketfuls)

@@ -45,13 +45,31 @@ def exchange(
     Returns:
         This rank's pieces of all units, each with its part of the result.
     """
-    me, mine = bucket.shard.index, bucket.mine
-    inputs = {unit: _own_input(unit, bucket, read, wire) for unit in mine}
+    inputs = yield from gather(bucket, read, wire)
+    outputs = dict(zip(inputs, in_batches(list(inputs.values()), function), strict=True))
+    inputs.clear()
+    return (yield from scatter(bucket, outputs, wire))
+
+
+def gather(
+    bucket: Bucket, read: Read, wire: torch.dtype
+) -> Generator[None, None, dict[Unit, Tensor]]:
+    """The first half of :func:`exchange`: the whole matrices that this rank owns.
+
+    A matrix of which the owner holds all is what ``read`` gives, in its dtype: maybe a view.
+    """
+    inputs = {unit: _own_input(unit, bucket, read, wire) for unit in bucket.mine}
     if bucket.gathers:
         yield from _gathered(bucket, inputs, read, wire)
-    outputs = dict(zip(mine, in_batches(list(inputs.values()), function), strict=True))
-    inputs.clear()
-    results = {(unit, p): p.of_matrix(outputs[unit]) for unit in mine for p in unit.pieces[me]}
+    return inputs
+
+
+def scatter(
+    bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
+) -> Generator[None, None, Result]:
+    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all."""
+    me = bucket.shard.index
+    results = {(u, p): p.of_matrix(outputs[u]) for u in bucket.mine for p in u.pieces[me]}
     if bucket.gathers:
         yield from _scattered(bucket, outputs, results, wire)
     if bucket.replicate.size > 1:
