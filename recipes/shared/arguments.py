@@ -1,0 +1,94 @@
+"""Arguments of a recipe: a YAML file, overridden by the command line.
+
+In: ``sys.argv``-like strings and the dataclasses that hold the arguments. Out: the parser and the
+merged values, from which ``parser.parse_dict`` makes the dataclasses. Names that no dataclass has
+are refused with the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class RecipeError(ValueError):
+    """A mistake the user can mend; the scripts print it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parser of a recipe, all values, and the configuration's name."""
+
+    parser: HfArgumentParser
+    values: dict[str, Any]
+    stem: str
+
+
+def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path) -> Arguments:
+    """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
+
+    Args:
+        argv: arguments without the program's name.
+        kinds: dataclasses whose fields are the arguments.
+        recipe: folder that holds ``configs/``; its name is that of the default output folder.
+
+    Raises:
+        RecipeError: a file or a name in it that does not exist.
+    """
+    parser = HfArgumentParser(kinds)
+    rest = list(argv)
+    stem = "custom"
+    if rest and not rest[0].startswith("-"):
+        path = find_config(rest.pop(0), recipe)
+        parser.set_defaults(**read_config(path, kinds))
+        stem = path.stem
+    values = vars(parser.parse_args(rest))
+    if values["output_dir"] is None:
+        values["output_dir"] = f"runs/{recipe.name}/{stem}_{values['optim']}"
+    return Arguments(parser, values, stem)
+
+
+def find_config(name: str, recipe: Path) -> Path:
+    """Return the YAML file of that path, looked for here and in the recipe's folder."""
+    for path in (Path(name), recipe / name):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in (recipe / "configs").glob("*.yaml")))
+    raise RecipeError(f"No configuration file {name!r}. The recipe has configs/ of: {shipped}.")
+
+
+def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:
+    """Return the values of a YAML file, after a check of every name."""
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+    allowed = {item.name for kind in kinds for item in fields(kind)}
+    for name in values:
+        if name not in allowed:
+            raise RecipeError(
+                f"{path} sets {name!r}, which no argument has.{nearest(name, allowed)}"
+            )
+    return values
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def checkpoint(training: TrainingArguments) -> str | None:
+    """Return the checkpoint to go on from; ``last`` is the newest one of the output folder."""
+    asked = training.resume_from_checkpoint
+    if asked != "last":
+        return asked
+    folder = Path(training.output_dir)
+    found = get_last_checkpoint(training.output_dir) if folder.is_dir() else None
+    if found is None:
+        raise RecipeError(f"There is no checkpoint in {folder} to go on from.")
+    return found
