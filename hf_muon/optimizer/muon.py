@@ -33,6 +33,8 @@ from hf_muon.optimizer.entries import Entry, Origins
 from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
 from hf_muon.optimizer.groups import complete_group, named_groups
 from hf_muon.optimizer.momentum import momentum_at
+from hf_muon.optimizer.pair_step import pair_step
+from hf_muon.optimizer.pairs import moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plans
 from hf_muon.optimizer.step import Member, bucket_step
 
@@ -47,6 +49,9 @@ class Muon(Optimizer):
         pre_polar    W ← (1 − lr·λ)W − lr·s·O(F(G))
         post_polar   W ← (1 − lr·λ)W − lr·s·F(O(G))
         polar_only   W ← (1 − lr·λ)W − lr·s·O(G)
+
+    ``lora_update="product"`` and ``"tangent"`` replace O by an update of the two factors of an
+    adapter together.
 
     Args:
         params: Matrices, or named matrices, or groups. A group is a dict with ``params`` and
@@ -138,9 +143,9 @@ class Muon(Optimizer):
             return loss
         self._create_state(entries)
         replicate = self._replicate(entries)
-        active = agree_on_gradients(entries, _sharing(entries, replicate))
-        for group in self.param_groups:
-            members = [entry for entry in active if entry.group is group]
+        active = set(agree_on_gradients(entries, _sharing(entries, replicate)))
+        trained = [taking_part(of_group, active) for of_group in groups]
+        for group, members in zip(self.param_groups, trained, strict=True):
             if group["algorithm"] == "muon":
                 self._muon_step(group, members, replicate)
             else:
@@ -153,7 +158,8 @@ class Muon(Optimizer):
             return
         members = [self._member(entry) for entry in entries]
         buckets = self._plans.buckets(group, entries, replicate)
-        run_overlapped(bucket_step(group, members, bucket) for bucket in buckets)
+        one_step = pair_step if moves_pairs(group) else bucket_step
+        run_overlapped(one_step(group, members, bucket) for bucket in buckets)
         for entry in entries:
             state = self.state[entry.tensor]
             state["step"] = state["step"] + 1  # not in place: loaders may share one tensor
@@ -172,6 +178,8 @@ class Muon(Optimizer):
             exp_avg=gradient if group["order"] == "polar_only" else local(state["exp_avg"]),
             momentum=beta,
             matrices=entry.matrices,
+            scalings=entry.scalings,
+            step=state["step"],
         )
 
     def _replicate(self, entries: list[Entry]) -> Ranks:
@@ -208,7 +216,7 @@ class Muon(Optimizer):
                 complete_state(entry.group, state, entry.tensor)
 
     def _is_rehearsal(self, entries: list[Entry]) -> bool:
-        """Whether DeepSpeed only wants to see memory allocated: no step, but state is made.
+        """Whether DeepSpeed only wants to see memory allocated; such a step must do nothing.
 
         Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that
         would decay the weights and count a step.

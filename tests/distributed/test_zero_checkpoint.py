@@ -14,15 +14,23 @@ ROUNDING = 2.5e-7
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+def saved(tmp_path_factory):
+    """Folders of checkpoints with what was trained from them, each made once."""
+    made = {}
+
+    def save(task):
+        if task not in made:
+            folder = tmp_path_factory.mktemp(task)
+            launch("zero_checkpoint", 2, task, folder, folder / "results.pt", timeout=280)
+            made[task] = folder, torch.load(folder / "results.pt")
+        return made[task]
+
+    return save
 
 
-@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=FULL)])
-def results(request, folder):
-    out = folder / f"{request.param}.pt"
-    launch("zero_checkpoint", 2, request.param, folder / request.param, out, timeout=280)
-    return torch.load(out)
+@pytest.fixture(params=["some", pytest.param("all", marks=FULL)])
+def results(request, saved):
+    return saved(request.param)[1]
 
 
 def far(weights, expected, names):
@@ -41,11 +49,10 @@ def test_resume_from_a_universal_checkpoint_is_bitwise(results):
 
 
 @pytest.mark.full
-def test_a_universal_checkpoint_goes_on_on_another_number_of_ranks(folder):
-    saved, out = folder / "saved.pt", folder / "loaded.pt"
-    launch("zero_checkpoint", 2, "all", folder / "saved", saved, timeout=280)
-    launch("zero_checkpoint", 3, "load", folder / "saved", out, timeout=280)
-    expected, loaded = torch.load(saved), torch.load(out)
+def test_a_universal_checkpoint_goes_on_on_another_number_of_ranks(saved, tmp_path):
+    folder, expected = saved("all")
+    launch("zero_checkpoint", 3, "load", folder, tmp_path / "results.pt", timeout=280)
+    loaded = torch.load(tmp_path / "results.pt")
     assert loaded.keys() == expected.keys() == set(zero_checkpoint.ALL)
     for case, result in loaded.items():
         weights = result["universal"]

@@ -20,6 +20,7 @@ BATCH, STEPS = 4, training.STEPS
 # kind -> stage, config of DeepSpeed, and the class that it puts around the optimizer (0.19).
 KINDS = {
     "stage 0": (0, {}, "FP16_UnfusedOptimizer"),
+    "stage 0, resumed": (0, {}, "FP16_UnfusedOptimizer"),
     "stage 1, accumulated in float32": (
         1, {"data_types": {"grad_accum_dtype": "fp32"}}, "BF16_Optimizer",
     ),
@@ -55,7 +56,7 @@ def alone(order):
     return {name: p.detach().clone() for name, p in weights.named_parameters()}
 
 
-def train(stage, more, order):
+def engine_of(stage, more, order):
     import deepspeed
 
     model = training.tiny_llama()
@@ -68,8 +69,18 @@ def train(stage, more, order):
         "bf16": {"enabled": True},
         "gradient_clipping": 0.0,  # a factor that differs by a rounding moves bfloat16 weights
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for tokens in batches():
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(stage, more, order, folder=None):
+    """Train; with a folder, halfway on from a checkpoint in it."""
+    engine = engine_of(stage, more, order)
+    for number, tokens in enumerate(batches()):
+        if folder and number == STEPS // 2:
+            engine.save_checkpoint(folder)
+            engine.destroy()
+            engine = engine_of(stage, more, order)
+            engine.load_checkpoint(folder)
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
     result = {"weights": master_weights(engine), "wrapper": type(engine.optimizer).__name__}
@@ -97,7 +108,8 @@ def main(orders, out):
 
     def record(order, kind, stage, more):
         counts.clear()
-        result = train(stage, more, order)
+        folder = f"{out}.{order}" if kind.endswith("resumed") else None
+        result = train(stage, more, order, folder)
         computed = torch.tensor(counts["computed"])
         dist.all_reduce(computed)
         results[order, kind] = {**result, "computed": int(computed)}

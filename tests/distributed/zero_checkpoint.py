@@ -1,8 +1,9 @@
 """Train, save and go on under DeepSpeed, with given gradients: zero_checkpoint.py TASK FOLDER OUT.
 
-``some`` and ``all`` train some or all cases, save halfway, convert the checkpoints to universal
-ones, and go on: uninterrupted, from either checkpoint, from the weights alone, and with other
-routes. ``load`` goes on from the universal ones, on any number of ranks. Rank 0 writes the weights.
+``some`` and ``all`` train some or all of the cases, save halfway, convert the checkpoints to
+universal ones, and go on: uninterrupted, from either checkpoint, from the weights alone, and with
+other routes. ``load`` goes on from the universal ones, on any number of ranks. Rank 0 writes what
+was trained.
 """
 
 import sys
@@ -21,7 +22,14 @@ from hf_muon import Muon
 from tests.distributed import layouts, zero
 
 STEPS, TAG = 3, "halfway"
-ALL = [(s, o) for s in (1, 2, 3) for o in ("pre_polar", "post_polar", "polar_only")]
+ORDERS = ("pre_polar", "post_polar", "polar_only")
+BFLOAT16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+# What DeepSpeed is told; the last has an optimizer class of its own there.
+KINDS = {
+    **{stage: zero.config(stage) for stage in (1, 2, 3)},
+    "bf16": {**zero.config(1), **BFLOAT16},
+}
+ALL = [(kind, order) for kind in KINDS for order in ORDERS]
 SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar")]
 MATRICES = {"q": (37, 64), "down": (48, 130), "experts": (3, 24, 40)}
 EMBEDDINGS = {"embedding": (33, 16)}
@@ -66,11 +74,11 @@ def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDING
     return Muon(groups, lr=0.02, weight_decay=0.1, polar_dtype="float32", order=order)
 
 
-def engine_of(stage, order, first=0, universal=False, **routes):
+def engine_of(kind, order, first=0, universal=False, **routes):
     model = Model()
     optimizer = build_optimizer(model, order, **routes)
     zero.inject(optimizer, SHAPES, first)
-    config = {**zero.config(stage), "checkpoint": {"load_universal": universal}}
+    config = {**KINDS[kind], "checkpoint": {"load_universal": universal}}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -95,17 +103,17 @@ def finished(engine):
     return weights
 
 
-def go_on(folder, stage, order, universal=False, **load):
+def go_on(folder, kind, order, universal=False, **load):
     """Train the second half from a checkpoint."""
-    engine = engine_of(stage, order, STEPS, universal)
+    engine = engine_of(kind, order, STEPS, universal)
     engine.load_checkpoint(str(folder), tag=TAG, **load)
     train(engine)
     return finished(engine)
 
 
-def refusal(folder, stage, order, universal, routes):
+def refusal(folder, kind, order, universal, routes):
     """The error of a checkpoint with other routes, as every rank sees it."""
-    engine = engine_of(stage, order, STEPS, universal, **OTHER_ROUTES[routes])
+    engine = engine_of(kind, order, STEPS, universal, **OTHER_ROUTES[routes])
     message = "none"
     try:
         engine.load_checkpoint(str(folder), tag=TAG)
@@ -135,30 +143,30 @@ def convert(source, target):
     dist.barrier()
 
 
-def save(folder, stage, order):
-    own, universal = f"{folder}/{stage}/{order}", f"{folder}/{stage}/{order}/universal"
-    engine = engine_of(stage, order)
+def save(folder, kind, order):
+    own, universal = f"{folder}/{kind}/{order}", f"{folder}/{kind}/{order}/universal"
+    engine = engine_of(kind, order)
     train(engine)
     engine.save_checkpoint(own, tag=TAG)
     convert(own, universal)
     train(engine)
     return {
         "uninterrupted": finished(engine),
-        "resumed": go_on(own, stage, order),
-        "weights only": go_on(own, stage, order, load_optimizer_states=False),
-        "universal": go_on(universal, stage, order, universal=True),
+        "resumed": go_on(own, kind, order),
+        "weights only": go_on(own, kind, order, load_optimizer_states=False),
+        "universal": go_on(universal, kind, order, universal=True),
         "refused": {
-            (name, routes): refusal(path, stage, order, name == "universal", routes)
+            (name, routes): refusal(path, kind, order, name == "universal", routes)
             for name, path in {"own": own, "universal": universal}.items()
             for routes in OTHER_ROUTES
-            if (stage, order) in SOME
+            if (kind, order) in SOME
         },
     }
 
 
-def load(folder, stage, order):
-    universal = f"{folder}/{stage}/{order}/universal"
-    return {"universal": go_on(universal, stage, order, universal=True)}
+def load(folder, kind, order):
+    universal = f"{folder}/{kind}/{order}/universal"
+    return {"universal": go_on(universal, kind, order, universal=True)}
 
 
 def main(task, folder, out):
