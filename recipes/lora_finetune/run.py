@@ -14,8 +14,11 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 
+import chat
+import classification
 import datasets
 import settings
+import sft
 import transformers
 from shared import measure
 from shared.arguments import RecipeError, checkpoint
@@ -23,6 +26,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
+TASKS = {"classification": classification.build, "chat": chat.build, "sft": sft.build}
 DIVERGED = 3  # exit status when a gradient was not finite
 
 
@@ -32,7 +36,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     model, data, args = settings.parse(argv)
     quiet_libraries()
     set_seed(args.seed)  # a new head and the factors A are random
-    trainer, facts = build(model, data, args)
+    trainer, facts = TASKS[model.task](model, data, args)
     clock = measure.StepClock()
     trainer.add_callback(clock)
     measure.use_quiet_progress(trainer)
@@ -55,19 +59,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
     save(trainer, Path(args.output_dir), results)
     return results
-
-
-def build(
-    model: settings.ModelSettings, data: settings.DataSettings, args: TrainingArguments
-) -> tuple[Trainer, dict[str, Any]]:
-    """Return the Trainer of the task, and what is reported of model and rows."""
-    if model.task == "classification":
-        import classification as task
-    elif model.task == "chat":
-        import chat as task
-    else:
-        import sft as task  # needs TRL
-    return task.build(model, data, args)
 
 
 def quiet_libraries() -> None:

