@@ -8,14 +8,12 @@ are scalars or tuples of scalars, so that they survive command lines, JSON and c
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from hf_muon.values import parsed, read_json, require_known, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
@@ -23,7 +21,7 @@ Coefficients = Literal["polar_express", "quintic"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
-LoraUpdate = Literal["factor"]
+LoraUpdate = Literal["factor", "product", "tangent"]
 Distribute = Literal["auto", "owner", "redundant"]
 
 Plain = str | int | float | bool | None | tuple[Any, ...]
@@ -64,7 +62,11 @@ class MuonConfig:
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
-        lora_update: ``factor``: each LoRA factor is a matrix of its own.
+        lora_update: ``factor``: each LoRA factor is a matrix of its own. ``product`` (LoRA-Muon)
+            and ``tangent`` (LoRA-TSD) move the product BA of a pair, in ``pre_polar`` only.
+        lora_damping: Their δ: S + δ·(tr S/r)·I is inverted for the Gram matrix S of a factor.
+        tangent_iterations: τ of ``tangent``: how often a step is orthogonalized and projected.
+        tangent_balance_every: Steps after which ``tangent`` brings ‖A‖ and ‖B‖ together; 0: never.
         distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
             ``redundant`` lets each compute all; ``auto`` takes what should be faster.
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together.
@@ -98,6 +100,9 @@ class MuonConfig:
     adamw_params: tuple[str, ...] = ()
     split_fused: bool = False
     lora_update: LoraUpdate = "factor"
+    lora_damping: float = 1e-2
+    tangent_iterations: int = 3
+    tangent_balance_every: int = 100
     distribute: Distribute = "auto"
     bucket_mb: float = 32.0
     compile: bool = False
@@ -111,7 +116,7 @@ class MuonConfig:
     def __post_init__(self) -> None:
         """Bring every value to its declared type, then check ranges and combinations."""
         for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         _check_ranges(self)
         _check_combinations(self)
 
@@ -147,19 +152,19 @@ class MuonConfig:
                 raise ValueError(f"optim_args gives {name!r} twice, in {optim_args!r}.")
             pairs[name] = value
         path = pairs.pop("config", None)
-        from_file = _read_json(path) if path is not None else {}
-        return cls(**{**defaults, **from_file, **_parsed(cls, pairs)})
+        from_file = read_json(path) if path is not None else {}
+        return cls(**{**defaults, **from_file, **parsed(cls, pairs)})
 
     @classmethod
     def from_json(cls, path: str | Path) -> MuonConfig:
         """Read a JSON object of settings. The file is data: nothing in it is executed."""
-        return cls(**_read_json(path))
+        return cls(**read_json(path))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> MuonConfig:
         """Build from settings whose values may still be strings, as some launchers pass them."""
         strings = {name: value for name, value in settings.items() if isinstance(value, str)}
-        return cls(**{**settings, **_parsed(cls, strings)})
+        return cls(**{**settings, **parsed(cls, strings)})
 
     def to_dict(self) -> dict[str, Plain]:
         """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""
@@ -212,117 +217,14 @@ _MUON_FIELDS = (
     "polar_dtype",
     "adjust_lr",
     "cautious_weight_decay",
+    "lora_update",
+    "lora_damping",
+    "tangent_iterations",
+    "tangent_balance_every",
     "distribute",
     "bucket_mb",
     "compile",
 )
-
-
-def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
-    """Raise for a name that is not in ``allowed``, with the nearest one."""
-    names = sorted(allowed)
-    if name in names:
-        return
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {kind}: {name!r}.{hint} Allowed: {', '.join(names)}.")
-
-
-def _read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that must hold one object."""
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON
-        raise ValueError(f"config={str(path)!r} is not a readable JSON file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"config={str(path)!r} holds {settings!r}; a JSON object is expected.")
-    return settings
-
-
-def _parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
-    """Strings turned into the declared types of the fields they name."""
-    hints = get_type_hints(cls)
-    for name in pairs:
-        require_known(name, hints, "setting")
-    return {name: _from_string(name, text, hints[name]) for name, text in pairs.items()}
-
-
-def _from_string(name: str, text: str, hint: Any) -> Any:
-    if type(None) in get_args(hint):
-        if text.lower() == "none":
-            return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    if get_origin(hint) is Literal or hint is str:
-        return text
-    if hint is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError(f"{name}={text!r}: true or false is expected.")
-        return words[text.lower()]
-    if get_origin(hint) is tuple:
-        if get_args(hint)[0] is str:
-            return tuple(_split_outside_brackets(text))
-        return tuple(_from_string(name, part, float) for part in text.split(":"))
-    try:
-        return hint(text)
-    except ValueError:
-        kind = "a whole number" if hint is int else "a number"
-        raise ValueError(f"{name}={text!r}: {kind} is expected.") from None
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
-    parts, depth, start = [], 0, 0
-    for index, character in enumerate(text):
-        if index and text[index - 1] == "\\":
-            continue  # escaped
-        depth += (character in "([{") - (character in ")]}")
-        if character == "|" and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    return [*parts, text[start:]]
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in its declared type; int passes for float and a list for a tuple."""
-    options = get_args(hint)
-    if type(None) in options:
-        if value is None:
-            return None
-        hint = next(arg for arg in options if arg is not type(None))
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        allowed = ", ".join(map(repr, get_args(hint)))
-        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of {allowed}.{suggestion}")
-    if get_origin(hint) is tuple:
-        return _typed_tuple(name, value, get_args(hint))
-    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
-        value = hint(value)  # an int where a float is expected; NumPy's scalars
-    if type(value) is not hint:
-        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; {_KIND[hint]}.")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not finite.")
-    return value
-
-
-_NUMBERS = {float: numbers.Real, int: numbers.Integral}
-_KIND = {
-    bool: "True or False is expected",
-    int: "a whole number is expected",
-    float: "a number is expected",
-    str: "a string is expected",
-}
-
-
-def _typed_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{name}={value!r}: a tuple of {hints[0].__name__} values is expected.")
-    if hints[-1] is not Ellipsis and len(value) != len(hints):
-        raise ValueError(f"{name}={value!r}: {len(hints)} values are expected.")
-    return tuple(_typed(name, item, hints[0]) for item in value)
 
 
 # Half-open or closed ranges of the numbers; None stands for no bound.
@@ -337,6 +239,9 @@ _RANGES: dict[str, tuple[float, float | None, str]] = {
     "adamw_weight_decay": (0.0, None, "adamw_weight_decay ≥ 0"),
     "adamw_eps": (0.0, None, "adamw_eps ≥ 0"),
     "adamw_betas": (0.0, 1.0, "0 ≤ each beta < 1"),
+    "lora_damping": (1e-8, None, "lora_damping ≥ 1e-8"),
+    "tangent_iterations": (1, None, "tangent_iterations ≥ 1"),
+    "tangent_balance_every": (0, None, "tangent_balance_every ≥ 0"),
     "bucket_mb": (1e-6, None, "bucket_mb > 0"),
 }
 
@@ -375,6 +280,16 @@ def _check_combinations(config: MuonConfig) -> None:
         raise ValueError(
             "momentum_start has no effect under order='polar_only', which has no momentum: "
             "remove it, or choose 'pre_polar' or 'post_polar'."
+        )
+    if config.lora_update != "factor" and config.order != "pre_polar":
+        raise ValueError(
+            f"lora_update={config.lora_update!r} needs order='pre_polar', not {config.order!r}: it "
+            "orthogonalizes what the filter gives. Use lora_update='factor' with this order."
+        )
+    if config.lora_update != "factor" and config.cautious_weight_decay:
+        raise ValueError(
+            f"cautious_weight_decay=True with lora_update={config.lora_update!r}, which decays the "
+            "product of two factors and not their entries: remove one of them."
         )
     iterates = config.polar_method != "svd"
     if iterates and config.coefficients == "polar_express" and not 3 <= config.polar_steps <= 8:

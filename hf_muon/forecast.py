@@ -153,10 +153,20 @@ def forecast(
         device: ``cuda`` (a GPU that computes in bfloat16) or ``cpu`` (this one).
 
     Raises:
-        ValueError: An unknown device, or no matrix at all.
+        ValueError: An unknown device, an update that moves more than gradients, or no matrix.
     """
     if device not in DEVICES:
         raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}.")
+    if config.lora_update != "factor":
+        raise ValueError(
+            f"lora_update={config.lora_update!r}: the weights that travel with a pair of LoRA "
+            "factors are not counted; plan with lora_update='factor'."
+        )
+    if config.lora_update != "factor":
+        raise ValueError(
+            f"lora_update={config.lora_update!r} sends other things than the plan of a step of "
+            "separate matrices knows of. Use lora_update='factor' for a plan of the same model."
+        )
     matrices = [m for group in groups for parameter in group for m in parameter.matrices]
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
@@ -201,7 +211,7 @@ def _wire(config: MuonConfig, dtype: torch.dtype, device: str) -> torch.dtype:
     requested = config.polar_dtype
     if device == "cuda" and requested == "auto" and config.polar_method != "svd":
         requested = "bfloat16"
-    settings = {"polar_dtype": requested, "polar_method": config.polar_method}
+    settings = {**config.to_dict(), "polar_dtype": requested}
     return wire_dtype(settings, dtype, torch.device("cpu" if device == "cpu" else "meta"))
 
 

@@ -16,7 +16,9 @@ from hf_muon.optimizer.momentum import window
 
 FILE_NAME = "muon_report.json"
 _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspeed")
-_NOT_REPORTED = {"params", "param_names", "matrices", "pairs", "group_id"}
+_NOT_REPORTED = {
+    "params", "param_names", "matrices", "pairs", "factors", "scalings", "group_id",
+}  # fmt: skip
 
 
 def find_muon(optimizer: object) -> Muon | None:

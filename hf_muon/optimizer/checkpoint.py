@@ -14,8 +14,10 @@ import torch
 Group = dict[str, Any]
 
 # Values that change while training, or that say where the group's parameters are.
-_TUPLES = {"matrices", "pairs", "betas"}
-_NOT_COMPARED = {"params", "param_names", "matrices", "pairs", "lr", "initial_lr", "group_id"}
+_TUPLES = {"matrices", "pairs", "factors", "scalings", "betas"}
+_NOT_COMPARED = {
+    "params", "param_names", "matrices", "pairs", "factors", "lr", "initial_lr", "group_id",
+}  # fmt: skip
 
 
 def with_plain_groups(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,12 @@ class Entry:
         inside = self.group["matrices"]
         return [Matrix(*matrix) for index in self.indices for matrix in inside[index]]
 
+    @property
+    def scalings(self) -> list[float]:
+        """The adapter's c of W + cBA for each of :attr:`matrices`; none where nothing has one."""
+        inside, of_group = self.group["matrices"], self.group.get("scalings")
+        return [of_group[i] for i in self.indices for _ in inside[i]] if of_group else []
+
     def parts(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The name of each parameter that this rank has a part of, with that part of ``values``."""
         if self.flat is None:

@@ -13,16 +13,19 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_muon.config import MuonConfig, require_known
+from hf_muon.config import MuonConfig
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.adamw import has_fused_kernel
+from hf_muon.optimizer.pairs import check_pairs, moves_pairs
 from hf_muon.optimizer.scaling import step_size
+from hf_muon.values import require_known
 
 Group = dict[str, Any]
 
 # What a group holds besides hyper-parameters: torch's own keys, the schedulers' and the routes'.
 _STRUCTURE = {
-    "params", "param_names", "algorithm", "initial_lr", "matrices", "pairs", "fused", "group_id",
+    "params", "param_names", "algorithm", "initial_lr", "matrices", "pairs", "factors", "scalings",
+    "fused", "group_id",
 }  # fmt: skip
 
 # torch's names of AdamW's hyper-parameters -> the settings that complete them.
@@ -75,6 +78,8 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
         for inside in set(group["matrices"]):
             for matrix in inside:
                 step_size(group["adjust_lr"], Matrix(*matrix))  # raises where it cannot be known
+        if moves_pairs(group):
+            check_pairs(group, [p[0] for p in group["params"] if isinstance(p, tuple)])
     else:
         group.setdefault("fused", has_fused_kernel(tensors))
     return group

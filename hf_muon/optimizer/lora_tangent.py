@@ -1,8 +1,8 @@
 """Steepest descent in the tangent space of the products BA, and the balancing of factors.
 
 In and out: as in ``lora``. Balancing is no part of the change of the factors, since it rescales the
-momentum as well: it is elementwise given one number per pair, which follows from two sums of
-squares, and every rank rescales its own pieces after the step.
+momentum as well: it is elementwise given one number per pair, which follows from the norms of the
+whole factors, and every rank rescales its own pieces after the step.
 """
 
 from __future__ import annotations
@@ -129,23 +129,16 @@ def balance_factor(squares_a: Tensor, squares_b: Tensor) -> Tensor:
     return torch.where((squares_a > 0) & (squares_b > 0), exponent.exp2(), 1.0).float()
 
 
-def balanced(weights: Pair, momenta: Pair, factor: Tensor) -> tuple[Pair, Pair]:
-    """Weights (f·A, B/f) and momenta (M_A/f, f·M_B): momenta are gradients, which scale inversely.
+def rescale(weight: Tensor, exp_avg: Tensor, factor: Tensor) -> None:
+    """W ← f·W and M ← M/f in place: momenta are gradients, which scale inversely.
 
-    Elementwise, so the pairs may be whole or what a rank holds of them. To be called after a step:
-    gradients that were computed before no longer belong to the weights.
+    Elementwise, on whatever piece of a weight a rank holds: f for A, 1/f for B. To be called after
+    a step, because gradients that were computed before no longer belong to the weights.
 
     Args:
-        weights: A and B, (…, rows, columns) each.
-        momenta: M_A and M_B, of the same shapes.
-        factor: f, (…), from :func:`balance_factor`.
+        weight: W, of any shape; written.
+        exp_avg: M, of the same shape; written.
+        factor: A number, from :func:`balance_factor`.
     """
-    grow = factor[..., None, None]
-
-    def scaled(tensor: Tensor, by: Tensor) -> Tensor:
-        return tensor * by.to(tensor.dtype)
-
-    return (
-        Pair(scaled(weights.a, grow), scaled(weights.b, 1 / grow)),
-        Pair(scaled(momenta.a, 1 / grow), scaled(momenta.b, grow)),
-    )
+    weight.mul_(factor.to(weight))
+    exp_avg.div_(factor.to(exp_avg))

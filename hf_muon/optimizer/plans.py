@@ -14,6 +14,7 @@ from hf_muon.distributed.find import compute_device, find_layout, is_dtensor
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.step import wire_dtype
 
 Group = dict[str, Any]
@@ -30,12 +31,14 @@ class Plans:
         """The buckets of a step on some tensors of a group; ``replicate`` holds copies."""
         layouts = [self._layout(entry, replicate) for entry in entries]
         devices = [compute_device(entry.tensor, entry.flat is not None) for entry in entries]
-        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"])
+        together = teams(group, entries) if moves_pairs(group) else ()
+        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"], together)
         if key not in self._buckets:
             wire = wire_dtype(group, entries[0].tensor.dtype, devices[0])
-            limit = int(group["bucket_mb"] * 2**20 / wire.itemsize)
+            copies = 2 if together else 1  # of pairs, the owner gets the weights as well
+            limit = int(group["bucket_mb"] * 2**20 / (copies * wire.itemsize))
             # The layouts are kept, so that their ids stay theirs.
-            self._buckets[key] = layouts, plan_buckets(layouts, devices, limit)
+            self._buckets[key] = layouts, plan_buckets(layouts, devices, limit, together)
         return self._buckets[key][1]
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
@@ -63,5 +66,11 @@ def _divides(entry: Entry) -> bool:
         return bool(group["distribute"] != "redundant")
     device = compute_device(entry.tensor, entry.flat is not None)
     itemsize = wire_dtype(group, entry.tensor.dtype, device).itemsize
-    rows, cols = matrices[0].rows, matrices[0].cols
-    return owning_pays(rows, cols, group["polar_steps"], itemsize, device.type)
+    together = [matrices[0]]
+    if moves_pairs(group):  # the same answer for both factors
+        partner = partners(group)[entry.indices[0]]
+        together.append(Matrix(*group["matrices"][partner][0]))
+    return any(
+        owning_pays(matrix.rows, matrix.cols, group["polar_steps"], itemsize, device.type)
+        for matrix in together
+    )

@@ -32,13 +32,18 @@ Group = dict[str, Any]
 
 @dataclass
 class Member:
-    """A parameter in a step, or a piece of it: the tensors that this rank holds."""
+    """A parameter in a step, or a piece of it: the tensors that this rank holds.
+
+    ``scalings`` are those of LoRA factors, one for each matrix; ``step`` counts the steps before.
+    """
 
     weight: Tensor
     gradient: Tensor
     exp_avg: Tensor
     momentum: float
     matrices: list[Matrix]
+    scalings: list[float]
+    step: Tensor
 
     def at(self, piece: Piece) -> Member:
         """Views of a piece, each (rows, cols)."""
@@ -48,6 +53,8 @@ class Member:
             piece.of_local(self.exp_avg),
             self.momentum,
             self.matrices,
+            self.scalings,
+            self.step,
         )
 
 
@@ -128,11 +135,15 @@ def polar_function(group: Group) -> Callable[[Tensor], Tensor]:
 def wire_dtype(group: Group, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that polar factors are computed in; float16 has too small a range to travel in.
 
+    Pairs of LoRA factors travel with their weights, in full precision.
+
     Args:
         group: Settings of the param group.
         dtype: Of the parameters.
         device: Where their polar factors are computed.
     """
+    if group["lora_update"] != "factor":
+        return torch.promote_types(dtype, torch.float32)
     requested = group["polar_dtype"]
     if group["polar_method"] == "svd":
         return svd_dtype(requested, dtype)

@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,15 +20,28 @@ from hf_muon.distributed.layout import Matrix
 from hf_muon.routing.matrices import Matrices, expert_fan_out, whole
 from hf_muon.routing.survey import shape_of, unwrapped
 
+Factor = Literal["A", "B"]
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one adapter tensor is. No matrices: it is not a factor of a linear map."""
+    """What one adapter tensor is.
+
+    Attributes:
+        reason: In words.
+        matrices: Those inside it; none where it is no factor of a linear map.
+        factor: Which one of W₀ + cBA it is.
+        partner: The other one, where both are trained.
+        scaling: c.
+        is_dora: Whether the layer normalizes W₀ + cBA.
+    """
 
     reason: str
     matrices: Matrices = ()
+    factor: Factor | None = None
     partner: Tensor | None = None
     scaling: float | None = None
+    is_dora: bool = False
 
 
 def adapters(model: nn.Module) -> dict[int, Adapter]:
@@ -67,22 +80,34 @@ def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
         for name, parameter in layer.named_parameters()
         if name.split(".")[0] not in ("base_layer", "original_module")
     }
-    for first, second, scaling in _pairs(layer):
-        a, b = first.weight, second.weight
+    for pair in _pairs(layer):
+        a, b = pair.a.weight, pair.b.weight
         cut_a, cut_b = _factor_matrices(layer, a, b)
         paired = bool(cut_a and cut_b and a.requires_grad and b.requires_grad)
         if cut_a:
-            found[id(a)] = Adapter("adapter: LoRA factor A", cut_a, b if paired else None, scaling)
+            found[id(a)] = _factor("A", cut_a, b if paired else None, pair)
         if cut_b:
-            found[id(b)] = Adapter("adapter: LoRA factor B", cut_b, a if paired else None, scaling)
+            found[id(b)] = _factor("B", cut_b, a if paired else None, pair)
     return found
+
+
+def _factor(factor: Factor, matrices: Matrices, partner: Tensor | None, pair: _Pair) -> Adapter:
+    reason = f"adapter: LoRA factor {factor}"
+    return Adapter(reason, matrices, factor, partner, pair.scaling, pair.is_dora)
 
 
 def _container(name: str) -> str:
     return name.split(".")[0]
 
 
-def _pairs(layer: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float | None]]:
+class _Pair(NamedTuple):
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    is_dora: bool
+
+
+def _pairs(layer: Any) -> Iterator[_Pair]:
     """The linear A and B of each adapter of a LoRA layer, with its scaling.
 
     AdaLoRA derives from LoRA, but its A and B are singular vectors under a penalty that keeps
@@ -95,7 +120,8 @@ def _pairs(layer: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float | None]]:
     for adapter in layer.lora_A:
         first, second = layer.lora_A[adapter], layer.lora_B[adapter]
         if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-            yield first, second, float(layer.scaling[adapter])
+            is_dora = bool(layer.use_dora.get(adapter))
+            yield _Pair(first, second, float(layer.scaling[adapter]), is_dora)
 
 
 def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrices, Matrices]:

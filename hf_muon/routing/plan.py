@@ -7,11 +7,14 @@ two routings apart, and makes the optimizer's param groups.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_muon.config import MuonConfig
+from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.distributed.layout import Matrix
-from hf_muon.routing.adapters import adapters
+from hf_muon.routing.adapters import Adapter, Factor, adapters
+from hf_muon.routing.groups import param_groups, plain
 from hf_muon.routing.rules import Algorithm, Context, Decision, Overrides, decide
-from hf_muon.routing.survey import Survey, survey
+from hf_muon.routing.survey import Candidate, Survey, survey
 from hf_muon.routing.table import render
+
+logger = logging.getLogger(__name__)
 
 # What Trainer.get_decay_parameter_names excludes from weight decay (transformers 5.23).
 UNDECAYED_LAYERS = [nn.LayerNorm]
@@ -50,6 +56,8 @@ class Route:
         decay: Whether weight decay applies, by the Trainer's own rule.
         pair: Name of the partner, for a LoRA factor whose partner is trained by Muon as well.
         scaling: c of W₀ + cBA, for a LoRA factor.
+        factor: ``A`` or ``B``, for a LoRA factor.
+        lora_update: How a LoRA factor is updated: the setting, or ``factor`` where that cannot be.
     """
 
     name: str
@@ -60,6 +68,8 @@ class Route:
     decay: bool = True
     pair: str | None = None
     scaling: float | None = None
+    factor: Factor | None = None
+    lora_update: LoraUpdate | None = None
 
     @property
     def numel(self) -> int:
@@ -132,6 +142,8 @@ class RoutePlan:
                     "decay": route.decay,
                     "pair": route.pair,
                     "scaling": route.scaling,
+                    "factor": route.factor,
+                    "lora_update": route.lora_update,
                 }
                 for route in self.routes
             ],
@@ -161,7 +173,8 @@ class RoutePlan:
     def param_groups(self, config: MuonConfig) -> list[dict[str, Any]]:
         """The optimizer's groups: Muon first, then AdamW; decayed first; none empty.
 
-        Parameters of different device meshes get different groups.
+        Parameters of different device meshes get different groups; so do pairs of LoRA factors
+        that move together and other matrices.
 
         Args:
             config: Gives the hyper-parameters of both halves.
@@ -169,29 +182,16 @@ class RoutePlan:
         Returns:
             Groups with ``params`` as ``(name, parameter)`` pairs. Muon groups hold ``matrices``,
             aligned with ``params``: for each a tuple of ``(offset, shape, strides, fan_out_dim)``;
-            and ``pairs``, the names of LoRA partners, where there are any.
+            and where there are LoRA factors ``pairs``, ``factors`` and ``scalings``, aligned as
+            well: the name of the partner, ``A`` or ``B``, and c. They are empty or 0 for others.
 
         Raises:
             ValueError: No parameter was routed to Muon.
         """
         self.require_matrices()
+        _log_fallbacks(self.muon, config.lora_update)
         bound = list(zip(self.routes, self.parameters, strict=True))
-        groups = []
-        for algorithm in ("muon", "adamw"):
-            for decay in (True, False):
-                part = [b for b in bound if (b[0].algorithm, b[0].decay) == (algorithm, decay)]
-                for members in _by_mesh(part):
-                    make = config.muon_group if algorithm == "muon" else config.adamw_group
-                    groups.append({**make(decay), **_members(members)})
-        return groups
-
-
-Bound = tuple[Route, nn.Parameter]
-
-
-def plain(matrix: Matrix) -> tuple[int, tuple[int, ...], tuple[int, ...], int | None]:
-    """A matrix as nested tuples, which ``torch.load(weights_only=True)`` accepts."""
-    return (matrix.offset, tuple(matrix.shape), tuple(matrix.strides), matrix.fan_out_dim)
+        return param_groups(bound, config)
 
 
 def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
@@ -224,27 +224,67 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
     }
     decayed = _decayed_names(model)
 
-    def finished(index: int, decision: Decision) -> Route:
-        candidate = facts.candidates[index]
-        adapter = of_adapters.get(id(candidate.parameter))
-        paired = adapter is not None and decision.algorithm == "muon"
-        return Route(
+    def finished(candidate: Candidate, decision: Decision) -> Route:
+        made = Route(
             name=candidate.name,
             shape=candidate.shape,
             algorithm=decision.algorithm,
             reason=decision.reason,
             matrices=decision.matrices,
             decay=candidate.raw_name in decayed,
-            pair=names.get(id(adapter.partner)) if adapter and paired else None,
-            scaling=adapter.scaling if adapter and paired else None,
         )
+        adapter = of_adapters.get(id(candidate.parameter))
+        if adapter is None or adapter.factor is None or decision.algorithm != "muon":
+            return made
+        return _of_factor(made, adapter, names.get(id(adapter.partner)), config.lora_update)
 
+    routes = tuple(map(finished, facts.candidates, decisions))
+    if config.lora_update != "factor" and not any(route.factor for route in routes):
+        raise ValueError(
+            f"lora_update={config.lora_update!r} is for LoRA factors, and Muon trains none in this "
+            "model. Attach an adapter of rank 2 or more before the optimizer is made, or use "
+            "lora_update='factor'."
+        )
     return RoutePlan(
-        routes=tuple(finished(index, decision) for index, decision in enumerate(decisions)),
+        routes=routes,
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
         frozen=facts.frozen,
         remedy=_flat_parameters(model),
     )
+
+
+def _of_factor(made: Route, adapter: Adapter, pair: str | None, lora_update: LoraUpdate) -> Route:
+    """The route of a LoRA factor, with the reason if it is updated otherwise than asked for."""
+    obstacle = ""
+    if lora_update != "factor" and adapter.is_dora:
+        obstacle = "DoRA normalizes W + cBA"
+    elif lora_update != "factor" and pair is None:
+        obstacle = "Muon does not train its partner"
+    return dataclasses.replace(
+        made,
+        reason=f"{made.reason}{_ON_ITS_OWN}{obstacle}" if obstacle else made.reason,
+        pair=pair,
+        scaling=adapter.scaling,
+        factor=adapter.factor,
+        lora_update="factor" if obstacle else lora_update,
+    )
+
+
+_ON_ITS_OWN = ", lora_update='factor' because "
+
+
+def _log_fallbacks(routes: Iterable[Route], lora_update: LoraUpdate) -> None:
+    """Say how many LoRA factors are updated otherwise than asked for, and why."""
+    alone = [r for r in routes if r.factor and r.lora_update != lora_update]
+    obstacles = Counter(r.reason.rpartition(_ON_ITS_OWN)[2] for r in alone)
+    for obstacle, count in obstacles.items():
+        logger.warning(
+            "lora_update=%r: %d LoRA factors are updated one by one (lora_update='factor'), "
+            "because %s.",
+            lora_update,
+            count,
+            obstacle,
+        )
 
 
 def _decayed_names(model: nn.Module) -> set[str]:
@@ -286,30 +326,6 @@ def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str
     words = sorted({step for name in names for step in name.split(".")} | set(names))
     near = difflib.get_close_matches(pattern.strip("^$."), words, n=3, cutoff=0.5)
     return f"{message} Near names: {', '.join(near)}." if near else message
-
-
-def _by_mesh(bound: list[Bound]) -> list[list[Bound]]:
-    """Members of one group must share a device mesh; plain tensors share None."""
-    groups: list[tuple[Any, list[Bound]]] = []
-    for member in bound:
-        mesh = getattr(member[1], "device_mesh", None)
-        for key, members in groups:
-            if key == mesh:
-                members.append(member)
-                break
-        else:
-            groups.append((mesh, [member]))
-    return [members for _, members in groups]
-
-
-def _members(bound: list[Bound]) -> dict[str, Any]:
-    routes = [route for route, _ in bound]
-    group: dict[str, Any] = {"params": [(route.name, parameter) for route, parameter in bound]}
-    if routes[0].algorithm == "muon":
-        group["matrices"] = tuple(tuple(map(plain, route.matrices)) for route in routes)
-        if any(route.pair for route in routes):
-            group["pairs"] = tuple(route.pair or "" for route in routes)
-    return group
 
 
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:

@@ -33,7 +33,7 @@ def render(plan: RoutePlan, *, compact: bool) -> str:
 
 
 def _routes(plan: RoutePlan, *, compact: bool) -> Table:
-    adapted = any(route.scaling is not None for route in plan.routes)
+    adapted = any(route.factor for route in plan.routes)
     of_adapters = ("partner", "rank", "scaling") if adapted else ()
     table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, "decay", "reason")
 
@@ -64,10 +64,10 @@ def _matrices(route: Route) -> str:
 
 def _adapter(route: Route) -> tuple[str, str, str]:
     """Partner, rank and scaling of a LoRA factor; blank for any other parameter."""
-    if route.scaling is None:
+    if route.factor is None:
         return "", "", ""
     matrix = route.matrices[0]
-    rank = matrix.rows if route.reason.endswith("factor A") else matrix.cols  # A (r, n), B (m, r)
+    rank = matrix.rows if route.factor == "A" else matrix.cols  # A (r, n), B (m, r)
     return _partner(route), str(rank), f"{route.scaling:g}"
 
 

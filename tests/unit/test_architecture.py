@@ -11,10 +11,11 @@ ROOT = Path(hf_muon.__file__).parent
 
 # room -> the rooms of the package that it may import, besides itself.
 ALLOWED = {
-    "config": set(),
+    "values": set(),
+    "config": {"values"},
     "polar": set(),
     "distributed": set(),
-    "optimizer": {"config", "distributed", "polar"},
+    "optimizer": {"config", "distributed", "polar", "values"},
     "routing": {"config", "distributed"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},

@@ -47,7 +47,16 @@ WRONG = [
     ({"adamw_params": ("(",)}, ["adamw_params", "'('", "regular expression"]),
     ({"adamw_params": ("x", "")}, ["adamw_params", "empty pattern"]),
     ({"bucket_mb": 0}, ["bucket_mb=0", "bucket_mb > 0"]),
-    ({"lora_update": "product"}, ["lora_update='product'", "'factor'"]),
+    ({"lora_update": "products"}, ["lora_update='products'", "'factor'", "Did you mean 'product'"]),
+    ({"lora_update": "product", "order": "post_polar"}, ["'product'", "'pre_polar'", "'factor'"]),
+    ({"lora_update": "tangent", "order": "polar_only"}, ["'tangent'", "'pre_polar'", "'factor'"]),
+    (
+        {"lora_update": "product", "cautious_weight_decay": True},
+        ["cautious_weight_decay=True", "lora_update='product'", "remove one"],
+    ),
+    ({"lora_damping": 0.0}, ["lora_damping=0.0", "lora_damping ≥ 1e-8"]),
+    ({"tangent_iterations": 0}, ["tangent_iterations=0", "tangent_iterations ≥ 1"]),
+    ({"tangent_balance_every": -1}, ["tangent_balance_every=-1", "tangent_balance_every ≥ 0"]),
 ]
 
 

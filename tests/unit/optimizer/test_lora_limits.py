@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_muon.optimizer.lora import Pair
-from hf_muon.optimizer.lora_tangent import balance_factor, balanced
+from hf_muon.optimizer.lora_tangent import balance_factor, rescale
 from tests.reference import lora as reference
 from tests.unit.optimizer.pairs import (
     EXACT,
@@ -144,6 +144,14 @@ def test_relative_damping_stays_where_absolute_damping_diverges(damping):
 
 
 # ---- balancing
+
+
+def balanced(weights, momenta, factor):
+    """Copies of both, rescaled as a step rescales them: f for A, 1/f for B."""
+    weights, momenta = (Pair(*(t.clone() for t in pair)) for pair in (weights, momenta))
+    for side, by in enumerate((factor[..., None, None], 1 / factor[..., None, None])):
+        rescale(weights[side], momenta[side], by)
+    return weights, momenta
 
 
 def squares(weights):

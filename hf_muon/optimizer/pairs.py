@@ -1,0 +1,120 @@
+"""LoRA factors whose product moves: which two belong together, and that both are there.
+
+In: a param group with ``pairs``, ``factors`` and ``scalings``, aligned with its parameters, or the
+entries of such groups in a step. Out: a checked group, the entries that take part in the step, and
+the teams of matrices for its plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+from hf_muon.distributed.buckets import Place
+from hf_muon.distributed.layout import Matrix
+from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.lora import pair_step_size
+
+Group = dict[str, Any]
+
+
+def moves_pairs(group: Group) -> bool:
+    """Whether the factors of a Muon group are updated through their product."""
+    return bool(group["lora_update"] != "factor")
+
+
+def partners(group: Group) -> list[int]:
+    """The position of the other factor, for each parameter of a group that moves pairs."""
+    position = {name: index for index, name in enumerate(group["param_names"])}
+    return [position[name] for name in group["pairs"]]
+
+
+def check_pairs(group: Group, names: Sequence[str]) -> None:
+    """Raise for a group in which a factor has no partner, or a pair no step size.
+
+    Args:
+        group: A group that moves pairs, with its ``matrices``.
+        names: Of its parameters; empty where they have none.
+
+    Raises:
+        ValueError: Names the parameter and what to do.
+    """
+    update, keys = group["lora_update"], ("pairs", "factors", "scalings")
+    if not names or any(len(group.get(key, ())) != len(names) for key in keys):
+        raise ValueError(
+            f"A group with lora_update={update!r} needs named parameters, and for each its partner "
+            "in 'pairs', 'A' or 'B' in 'factors', and the adapter's scaling in 'scalings': let "
+            "hf_muon.create_muon_optimizer(model) make the groups, or use lora_update='factor'."
+        )
+    position = {name: index for index, name in enumerate(names)}
+    for index, (name, other) in enumerate(zip(names, group["pairs"], strict=True)):
+        partner = position.get(other, index)
+        a, b = (partner, index) if group["factors"][index] == "B" else (index, partner)
+        mutual = group["pairs"][partner] == name and group["factors"][a] + group["factors"][b]
+        if mutual != "AB" or group["scalings"][a] != group["scalings"][b]:
+            raise ValueError(
+                f"{name} has lora_update={update!r} and no partner in its group that is the other "
+                f"factor of the same adapter: {other!r} is given. Put both into one group, with "
+                "the same weight decay, or this one into a group with lora_update='factor'."
+            )
+        of_a, of_b = ([Matrix(*m) for m in group["matrices"][i]] for i in (a, b))
+        if [m.rows for m in of_a] != [m.cols for m in of_b]:
+            raise ValueError(
+                f"{names[a]} and {names[b]} do not fit: A (r, n) and B (m, r) are expected, one of "
+                "each for every expert."
+            )
+        for one, two in zip(of_a, of_b, strict=True):
+            pair_step_size(group["adjust_lr"], one, two, group["scalings"][a])  # raises
+
+
+def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entry]:
+    """Those of a group that a step trains: a factor also where only its partner has a gradient.
+
+    Args:
+        entries: All of one group that this call of the optimizer was given.
+        active: The entries that have a gradient on some rank.
+
+    Raises:
+        ValueError: The partner of a factor was not given.
+    """
+    if not entries or entries[0].group["algorithm"] != "muon" or not moves_pairs(entries[0].group):
+        return [entry for entry in entries if entry in active]
+    holder = {index: entry for entry in entries for index in entry.indices}
+    chosen = set()
+    for index, partner in enumerate(partners(entries[0].group)):
+        if index in holder and partner not in holder:
+            raise ValueError(_split(entries[0].group, partner))
+        if index in holder and (holder[index] in active or holder[partner] in active):
+            chosen.add(holder[index])
+    return [entry for entry in entries if entry in chosen]
+
+
+def _split(group: Group, partner: int) -> str:
+    return (
+        f"lora_update={group['lora_update']!r} needs both factors of an adapter in one step, and "
+        f"{group['param_names'][partner]} is not in this one: DeepSpeed ZeRO-3 has put it into "
+        "another sub-group. Raise sub_group_size in the zero_optimization section of its config "
+        "(the default, 1e9, holds the adapters of any model), or use lora_update='factor'."
+    )
+
+
+def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], ...]:
+    """The matrices of each A and of its B, expert by expert, for the plan of a step.
+
+    Args:
+        group: A group that moves pairs.
+        entries: Those of the step; a matrix is numbered as in :attr:`Entry.matrices`.
+    """
+    places: dict[int, list[Place]] = {}
+    for number, entry in enumerate(entries):
+        first = 0
+        for index in entry.indices:
+            count = len(group["matrices"][index])
+            places[index] = [(number, first + one) for one in range(count)]
+            first += count
+    return tuple(
+        pair
+        for index, partner in enumerate(partners(group))
+        if index in places and group["factors"][index] == "A"
+        for pair in zip(places[index], places[partner], strict=True)
+    )
