@@ -116,7 +116,7 @@ def plan_buckets(
     Args:
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
-        limit: Elements of whole matrices per owner and bucket; a larger matrix goes alone.
+        limit: Elements of whole matrices per owner and bucket, or the largest team if it has more.
         together: Teams of matrices that one owner needs at the same time, and that lie on the same
             ranks. They follow each other in their bucket. Other matrices are teams of one.
     """
@@ -154,7 +154,9 @@ def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
         holders = [member for member, part in enumerate(held) if part == numel]
         columns = holders if holders and team[0].holders_own else range(shards)
         candidates.append([r * shards + c for r in range(replicas) for c in columns])
-        preferred.append(None if team[0].holders_own else held.index(max(held)))
+        # Only who holds most of it saves most of the messages.
+        saves = not team[0].holders_own and 2 * max(held) > numel
+        preferred.append(held.index(max(held)) if saves else None)
     costs = [_cost(team) for team in teams]
     owners = assign_owners(costs, candidates, preferred, shards * replicas)
     for team, owner in zip(teams, owners, strict=True):
@@ -165,6 +167,9 @@ def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
 
 def _bucketfuls(teams: list[Team], limit: int) -> Iterator[list[Unit]]:
     """The k-th bucketful of every owner together: equally much work for all, as far as it goes."""
+    # A bucket of the largest team takes this much anyway; with less in the others there would be
+    # more of them, and in each some would wait for the owner of a large one.
+    limit = max([limit, *(sum(unit.numel for unit in team) for team in teams)])
     bucketfuls: list[list[Unit]] = []
     number: dict[tuple[int, int], int] = defaultdict(int)
     filled: dict[tuple[int, int], int] = defaultdict(int)

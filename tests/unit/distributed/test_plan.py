@@ -244,3 +244,16 @@ def test_rates_devices_and_models_are_checked():
         forecast([TINY], MuonConfig(), World("ddp", 2), device="tpu")
     with pytest.raises(ValueError, match="no Muon step"):
         forecast([], MuonConfig(), World("ddp", 2))
+
+
+def test_buckets_wait_for_each_other_little():
+    """Two matrices of a 7B model fill what the largest takes, so that none waits for it alone."""
+    costs = balance("7B", 64)
+    assert costs.in_lockstep <= 1.02 * max(cost.operations for cost in costs.ranks)
+
+
+def test_equal_slices_prefer_no_owner():
+    """Under ZeRO-3 every rank holds as much of a matrix; the first is no better than the others."""
+    costs = balance("7B", 8, "zero3")
+    assert costs.balance < 1.01
+    assert costs.in_lockstep < 1.01 * costs.mean
