@@ -242,6 +242,8 @@ def test_rates_devices_and_models_are_checked():
         forecast([TINY], MuonConfig(), World("ddp", 2)).to_dict(0, 50)
     with pytest.raises(ValueError, match="'tpu' is not one of"):
         forecast([TINY], MuonConfig(), World("ddp", 2), device="tpu")
+    with pytest.raises(ValueError, match="plan with lora_update='factor'"):
+        forecast([TINY], MuonConfig(lora_update="product"), World("ddp", 2))
     with pytest.raises(ValueError, match="no Muon step"):
         forecast([], MuonConfig(), World("ddp", 2))
 
