@@ -66,7 +66,9 @@ def test_two_processes_equal_one(kind_and_ranks, runs):
     kind, ranks = kind_and_ranks
     expected = alone(runs, kind)
     assert expected["world_size"] == 1
-    assert ranks[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    # DeepSpeed knows no norm where it does not wrap the optimizer; it clips all the same.
+    norms = [] if kind == "zero0" else expected["grad_norm"]
+    assert ranks[0]["grad_norm"] == pytest.approx(norms, rel=1e-5)
     # Two gradients are averaged where one process sums one batch: some float32 roundings of
     # weights around one.
     assert largest_difference(ranks[0]["weights"], expected["weights"]) < 2e-6
