@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback
@@ -111,7 +112,10 @@ def shown_losses(logs: dict[str, Any]) -> dict[str, str]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of optimizer state that this process holds."""
+    """Return the bytes of optimizer state that this process holds.
+
+    Storage is counted, not entries: under ZeRO there are placeholders that repeat one zero.
+    """
     tensors = [
         value
         for state in optimizer.state.values()
@@ -119,7 +123,31 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         if torch.is_tensor(value)
     ]
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return sum(tensor.untyped_storage().nbytes() for tensor in local)
+
+
+def exact_loss(trainer: Trainer, blocks: datasets.Dataset) -> float:
+    """Return the mean loss over all blocks, whatever the number of processes.
+
+    Processes that evaluate together fill the last round of batches up with repeated blocks, which
+    then count. So the blocks of an incomplete round are evaluated one by one.
+    """
+    args = trainer.args
+    rest = len(blocks) % (args.per_device_eval_batch_size * args.world_size)
+    if args.world_size == 1 or rest == 0:
+        return mean_loss(trainer, blocks)
+    whole = len(blocks) - rest
+    batch, args.per_device_eval_batch_size = args.per_device_eval_batch_size, 1
+    total = rest * mean_loss(trainer, blocks.select(range(whole, len(blocks))))
+    args.per_device_eval_batch_size = batch
+    if whole:
+        total += whole * mean_loss(trainer, blocks.select(range(whole)))
+    return total / len(blocks)
+
+
+def mean_loss(trainer: Trainer, blocks: datasets.Dataset) -> float:
+    """Return the loss that the Trainer measures on blocks."""
+    return trainer.evaluate(blocks, metric_key_prefix="final")["final_loss"]
 
 
 def curve(history: list[dict[str, Any]], key: str, tokens_per_step: int) -> list[dict[str, Any]]:
@@ -153,6 +181,7 @@ def run_results(trainer: Trainer, clock: StepClock, tokens_per_step: int) -> dic
         "eval_curve": curve(history, "eval_loss", tokens_per_step),
         "training_arguments": args.to_dict(),
         "world_size": args.world_size,
+        "distributed_type": trainer.accelerator.distributed_type.value,
         "device": str(args.device),
         "threads": torch.get_num_threads(),
         "versions": {

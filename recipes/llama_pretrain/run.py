@@ -50,16 +50,16 @@ def main(argv: list[str]) -> None:
         data_collator=packing.collate,
         callbacks=[clock],
     )
+    settings.check_sharding(trainer)
     use_quiet_progress(trainer)
     trainer.train(resume_from_checkpoint=settings.checkpoint(args))
     results = measure.run_results(trainer, clock, data_settings.tokens_per_step)
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
-    final = trainer.evaluate(data.validation, metric_key_prefix="final")
-    results["final_validation_loss"] = final["final_loss"]
+    results["final_validation_loss"] = measure.exact_loss(trainer, data.validation)
     results["wall_seconds"] = round(time.perf_counter() - started, 1)
     if args.save_strategy != "no":
-        trainer.save_model()
+        save_whole_model(trainer)
     if trainer.is_world_process_zero():
         write(Path(args.output_dir), results)
 
@@ -99,6 +99,13 @@ def use_quiet_progress(trainer: Trainer) -> None:
         trainer.pop_callback(default)
     quiet = measure.LogLines if trainer.args.disable_tqdm else measure.QuietProgress
     trainer.add_callback(quiet)
+
+
+def save_whole_model(trainer: Trainer) -> None:
+    """Write the model as ``from_pretrained`` reads it, also when its checkpoints are sharded."""
+    if trainer.is_fsdp_enabled:  # save_model writes nothing under SHARDED_STATE_DICT
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from accelerate.utils import get_cpu_distributed_information, parse_flag_from_env
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 HERE = Path(__file__).parent
@@ -113,6 +114,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
         RecipeError: a name that does not exist, or token counts that do not fit together.
     """
     parser = HfArgumentParser(SETTINGS)
+    # Every parameter of a LLaMA gets a gradient; DDP need not look for others in each step.
+    parser.set_defaults(ddp_find_unused_parameters=False)
     rest = list(argv)
     stem = "custom"
     if rest and not rest[0].startswith("-"):
@@ -175,22 +178,60 @@ def set_step_counts(values: dict[str, Any]) -> None:
 
 
 def launched_processes() -> int:
-    """Return the number of processes that torchrun, accelerate or DeepSpeed announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that torchrun, accelerate, DeepSpeed or MPI announced."""
+    return get_cpu_distributed_information().world_size
 
 
 def check_world_size(data: DataSettings, training: TrainingArguments) -> None:
     """Stop if the processes do not train together as asked.
 
-    On a CPU some launch forms start one process, or several that do not know of each other, and
-    say nothing about it.
+    Some launch forms start one process, or several that do not know of each other, and say nothing
+    about it; on a CPU most of them do.
     """
     expected = data.expected_world_size or launched_processes()
     if training.world_size != expected:
         raise RecipeError(
             f"{expected} processes were asked for, but {training.world_size} train together. "
-            "Launch with `torchrun --nproc_per_node N run.py ...`; on CPUs `accelerate launch` "
-            "also needs ACCELERATE_USE_CPU=true and a distributed configuration."
+            f"Launch with `torchrun --nproc_per_node {expected} run.py ...`, or with `accelerate "
+            f"launch --num_processes {expected}` and a configuration of recipes/accelerate; on a "
+            "CPU the processes find each other with --use_cpu true only."
+        )
+    if data.expected_world_size is None and was_left_alone():
+        raise RecipeError(
+            "`accelerate launch` was asked for several processes and has started one: under --cpu, "
+            "MULTI_CPU and 'NO' it starts no others. Launch with `accelerate launch --config_file "
+            "recipes/accelerate/ddp.yaml --num_processes N`, on a CPU too; or train in one process "
+            "with --expected_world_size 1."
+        )
+    if training.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {training.n_gpu} GPUs, and the Trainer would give each of them a "
+            "batch: a step would have more than tokens_per_step tokens. Launch with `torchrun "
+            f"--nproc_per_node {training.n_gpu} run.py ...`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def was_left_alone() -> bool:
+    """Return whether accelerate's launcher prepared for several processes and started this one.
+
+    It then names the port of a rendezvous to which nobody comes (seen in accelerate 1.15).
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    return launched and "MASTER_PORT" in os.environ and launched_processes() == 1
+
+
+def check_sharding(trainer: Trainer) -> None:
+    """Stop if accelerate trains with plain DDP where FSDP or DeepSpeed was launched."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "FSDP was launched, but accelerate has it on accelerators only and would train with "
+            f"DDP on this device, {trainer.args.device.type}. Set --use_cpu false where there is "
+            "a GPU; on a CPU use recipes/accelerate/ddp.yaml, or zero1 to zero3, which shard."
+        )
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not trainer.is_deepspeed_enabled:
+        raise RecipeError(
+            "DeepSpeed was launched, but accelerate ignores it under ACCELERATE_USE_CPU=true and "
+            "would train with DDP. Unset the variable; --use_cpu true is enough on a CPU."
         )
 
 
