@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
+import hf_muon.distributed.exchange
 import hf_muon.optimizer.entries
-import hf_muon.optimizer.step
 from tests.distributed import layouts
 
 STAGES = (1, 2, 3)
@@ -60,13 +60,13 @@ def inject(optimizer, shapes=SHAPES, first=0):
 def count_matrices():
     """The number of matrices whose polar factors this rank computed."""
     counts = Counter()
-    original = hf_muon.optimizer.step.orthogonalize
+    original = hf_muon.distributed.exchange.in_batches
 
-    def counted(matrices, **settings):
-        counts["computed"] += 1 if matrices.ndim == 2 else len(matrices)
-        return original(matrices, **settings)
+    def counted(matrices, function):
+        counts["computed"] += len(matrices)
+        return original(matrices, function)
 
-    hf_muon.optimizer.step.orthogonalize = counted
+    hf_muon.distributed.exchange.in_batches = counted
     return counts
 
 
