@@ -1,5 +1,7 @@
 """Muon for the Hugging Face Trainer: ``optim="muon"``."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_muon import diagnostics
 from hf_muon.config import MuonConfig
 from hf_muon.integrations.factory import MuonOptimizerFactory, create_muon_optimizer
@@ -8,15 +10,28 @@ from hf_muon.optimizer import Muon
 from hf_muon.polar import polar_factor
 from hf_muon.routing import Route, RoutePlan, route
 
+if TYPE_CHECKING:
+    from hf_muon.diagnostics.monitor import SpectralMonitor
+
 __all__ = [
     "Muon",
     "MuonConfig",
     "MuonOptimizerFactory",
     "Route",
     "RoutePlan",
+    "SpectralMonitor",
     "create_muon_optimizer",
     "diagnostics",
     "polar_factor",
     "register",
     "route",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers when it is asked for: that takes seconds."""
+    if name != "SpectralMonitor":
+        raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
+    from hf_muon.diagnostics.monitor import SpectralMonitor
+
+    return SpectralMonitor

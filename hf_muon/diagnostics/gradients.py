@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,17 +42,26 @@ def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -
         for index, matrix in enumerate(one.matrices):
             suffix = f"[{index}]" if len(one.matrices) > 1 else ""
             found[one.name + suffix] = (parameter, matrix)
+    return {name: found[name] for name in matching(found, layers)}
+
+
+def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list[str]:
+    """The names of matrices that one of some patterns is found in; all without patterns.
+
+    Raises:
+        ValueError: A pattern matches none.
+    """
     if layers is None:
-        return found
+        return list(names)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in found):
-            near = difflib.get_close_matches(pattern, found, n=3, cutoff=0.3)
+        if not any(re.search(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(
-                f"layers holds {pattern!r}, which matches none of the {len(found)} matrices that "
-                f"Muon trains. Near names: {', '.join(near) or next(iter(found))}."
+                f"layers holds {pattern!r}, which matches none of the {len(names)} matrices that "
+                f"Muon trains. Near names: {', '.join(near) or next(iter(names))}."
             )
-    return {name: at for name, at in found.items() if any(re.search(p, name) for p in patterns)}
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def read_gradients(sources: Sources) -> dict[str, Tensor]:

@@ -131,8 +131,8 @@ def principal_angles(X: Tensor, S: Tensor, rank: int | None = None) -> Principal
     U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
     r = _numerical_rank(sigma, max(S.shape[-2:])) if rank is None else _checked_rank(S, rank)
     return PrincipalAngles(
-        _subspace_angles(U_hat[..., :r], U[..., :r]),
-        _subspace_angles(Vh_hat[..., :r, :].mT, Vh[..., :r, :].mT),
+        subspace_angles(U_hat[..., :r], U[..., :r]),
+        subspace_angles(Vh_hat[..., :r, :].mT, Vh[..., :r, :].mT),
     )
 
 
@@ -175,7 +175,7 @@ def filtering_ratio(M: Tensor, G: Tensor) -> Tensor:
     M, G = _prepared(M, G)
     sigma = torch.linalg.svdvals(G)
     ratio = torch.linalg.svdvals(M) / sigma
-    return torch.where(sigma > _threshold(sigma, max(G.shape[-2:])), ratio, torch.nan)
+    return torch.where(sigma > rounding_threshold(sigma, max(G.shape[-2:])), ratio, torch.nan)
 
 
 def noise_suppression(G: Tensor, M: Tensor, S: Tensor | None = None) -> Tensor:
@@ -213,7 +213,7 @@ def stable_rank(X: Tensor) -> Tensor:
         Between 1 and the rank of X, (…).
     """
     (X,) = _prepared(X)
-    weights = _energies(X)
+    weights = energies(torch.linalg.svdvals(X))
     return 1 / weights[..., 0]
 
 
@@ -231,8 +231,7 @@ def spectral_entropy(X: Tensor) -> Tensor:
         factor has the largest.
     """
     (X,) = _prepared(X)
-    weights = _energies(X)
-    entropy: Tensor = torch.special.entr(weights).sum(-1)
+    entropy: Tensor = torch.special.entr(energies(torch.linalg.svdvals(X))).sum(-1)
     return entropy
 
 
@@ -303,20 +302,22 @@ def _norm(X: Tensor) -> Tensor:
     return norm
 
 
-def _energies(X: Tensor) -> Tensor:
-    """σ_i²/Σσ², (…, s). Relative to σ₁ first, so that squares neither overflow nor vanish."""
-    sigma: Tensor = torch.linalg.svdvals(X)
+def energies(sigma: Tensor) -> Tensor:
+    """σ_i²/Σσ² of singular values in falling order, (…, s).
+
+    Relative to σ₁ first, so that squares neither overflow nor vanish.
+    """
     squares = (sigma / sigma[..., :1]).square()
     return squares / squares.sum(-1, keepdim=True)
 
 
-def _threshold(sigma: Tensor, longer_side: int) -> Tensor:
+def rounding_threshold(sigma: Tensor, longer_side: int) -> Tensor:
     """Singular values up to here are rounding errors, as in ``polar_factor``, (…, 1)."""
     return longer_side * torch.finfo(sigma.dtype).eps * sigma[..., :1]
 
 
 def _numerical_rank(sigma: Tensor, longer_side: int) -> int:
-    ranks = set((sigma > _threshold(sigma, longer_side)).sum(-1).flatten().tolist())
+    ranks = set((sigma > rounding_threshold(sigma, longer_side)).sum(-1).flatten().tolist())
     if len(ranks) != 1 or 0 in ranks:
         raise ValueError(f"Signals have numerical ranks {sorted(ranks)}; give one to compare.")
     return int(ranks.pop())
@@ -324,13 +325,13 @@ def _numerical_rank(sigma: Tensor, longer_side: int) -> int:
 
 def _truncated_polar(X: Tensor, rank: int) -> Tensor:
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    kept = sigma.gt(_threshold(sigma, max(X.shape[-2:]))).to(X.dtype)[..., None, :rank]
+    kept = sigma.gt(rounding_threshold(sigma, max(X.shape[-2:]))).to(X.dtype)[..., None, :rank]
     with torch.autocast(X.device.type, enabled=False):  # it would multiply in half precision
         factor: Tensor = (U[..., :rank] * kept) @ Vh[..., :rank, :]
     return factor
 
 
-def _subspace_angles(Q: Tensor, U: Tensor) -> Tensor:
+def subspace_angles(Q: Tensor, U: Tensor) -> Tensor:
     """Angles between the spans of two orthonormal bases, ascending, (…, r)."""
     with torch.autocast(Q.device.type, enabled=False):  # it would multiply in half precision
         overlap = Q.mT @ U  # (…, r, r)

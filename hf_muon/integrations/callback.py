@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_muon.integrations.arguments import config_from_arguments, with_target_modules
 from hf_muon.integrations.deepspeed import check_deepspeed
+from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
 from hf_muon.routing import route
@@ -82,10 +83,15 @@ class MuonCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, which is the first group's."""
-        if logs is not None and "learning_rate" in logs and self.adamw_lr is not None:
-            logs["adamw/lr"] = self.adamw_lr
-            state.log_history[-1]["adamw/lr"] = self.adamw_lr
+        """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, and what others have left."""
+        optimizer = find_muon(kwargs.get("optimizer"))
+        if logs is None or optimizer is None:
+            return
+        values = take_waiting(optimizer)
+        if "learning_rate" in logs and self.adamw_lr is not None:  # the Trainer's: of group 0
+            values["adamw/lr"] = self.adamw_lr
+        logs.update(values)
+        state.log_history[-1].update(values)
 
     @staticmethod
     def _write_report(wrapped: object, state: TrainerState, folder: Path) -> None:

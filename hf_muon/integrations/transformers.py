@@ -26,15 +26,20 @@ def register() -> None:
     Raises:
         ImportError: transformers is older than 5.2, or has renamed its handler table.
     """
+    add_names(handle_muon)
+    install_callback()
+    describe_in_model_cards()
+
+
+def install_callback() -> None:
+    """Give every Trainer that is made from now on our callback, ahead of its reporters."""
     from transformers import trainer
 
     from hf_muon.integrations.callback import MuonCallback
 
-    add_names(handle_muon)
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     if MuonCallback not in callbacks:
         callbacks.append(MuonCallback)
-    describe_in_model_cards()
 
 
 def handle_muon(context: OptimizerContext) -> tuple[type[MuonOptimizerFactory], dict[str, Any]]:

@@ -1,0 +1,119 @@
+"""Which momentum the spectra of a matrix ask for: advice, which nothing acts on.
+
+In: the leading parts of samples. Out: the smallest window that shows the signal, how fast it turns,
+and the momentum in between. Pure functions; letters as in ``metrics``, with T = 1/(1−β).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_muon.diagnostics.noise_edge import cosines_squared
+from hf_muon.diagnostics.spectra import Leading
+
+# A suggestion is an extrapolation from the window it was measured in.
+_FURTHEST = 4
+# Of cos² between two samples. Below, the signal has turned too far to tell how far.
+_LEAST_OVERLAP = 0.1
+
+
+def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, float]:
+    """The window that a matrix asks for.
+
+    ======================  =====================================================================
+    ``t_min``               the smallest T that shows the weakest visible direction
+    ``drift``               radians per step by which the visible directions turn
+    ``suggested_momentum``  1 − 1/T for the T of :func:`best_window`, but no less than ``t_min``
+                            and no more than 4 times as far as where it was measured
+    ======================  =====================================================================
+
+    Args:
+        before: The sample before, if there is one.
+        now: The sample.
+        momentum: β of the moving average.
+
+    Returns:
+        What can be told: nothing where no direction is visible, no drift where it is too fast for
+        the distance of the samples.
+    """
+    if now.noise is None or not now.strengths:
+        return {}
+    found = {"t_min": smallest_window(now.strengths[-1], now.noise.gradient, now.shape)}
+    drift = drift_between(before, now) if before else None
+    if drift is None:
+        return found
+    window = 1 / (1 - momentum)
+    wanted = max(found["t_min"], best_window(drift, now))
+    wanted = min(max(wanted, window / _FURTHEST, 1.0), window * _FURTHEST)
+    return {**found, "drift": drift, "suggested_momentum": 1 - 1 / wanted}
+
+
+def smallest_window(strength: float, deviation: float, shape: tuple[int, int]) -> float:
+    """T_min = (1 + s²√(mn)/λ²)/2, from which on a direction of strength λ is visible.
+
+    Args:
+        strength: λ.
+        deviation: s, the standard deviation of an entry of the noise in a gradient.
+        shape: (m, n).
+
+    References:
+        arXiv 2606.03899: a spike is visible iff λ⁴(2T−1)² > mn s⁴.
+    """
+    m, n = shape
+    return (1 + deviation**2 * math.sqrt(m * n) / strength**2) / 2
+
+
+def drift_between(before: Leading, now: Leading) -> float | None:
+    """Radians per step by which the visible directions turn, apart from the noise in both samples.
+
+    A turn by δ, and two independent errors of estimation, multiply the cosines: the mean cos² over
+    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ. Samples
+    closer than two windows share noise, and the drift then comes out too small.
+
+    Returns:
+        None where nothing is visible, or the overlap is too small to tell.
+    """
+    r = min(len(before.strengths), len(now.strengths))
+    if r == 0:
+        return None
+    by_noise = (_expected_cosines(before, r) * _expected_cosines(now, r)).mean().item()
+    measured = (_overlap(before.left, now.left, r) + _overlap(before.right, now.right, r)) / 2
+    overlap = measured / by_noise if by_noise > 0 else 0.0
+    if overlap < _LEAST_OVERLAP:
+        return None
+    return math.acos(math.sqrt(min(1.0, overlap))) / (now.step - before.step)
+
+
+def _expected_cosines(at: Leading, r: int) -> Tensor:
+    """cos² that the noise leaves of the first directions, left and right, (r, 2)."""
+    deviation = at.noise.filtered if at.noise else math.nan
+    return torch.tensor([cosines_squared(one, deviation, at.shape) for one in at.strengths[:r]])
+
+
+def _overlap(Q: Tensor, U: Tensor, r: int) -> float:
+    """Mean cos² between two subspaces of r dimensions."""
+    return (Q[:, :r].mT @ U[:, :r]).square().sum().item() / r
+
+
+def best_window(drift: float, now: Leading) -> float:
+    """The T that loses least to lag and noise together.
+
+    The average over T steps of directions that turn by φ a step lags behind by the angle Tφ, on
+    both sides; noise adds angles of (m + n)s²/(2Tλ²) in squares. 2(Tφ)² + ν/(2T) is least at
+    T = (ν/(8φ²))^{1/3}, with ν the mean of (m + n)s²/λ².
+
+    Args:
+        drift: φ in radians per step.
+        now: Gives strengths and noise.
+
+    Returns:
+        Infinity without drift.
+    """
+    if now.noise is None or drift == 0:
+        return math.inf
+    power = sum(now.shape) * now.noise.gradient**2
+    noise = sum(power / one**2 for one in now.strengths) / len(now.strengths)
+    return float((noise / (8 * drift**2)) ** (1 / 3))

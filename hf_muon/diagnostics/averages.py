@@ -1,0 +1,84 @@
+"""The moving average of gradients, whichever order trains.
+
+In: the watched matrices of a step that was just made. Out: pieces of M_t = βM_{t−1} + (1−β)G_t. The
+optimizer has it under ``pre_polar``. In the other orders it has none, and one is kept here, of the
+watched matrices alone and of the pieces that this rank reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_muon.diagnostics.watched import Watched
+from hf_muon.distributed.buckets import Unit
+from hf_muon.distributed.find import local, local_gradient
+from hf_muon.distributed.layout import Piece
+from hf_muon.optimizer import Muon
+from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.momentum import accumulate, momentum_at
+
+# How much of an average's weight may lie on gradients that it has not seen: three windows.
+_MAY_MISS = 0.05
+
+
+def is_kept_by_optimizer(group: dict[str, Any]) -> bool:
+    """Whether the optimizer keeps the average of a group's gradients."""
+    return bool(group["algorithm"] != "muon" or group["order"] == "pre_polar")
+
+
+class Averages:
+    """Moving averages of the watched matrices.
+
+    Args:
+        optimizer: Whose gradients.
+    """
+
+    def __init__(self, optimizer: Muon) -> None:
+        self._optimizer = optimizer
+        self._kept: dict[tuple[str, Piece], Tensor] = {}
+        self._missing: dict[str, float] = {}
+
+    def momentum(self, entry: Entry) -> float:
+        """β of the step that was just made."""
+        group = entry.group
+        start, warmup = group["momentum_start"], group["momentum_warmup_steps"]
+        return momentum_at(self._steps_before(entry), group["momentum"], start, warmup)
+
+    def _steps_before(self, entry: Entry) -> int:
+        return int(self._optimizer.state[entry.tensor]["step"]) - 1
+
+    def go_on(self, call: Watched) -> None:
+        """Add the gradients of a step; those of a resumed run's past are missing."""
+        if is_kept_by_optimizer(call.group):
+            return
+        for entry, names in zip(call.entries, call.names, strict=True):
+            for name in names:
+                missing = self._missing.setdefault(name, float(self._steps_before(entry) > 0))
+                self._missing[name] = missing * self.momentum(entry)
+        gradients = [local_gradient(entry.tensor) for entry in call.entries]
+        for unit, piece in call.pieces():
+            gradient, key = piece.of_local(gradients[unit.parameter]), (call.name(unit), piece)
+            if key not in self._kept:
+                self._kept[key] = torch.zeros_like(gradient)
+            accumulate(gradient, self._kept[key], self.momentum(call.entries[unit.parameter]))
+
+    def has_run_in(self, name: str) -> bool:
+        """Whether the average of a matrix is what it would be without an interruption."""
+        return self._missing.get(name, 0.0) <= _MAY_MISS
+
+    def piece(self, call: Watched, unit: Unit, piece: Piece) -> Tensor:
+        """A piece of the average, (rows, cols); not to be written."""
+        if not is_kept_by_optimizer(call.group):
+            return self._kept[call.name(unit), piece]
+        state = self._optimizer.state[call.entries[unit.parameter].tensor]
+        return piece.of_local(local(state["exp_avg"]))
+
+    def dtype(self, entry: Entry) -> torch.dtype | None:
+        """Of the optimizer's momentum filter, if it is this average."""
+        if not is_kept_by_optimizer(entry.group):
+            return None
+        dtype: torch.dtype = self._optimizer.state[entry.tensor]["exp_avg"].dtype
+        return dtype

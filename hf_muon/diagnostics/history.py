@@ -1,0 +1,69 @@
+"""``spectra.jsonl``: what a monitor wrote, a line at a time.
+
+In: records. Out: the same, of the run as it stands. Lines are only ever appended. A line with
+``begin`` opens a run or a resumed part of one, after that many steps; what the file has of later
+steps was trained again from there, so that readers pass over it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "spectra.jsonl"
+
+Record = dict[str, Any]
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Append a line for each record; a line that was cut short by a crash is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                lines = "\n" + lines
+        file.write(lines.encode())
+
+
+def read_spectra(path: str | Path) -> list[Record]:
+    """Samples of the run in a file, those that were trained again left out.
+
+    Args:
+        path: The file, or the output folder that holds it.
+
+    Returns:
+        Records with ``step``, ``layer`` and values by name, in the order of the steps.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: A line other than one that a crash cut short is no JSON.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    samples: list[Record] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line, path, number, ends_part=_begins(lines[number : number + 1]))
+        if "begin" in record:
+            samples = [sample for sample in samples if sample["step"] <= record["begin"]]
+        elif "layer" in record and "warning" not in record:
+            samples.append(record)
+    return samples
+
+
+def _begins(lines: list[str]) -> bool:
+    return not lines or lines[0].startswith('{"begin"')
+
+
+def _parsed(line: str, path: Path, number: int, *, ends_part: bool) -> Record:
+    try:
+        record: Record = json.loads(line)
+    except json.JSONDecodeError as error:
+        if ends_part:
+            return {}
+        raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
+    return record

@@ -1,0 +1,109 @@
+"""Where the noise in a filter's output ends, and what stands above it.
+
+In: a gradient and its moving average, whole matrices (m, n). Out: the edge above which a singular
+value of the average is no longer noise, and what noise of that size does to a signal. Pure
+functions; letters as in ``metrics``, with T = 1/(1−β) and λ a singular value of the signal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# 2.3 standard deviations 1.27·√2 of a difference, halved as σ is the root of σ².
+_MARGIN = 2.3 * 1.27 * math.sqrt(2) / 2
+
+
+class Noise(NamedTuple):
+    """Noise as large as the white noise that ends at the same edge.
+
+    Attributes:
+        edge: The largest singular value of the noise in M.
+        filtered: Standard deviation of its entries.
+        gradient: Standard deviation of the entries of the noise in G.
+    """
+
+    edge: float
+    filtered: float
+    gradient: float
+
+
+def noise_in(G: Tensor, M: Tensor, momentum: float) -> Noise | None:
+    """Measure the noise by what one gradient differs from the average of those before it.
+
+    A fixed signal cancels from G_t − M_{t−1} = (G_t − M_t)/β. What is left is noise of 2T/(2T−1)
+    times the variance of the noise in G, and the noise in M has 1/(2T−1) of that variance: with the
+    same covariance of rows and columns, ‖noise in M‖₂ ≈ ‖G_t − M_t‖₂/(β√(2T)). By Weyl's inequality
+    no singular value of M above it is noise alone. Nothing is assumed about the covariance: the
+    noise of real gradients is far from white, so that an edge from the median singular value
+    and the Marchenko-Pastur law (Gavish and Donoho, arXiv 1305.5870) would lie several times too
+    low.
+
+    Both norms scatter: σ₁² of white noise by 1.27 s²(√m + √n)(1/√m + 1/√n)^{1/3}, 1.27 being the
+    standard deviation of the Tracy-Widom law (Johnstone, Ann. Statist. 29 (2001)). The edge is put
+    2.3 standard deviations of their difference higher, which leaves 1 % of false alarms if the
+    noise is white. White noise has the edge s(√m + √n), and s is read from that.
+
+    Args:
+        G: Gradient, (m, n).
+        M: Moving average after this gradient, M_t = βM_{t−1} + (1−β)G_t, (m, n). It has run in
+            after a few windows; before, the edge is too high.
+        momentum: β.
+
+    Returns:
+        None where nothing is averaged (β = 0), or G and M are equal.
+    """
+    if momentum == 0:
+        return None
+    window = 1 / (1 - momentum)
+    norm = torch.linalg.matrix_norm(G - M, ord=2).item() / (momentum * math.sqrt(2 * window))
+    if not norm > 0:
+        return None
+    a, b = (math.sqrt(side) for side in G.shape)
+    filtered = norm / (a + b)
+    margin = _MARGIN * (1 / a + 1 / b) ** (1 / 3) / (a + b)
+    return Noise(norm * (1 + margin), filtered, filtered * math.sqrt(2 * window - 1))
+
+
+def signal_strength(y: float, deviation: float, shape: Sequence[int]) -> float:
+    """The singular value λ that noise has raised to y; 0 where noise alone may reach y.
+
+    From y² = (λ² + m s²)(λ² + n s²)/λ².
+
+    Args:
+        y: Singular value of signal and noise together.
+        deviation: s, the standard deviation of a noise entry.
+        shape: (m, n).
+
+    References:
+        Benaych-Georges and Nadakuditi, J. Multivariate Anal. 111 (2012).
+    """
+    m, n = (side * deviation**2 for side in shape)
+    excess = y**2 - m - n
+    if excess <= 2 * math.sqrt(m * n):
+        return 0.0
+    return math.sqrt((excess + math.sqrt(excess**2 - 4 * m * n)) / 2)
+
+
+def cosines_squared(strength: float, deviation: float, shape: Sequence[int]) -> tuple[float, float]:
+    """cos² between the singular vectors of signal and of signal plus noise, left and right.
+
+    With t = λ²: cos²∠U = (t² − mn s⁴)/(t(t + m s²)), and n for m on the right; 0 where that is
+    negative, as the signal then is invisible.
+
+    Args:
+        strength: λ.
+        deviation: s, the standard deviation of a noise entry.
+        shape: (m, n).
+
+    References:
+        As :func:`signal_strength`; with s² = 1/m these are the formulas of arXiv 2606.03899.
+    """
+    m, n = (side * deviation**2 for side in shape)
+    t = strength**2
+    above = t**2 - m * n
+    return (above / (t * (t + m)), above / (t * (t + n))) if above > 0 else (0.0, 0.0)

@@ -1,0 +1,156 @@
+"""Measure some matrices of a Muon optimizer from inside its steps.
+
+In: an optimizer and the names of matrices. Out: numbers by name for the steps that were asked for.
+DeepSpeed has gradients inside ``optimizer.step()`` alone, so everything happens in hooks of the
+step. Nothing of the optimizer is written and no random number is drawn. All ranks must ask for the
+same steps, as matrices are brought together then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_muon.diagnostics.advice import advise
+from hf_muon.diagnostics.averages import Averages, is_kept_by_optimizer
+from hf_muon.diagnostics.spectra import Leading, StepMatrices, measure, turned
+from hf_muon.diagnostics.watched import Watch, Watched
+from hf_muon.distributed.buckets import Unit
+from hf_muon.distributed.find import local, local_gradient
+from hf_muon.distributed.layout import Piece
+from hf_muon.distributed.whole import whole_matrices
+from hf_muon.optimizer import Muon
+from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.momentum import filtered
+from hf_muon.optimizer.pairs import moves_pairs
+from hf_muon.optimizer.step import polar_function
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, dict[str, float]]
+
+
+class Sampler:
+    """Measures matrices in the steps that :meth:`ask` names.
+
+    Args:
+        optimizer: Whose steps.
+        names: Of matrices, as :func:`~hf_muon.diagnostics.watched.matrix_names` has them.
+        count: How many singular values to name.
+    """
+
+    def __init__(self, optimizer: Muon, names: Sequence[str], count: int) -> None:
+        self._optimizer = optimizer
+        self._watch = Watch(optimizer, names)
+        self._averages = Averages(optimizer)
+        self._count = count
+        self._step: int | None = None
+        self._values: Values = {}
+        self._leading: dict[str, Leading] = {}
+        self._weights: dict[tuple[str, Piece], Tensor] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def asked(self) -> bool:
+        """Whether a sample was asked for and not yet collected."""
+        return self._step is not None
+
+    def ask(self, step: int) -> None:
+        """Measure the calls of ``optimizer.step()`` from now to :meth:`answer`, as one step."""
+        self._step, self._values = step, {}
+
+    def answer(self) -> Values:
+        """What this rank measured: its share of the matrices; nothing if the step was skipped."""
+        self._step = None
+        self._weights.clear()
+        return self._values
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        """Keep the weights; what they change by is the update."""
+        if self._step is None:
+            return
+        for call in self._watch.call():
+            for unit, piece in call.pieces():
+                tensor = local(call.entries[unit.parameter].tensor)
+                self._weights[call.name(unit), piece] = piece.of_local(tensor).clone()
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        """Measure, where it is asked for; and keep the averages that the optimizer does not."""
+        if self._step is None and all(map(is_kept_by_optimizer, self._optimizer.param_groups)):
+            return
+        for call in self._watch.call():
+            self._averages.go_on(call)
+            if self._step is not None:
+                self._measure(self._step, call)
+
+    def _measure(self, step: int, call: Watched) -> None:
+        """Measure what this rank owns of the call's matrices."""
+        weights = [local(entry.tensor) for entry in call.entries]
+        gradients = [local_gradient(entry.tensor) for entry in call.entries]
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+
+        def gradient(unit: Unit, piece: Piece) -> Tensor:
+            return piece.of_local(gradients[unit.parameter])
+
+        def average(unit: Unit, piece: Piece) -> Tensor:
+            return self._averages.piece(call, unit, piece)
+
+        def weight(unit: Unit, piece: Piece) -> Tensor:
+            return piece.of_local(weights[unit.parameter])
+
+        def update(unit: Unit, piece: Piece) -> Tensor:
+            return weight(unit, piece).to(dtype) - self._weights[call.name(unit), piece].to(dtype)
+
+        reads = (gradient, average, weight, update)
+        for unit, (G, M, W, change) in whole_matrices(call.buckets, reads, dtype):
+            entry, name = call.entries[unit.parameter], call.name(unit)
+            if not self._averages.has_run_in(name):
+                continue
+            X, P = self._factored(entry, G, M)
+            matrices = StepMatrices(G, M, W, change, X, P)
+            try:
+                self._values[name] = self._numbers(name, step, matrices, entry)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                # Of one rank alone: if it stopped, the others would wait.
+                logger.warning("%s is not measured in step %d: %s", name, step, error)
+
+    def _factored(self, entry: Entry, G: Tensor, M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the polar factor was taken of; and the factor, again.
+
+        It is the same function of the same matrix. From the weights, low precision or a rate of
+        zero would hide it.
+        """
+        group, dtype = entry.group, self._averages.dtype(entry)
+        X = G
+        if dtype is not None:
+            momentum = self._averages.momentum(entry)
+            X = filtered(G.to(dtype), M.to(dtype), momentum, group["nesterov"])
+        if moves_pairs(group):
+            return X.to(G.dtype), None
+        return X.to(G.dtype), polar_function(group)(X).to(G.dtype)
+
+    def _numbers(
+        self, name: str, step: int, matrices: StepMatrices, entry: Entry
+    ) -> dict[str, float]:
+        """The numbers of a sample, and of its distance from the sample before."""
+        momentum = self._averages.momentum(entry)
+        values, now = measure(step, matrices, momentum, self._count)
+        before = self._leading.get(name)
+        self._leading[name] = now
+        if before is not None:
+            values.update(turned(before, now))
+        return {**values, **advise(before, now, momentum)}

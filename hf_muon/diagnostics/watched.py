@@ -1,0 +1,115 @@
+"""Which matrices of a step are looked at, and how they are brought together.
+
+In: a Muon optimizer inside a call of its ``step()``, and names. Out: for each group of that call
+the tensors that hold named matrices, and the buckets in which their pieces travel. A call trains
+all groups, one of them (DeepSpeed ZeRO-1 and 2), or a part of one (ZeRO-3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
+from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
+from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
+from hf_muon.distributed.whole import read_pieces, some_of
+from hf_muon.optimizer import Muon
+from hf_muon.optimizer.entries import Entry
+
+Group = dict[str, Any]
+
+# Elements of whole matrices that a rank gathers at a time, of each kind.
+_LIMIT = 2**24
+
+
+def matrix_names(group: Group) -> list[list[str]]:
+    """A name for each matrix of each parameter of a group; the second of a stack is ``name[1]``."""
+    inside = group["matrices"]
+    unnamed = [f"group {group['group_id']} parameter {index}" for index in range(len(inside))]
+    return [
+        [f"{name}[{number}]" if len(matrices) > 1 else name for number in range(len(matrices))]
+        for name, matrices in zip(group.get("param_names", unnamed), inside, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """The watched matrices of one group in one call of ``step()``.
+
+    Attributes:
+        entries: The tensors that hold them.
+        names: Of the watched matrices in each.
+        buckets: How they are brought together; ``unit.parameter`` and ``unit.matrix`` are places
+            in ``names``.
+    """
+
+    entries: list[Entry]
+    names: list[list[str]]
+    buckets: list[Bucket]
+
+    @property
+    def group(self) -> Group:
+        """Their param group."""
+        return self.entries[0].group
+
+    def name(self, unit: Unit) -> str:
+        """The name of a matrix."""
+        return self.names[unit.parameter][unit.matrix]
+
+    def pieces(self) -> Iterator[tuple[Unit, Piece]]:
+        """What this rank reads."""
+        for bucket in self.buckets:
+            yield from read_pieces(bucket)
+
+
+class Watch:
+    """Finds named matrices in the calls of ``step()``.
+
+    Args:
+        optimizer: Whose.
+        names: As :func:`matrix_names` has them.
+    """
+
+    def __init__(self, optimizer: Muon, names: Sequence[str]) -> None:
+        self._optimizer = optimizer
+        self._names = frozenset(names)
+        self._buckets: dict[Any, list[Bucket]] = {}
+
+    def call(self) -> Iterator[Watched]:
+        """What the call that is being made trains of them, group by group."""
+        # The parameters that the groups were built from say what is inside DeepSpeed's tensors.
+        origins, groups = self._optimizer._origins, self._optimizer.param_groups
+        replicate = replicate_ranks(self._optimizer.replicate_group)
+        for entries in origins.entries(groups):
+            if entries and entries[0].group["algorithm"] == "muon":
+                watched = self._watched(entries, replicate)
+                if watched.entries:
+                    yield watched
+
+    def _watched(self, entries: list[Entry], replicate: Ranks) -> Watched:
+        of_group = matrix_names(entries[0].group)
+        kept, names, layouts = [], [], []
+        for entry in entries:
+            inside = [name for index in entry.indices for name in of_group[index]]
+            numbers = [number for number, name in enumerate(inside) if name in self._names]
+            if numbers:
+                kept.append(entry)
+                names.append([inside[number] for number in numbers])
+                layouts.append(numbers)
+        # Where matrices lie stays the same, so buckets are made once.
+        key = tuple(map(tuple, names))
+        if key not in self._buckets:
+            some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, layouts, strict=True)]
+            devices = [compute_device(entry.tensor, entry.flat is not None) for entry in kept]
+            self._buckets[key] = plan_buckets(some, devices, _LIMIT)
+        return Watched(kept, names, self._buckets[key])
+
+
+def _layout(entry: Entry, replicate: Ranks) -> Layout:
+    """Where the matrices of a tensor are."""
+    if entry.flat is None:
+        return find_layout(entry.tensor, entry.matrices, entry.name, replicate)
+    inside = [[Matrix(*matrix) for matrix in part] for part in entry.group["matrices"]]
+    return entry.flat.layout(inside)

@@ -1,0 +1,62 @@
+"""Whole matrices from the pieces that ranks hold, for looking at them.
+
+In: buckets of the matrices in question, and functions that read a piece of something: a gradient, a
+weight, momentum. Out: the whole matrices, each on one rank, so that looking is divided among the
+ranks as training is. The layouts are those of a step: plain tensors, DTensors, flat tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_muon.distributed.buckets import Bucket, Item, Unit
+from hf_muon.distributed.exchange import Read, gather
+from hf_muon.distributed.layout import Layout
+
+_T = TypeVar("_T")
+
+
+def some_of(layout: Layout, numbers: Sequence[int]) -> Layout:
+    """The layout of some of the matrices of a parameter, in the order of ``numbers``."""
+    pieces = tuple(tuple(member[number] for number in numbers) for member in layout.pieces)
+    shapes = tuple(layout.shapes[number] for number in numbers)
+    return dataclasses.replace(layout, shapes=shapes, pieces=pieces)
+
+
+def whole_matrices(
+    buckets: Iterable[Bucket], reads: Sequence[Read], dtype: torch.dtype
+) -> Iterator[tuple[Unit, list[Tensor]]]:
+    """Bring matrices together, bucket by bucket; every rank of the buckets must exhaust it.
+
+    Args:
+        buckets: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
+        reads: Each gives a piece, (rows, cols), of one of the things to look at.
+        dtype: Of the results and on the wire.
+
+    Yields:
+        The units that this rank owns, with a whole (m, n) matrix for each of ``reads``. They may be
+        views of what was read: not to be written.
+    """
+    for bucket in buckets:
+        gathered = [_result_of(gather(bucket, read, dtype)) for read in reads]
+        for unit in bucket.mine:
+            yield unit, [whole[unit].to(dtype) for whole in gathered]
+
+
+def read_pieces(bucket: Bucket) -> list[Item]:
+    """The pieces of this rank that :func:`whole_matrices` reads."""
+    return [(unit, piece) for unit in bucket.row for piece in unit.pieces[bucket.shard.index]]
+
+
+def _result_of(steps: Generator[None, None, _T]) -> _T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
