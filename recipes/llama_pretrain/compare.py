@@ -14,12 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+
 import figure
 import yaml
 from launch import Run, run_side_by_side
 from rich.console import Console
 from rich.table import Table
-from settings import HERE, RecipeError, find_config
+from settings import HERE
+from shared.arguments import RecipeError, find_config
+from shared.study import split_extra
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
         runs = {folder.name: read_results(folder) for folder in arguments.runs}
         out = arguments.out or Path("runs/llama_pretrain")
     else:
-        config = find_config(arguments.config)
+        config = find_config(arguments.config, HERE)
         out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_compare"
         runs = train_each(config, out, arguments.extra)
     out.mkdir(parents=True, exist_ok=True)
@@ -51,12 +55,6 @@ def command_line() -> argparse.Namespace:
     if (arguments.config is None) == (arguments.runs is None):
         parser.error("give either a configuration or --runs with the folders of finished runs")
     return arguments
-
-
-def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at ``--``: our own arguments, and those of every training."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], argv[at + 1 :]
 
 
 def best_options(config: Path) -> dict[str, dict[str, Any]]:

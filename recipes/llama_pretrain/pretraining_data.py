@@ -14,7 +14,9 @@ import corpora
 import datasets
 import packing
 import tokenizer as tokenization
-from settings import DataSettings, RecipeError
+from settings import DataSettings
+from shared.arguments import RecipeError
+from shared.assets import cache_folder
 from transformers import PreTrainedTokenizerBase
 
 
@@ -64,7 +66,7 @@ def choose_tokenizer(data: DataSettings, rows: Any) -> PreTrainedTokenizerBase:
     if data.tokenizer is not None:
         return tokenization.from_hub(data.tokenizer)
     texts = [row[data.text_column] for row in rows]
-    return tokenization.trained_bpe(texts, data.vocab_size, corpora.cache_folder())
+    return tokenization.trained_bpe(texts, data.vocab_size, cache_folder())
 
 
 def whole_steps(train: datasets.Dataset, data: DataSettings) -> datasets.Dataset:

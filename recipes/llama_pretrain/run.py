@@ -11,22 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+
 import figure
-import measure
 import packing
+import results as reporting
 import settings
-import transformers
 from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    set_seed,
-)
+from shared.arguments import RecipeError, checkpoint
+from shared.measure import StepClock, write_json
+from shared.processes import check_sharding
+from shared.progress import quiet_libraries, use_quiet_progress
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
@@ -41,7 +38,7 @@ def main(argv: list[str]) -> None:
     announce(data.description, args)
     set_seed(args.seed)
     model = build_model(model_settings, data)
-    clock = measure.StepClock()
+    clock = StepClock()
     trainer = Trainer(
         model=model,
         args=args,
@@ -50,24 +47,18 @@ def main(argv: list[str]) -> None:
         data_collator=packing.collate,
         callbacks=[clock],
     )
-    settings.check_sharding(trainer)
+    check_sharding(trainer)
     use_quiet_progress(trainer)
-    trainer.train(resume_from_checkpoint=settings.checkpoint(args))
-    results = measure.run_results(trainer, clock, data_settings.tokens_per_step)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
+    results = reporting.run_results(trainer, clock, data_settings.tokens_per_step)
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
-    results["final_validation_loss"] = measure.exact_loss(trainer, data.validation)
+    results["final_validation_loss"] = reporting.exact_loss(trainer, data.validation)
     results["wall_seconds"] = round(time.perf_counter() - started, 1)
     if args.save_strategy != "no":
         save_whole_model(trainer)
     if trainer.is_world_process_zero():
         write(Path(args.output_dir), results)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices out of the output."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def announce(facts: dict[str, Any], args: Any) -> None:
@@ -93,14 +84,6 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def use_quiet_progress(trainer: Trainer) -> None:
-    """Show the losses in the progress bar, or in short lines, instead of every log in full."""
-    for default in (ProgressCallback, PrinterCallback):
-        trainer.pop_callback(default)
-    quiet = measure.LogLines if trainer.args.disable_tqdm else measure.QuietProgress
-    trainer.add_callback(quiet)
-
-
 def save_whole_model(trainer: Trainer) -> None:
     """Write the model as ``from_pretrained`` reads it, also when its checkpoints are sharded."""
     if trainer.is_fsdp_enabled:  # save_model writes nothing under SHARDED_STATE_DICT
@@ -111,7 +94,7 @@ def save_whole_model(trainer: Trainer) -> None:
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Write ``results.json`` and the figure, and say where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    measure.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     name = f"{results['optim']}, {results['data']['corpus']}, lr {results['learning_rate']:g}"
     figure.loss_figure({results["optim"]: results}, folder / "loss.png", name)
     speed = results["tokens_per_second"]
@@ -125,7 +108,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except settings.RecipeError as error:
+    except RecipeError as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:
         print(f"diverged: {error}", file=sys.stderr)

@@ -19,21 +19,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+
 import figure
 import yaml
-from compare import split_extra
 from compare import title as title_of
 from launch import Run, run_all
-from measure import write_json
 from rich.console import Console
 from rich.table import Table
-from settings import HERE, RecipeError, find_config
+from settings import HERE
+from shared.arguments import RecipeError, find_config
+from shared.measure import write_json
+from shared.study import beyond_edge, claim_folder, mean_and_spread, split_extra
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "muon": {"optim": "muon", "optim_args": "order=pre_polar"},
     "adamw": {"optim": "adamw_torch_fused", "optim_args": ""},
 }
-FACTOR = 2.0
 GRIDS: dict[str, tuple[float, ...]] = {
     "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -74,7 +76,7 @@ def final_loss(run: Run) -> float:
 def main() -> None:
     """Search the rates, then run the final seeds."""
     arguments = command_line()
-    config = find_config(arguments.config)
+    config = find_config(arguments.config, HERE)
     out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_search"
     claim_folder(out, config, arguments.extra)
     search = Search(config, out, arguments.jobs, arguments.extra)
@@ -118,18 +120,6 @@ def command_line() -> argparse.Namespace:
     return arguments
 
 
-def claim_folder(out: Path, config: Path, extra: Sequence[str]) -> None:
-    """Note what the folder's runs are runs of, and refuse to mix them with others."""
-    mark = out / "settings.txt"
-    content = f"{config.read_text(encoding='utf8')}\n# {shlex.join(extra)}\n"
-    if mark.is_file() and mark.read_text(encoding="utf8") != content:
-        raise RecipeError(
-            f"The runs in {out} had other settings ({mark}). Choose another --out, or delete it."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(content, encoding="utf8")
-
-
 def command() -> str:
     """Return the command line as it was typed, from the recipe's folder."""
     return shlex.join(["python", "search.py", *sys.argv[1:]])
@@ -146,15 +136,6 @@ def search_grids(search: Search, seeds: Sequence[int]) -> dict[str, dict[float, 
         if not todo:
             return grids
     raise RecipeError(f"After {WIDEN_AT_MOST} wider grids a best rate is still at an edge: {grids}")
-
-
-def beyond_edge(grid: Mapping[float, float]) -> list[float]:
-    """Return the next rate when the best one is the smallest or the largest, else nothing."""
-    rates = sorted(grid)
-    best = min(rates, key=grid.__getitem__)
-    if best == rates[0]:
-        return [best / FACTOR]
-    return [best * FACTOR] if best == rates[-1] else []
 
 
 def grid_table(grids: Mapping[str, Mapping[float, float]], best: Mapping[str, float]) -> Table:
@@ -197,12 +178,6 @@ def final_comparison(
     shown = {name: group[0] for name, group in contents.items()}
     figure.loss_figure(shown, search.out / "comparison.png", title_of(shown))
     return final
-
-
-def mean_and_spread(values: Sequence[float]) -> Results:
-    """Return mean, sample standard deviation and the values."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "spread": spread, "values": list(values)}
 
 
 def tokens_to_reach(run: Results, reference: Results) -> float | None:

@@ -42,11 +42,11 @@ METHODS: dict[str, dict[str, str]] = {
 """Options of each method; 16 is the ratio that the LoRA+ paper (arXiv 2402.12354) recommends."""
 
 FIRST_RATES: dict[str, tuple[float, ...]] = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
-    "loraplus": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "factor": (1e-3, 2e-3, 4e-3, 8e-3),
-    "product": (1e-3, 2e-3, 4e-3, 8e-3),
-    "tangent": (1e-3, 2e-3, 4e-3, 8e-3),
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "loraplus": (2.5e-4, 5e-4, 1e-3),
+    "factor": (2e-3, 4e-3, 8e-3),
+    "product": (2e-3, 4e-3, 8e-3),
+    "tangent": (2e-3, 4e-3, 8e-3),
 }
 WIDEN_AT_MOST = 5
 

@@ -16,18 +16,17 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 
 import chat
 import classification
-import datasets
 import settings
 import sft
-import transformers
 from shared import measure
 from shared.arguments import RecipeError, checkpoint
+from shared.processes import check_sharding
+from shared.progress import quiet_libraries, use_quiet_progress
 from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
 TASKS = {"classification": classification.build, "chat": chat.build, "sft": sft.build}
-DIVERGED = 3  # exit status when a gradient was not finite
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -37,9 +36,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     quiet_libraries()
     set_seed(args.seed)  # a new head and the factors A are random
     trainer, facts = TASKS[model.task](model, data, args)
+    check_sharding(trainer)
     clock = measure.StepClock()
     trainer.add_callback(clock)
-    measure.use_quiet_progress(trainer)
+    use_quiet_progress(trainer)
     announce(facts, args)
     trainer.train(resume_from_checkpoint=checkpoint(args))
     final = trainer.evaluate(metric_key_prefix="final")
@@ -59,13 +59,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
     save(trainer, Path(args.output_dir), results)
     return results
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices out of the output."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def announce(facts: dict[str, Any], args: TrainingArguments) -> None:
@@ -97,8 +90,5 @@ def save(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RecipeError as error:
+    except (RecipeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except FloatingPointError as error:
-        print(f"diverged: {error}", file=sys.stderr)
-        sys.exit(DIVERGED)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 from shared.arguments import RecipeError, find_config, nearest, read
+from shared.processes import check_world_size
 from transformers import TrainingArguments
 
 HERE = Path(__file__).parent
@@ -84,6 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     given = read(argv, kinds, HERE)
     model, data, training = given.parser.parse_dict(given.values)
     check(model, data, training)
+    check_world_size(training)
     return model, data, training
 
 

@@ -31,18 +31,20 @@ class Arguments:
     stem: str
 
 
-def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path) -> Arguments:
+def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: object) -> Arguments:
     """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
 
     Args:
         argv: arguments without the program's name.
         kinds: dataclasses whose fields are the arguments.
         recipe: folder that holds ``configs/``; its name is that of the default output folder.
+        **defaults: values where they differ from those of the dataclasses.
 
     Raises:
         RecipeError: a file or a name in it that does not exist.
     """
     parser = HfArgumentParser(kinds)
+    parser.set_defaults(**defaults)
     rest = list(argv)
     stem = "custom"
     if rest and not rest[0].startswith("-"):

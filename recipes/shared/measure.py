@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import hf_muon
 
@@ -78,43 +78,6 @@ def now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar, with the losses in the bar instead of a line per log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the last training and validation loss."""
-        if self.training_bar is not None and logs:
-            self._shown = {**getattr(self, "_shown", {}), **shown_losses(logs)}
-            self.training_bar.set_postfix(self._shown)
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Show no second bar: the evaluations along the way are short."""
-
-
-class LogLines(TrainerCallback):
-    """A short line per log, where no progress bar is wanted."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Print the step and the losses that were logged."""
-        losses = shown_losses(logs or {})
-        if state.is_world_process_zero and losses:
-            said = ", ".join(f"{name} {loss}" for name, loss in losses.items())
-            print(f"step {state.global_step}/{state.max_steps}: {said}", flush=True)
-
-
-def shown_losses(logs: dict[str, Any]) -> dict[str, str]:
-    """Return the losses of a log under short names."""
-    names = {"loss": "loss", "eval_loss": "validation"}
-    return {short: f"{float(logs[name]):.3f}" for name, short in names.items() if name in logs}
-
-
-def use_quiet_progress(trainer: Trainer) -> None:
-    """Show the losses in the progress bar, or in short lines, instead of every log in full."""
-    for default in (ProgressCallback, PrinterCallback):
-        trainer.pop_callback(default)
-    trainer.add_callback(LogLines if trainer.args.disable_tqdm else QuietProgress)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

