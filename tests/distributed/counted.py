@@ -1,13 +1,15 @@
 """Count what each rank does in a step, under one sharding: counted.py KIND OUT.
 
-Writes for each case a list with the counts of every rank: collectives and bytes, polar factors and
-the operations of one iteration on them, and the largest number of bytes that the step held besides
-what was there before.
+Writes for each model and case a list with the counts of every rank: collectives and bytes, polar
+factors and the operations of one iteration on them, and the largest number of bytes that the step
+held besides what was there before.
 """
 
 import sys
 import weakref
 from collections import Counter
+from itertools import product
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,12 +20,14 @@ from hf_muon.distributed import exchange
 from hf_muon.distributed.owners import polar_cost
 from tests.distributed import layouts
 
+# Large enough for a CPU to compute each alone, and no two of one shape: as in a batch of one.
+LARGE = {f"m{i}": (136 + 8 * i, 128 + 16 * (i % 3)) for i in range(8)} | {"wide": (128, 400)}
+MODELS = {"many kinds": layouts.SHAPES, "large": LARGE}
 CASES = {
     "default": {},
     "owner": {"distribute": "owner"},
     "redundant": {"distribute": "redundant"},
     "small buckets": {"bucket_mb": 0.02},
-    "tiny buckets": {"bucket_mb": 1e-4, "distribute": "owner"},
     "bfloat16": {"polar_dtype": "bfloat16"},
     "post_polar": {"order": "post_polar"},
 }
@@ -117,15 +121,16 @@ def main(kind, out):
     counts, results = Counter(), {}
     layouts.count_collectives(counts)
     count_polar_factors(counts)
-    for case, settings in CASES.items():
-        optimizer, step = trained(kind, settings)
-        step()  # makes the plan and the state
-        counts.clear()
-        memory = watched(optimizer)
-        step()
+    for model, case in product(MODELS, CASES):
+        with mock.patch.object(layouts, "SHAPES", MODELS[model]):
+            optimizer, step = trained(kind, CASES[case])
+            step()  # makes the plan and the state
+            counts.clear()
+            memory = watched(optimizer)
+            step()
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, {**counts, "memory": memory.peak})
-        results[case] = everyone
+        results[model, case] = everyone
     if dist.get_rank() == 0:
         torch.save(results, out)
 
