@@ -191,12 +191,16 @@ def in_batches(matrices: Sequence[Tensor], function: MatrixFunction) -> list[Ten
         alone = matrix.device.type == "cpu" and matrix.numel() > _CPU_BATCHED_ELEMENTS
         groups[(*matrix.shape, index if alone else -1)].append(index)
     results: dict[int, Tensor] = {}
-    for indices in groups.values():
-        if len(indices) == 1:
-            results[indices[0]] = function(matrices[indices[0]])
-        else:
-            batch = function(torch.stack([matrices[i] for i in indices]))
-            results.update(zip(indices, batch, strict=True))
+    for (*_, alone_or_not), indices in groups.items():
+        first = matrices[indices[0]]
+        if len(indices) == 1 and (alone_or_not >= 0 or first.device.type != "cpu"):
+            results[indices[0]] = function(first)
+            continue
+        # A CPU rounds alike in all batches of two or more, but not in a batch of one: that is
+        # doubled, so that results do not depend on what else a rank owns.
+        copies = indices * 2 if len(indices) == 1 else indices
+        batch = function(torch.stack([matrices[index] for index in copies]))
+        results.update(zip(copies, batch, strict=True))
     return [results[index] for index in range(len(matrices))]
 
 

@@ -16,9 +16,7 @@ LAUNCHES = [
     ("hsdp", 4),
     ("tp", 4),
 ]
-# A batch of matrices with a shorter side below 16 rounds by its composition, which follows from the
-# owners: a few float32 roundings of entries of size one.
-BATCHED_BELOW = 16
+# A few float32 roundings of entries of size one.
 ROUNDING = 2e-6
 
 
@@ -48,16 +46,12 @@ def test_equals_one_process(trained, alone, case):
     assert results[case]["same on all ranks"]
     assert results[case]["dtensor"] is (kind != "ddp")
     for name, weight in results[case]["weights"].items():
-        if case == "matched rms" or is_batched(weight):
+        if case == "matched rms":
             # The norm of a sharded matrix is summed in another order: float64 sums, then one
             # float32 rounding of the factor.
             assert torch.allclose(weight, expected[name], rtol=0, atol=ROUNDING), name
         else:
             assert torch.equal(weight, expected[name]), name
-
-
-def is_batched(weight):
-    return weight.ndim >= 2 and min(weight.shape[-2:]) < BATCHED_BELOW
 
 
 # kind -> which of (all-to-all, all-gather) the exchange launches.
