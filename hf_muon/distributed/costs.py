@@ -2,7 +2,7 @@
 
 In: a bucket of the plan. Out: a :class:`Cost` for every rank of the world, and sums of them. Owners
 and pieces are read from the plan itself, so that these are the numbers of the run and not a model
-of them; only the memory of the polar iteration is an estimate.
+of them; only memory is an estimate.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """Bytes, at most, beyond weights, gradients and state."""
+        """The most bytes at one time beyond weights, gradients and state; an estimate."""
         return max(self.waiting, self.computing)
 
 
