@@ -7,6 +7,8 @@ and the momentum in between. Pure functions; letters as in ``metrics``, with T =
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ _FURTHEST = 4
 _LEAST_OVERLAP = 0.1
 
 
+def is_far_enough(before: Leading, now: Leading, momentum: float) -> bool:
+    """Whether two samples are two windows apart, so that they share no more than 2 % of noise."""
+    return now.step - before.step >= 2 / (1 - momentum)
+
+
 def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, float]:
     """The window that a matrix asks for.
 
@@ -31,7 +38,7 @@ def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, f
     ======================  =====================================================================
 
     Args:
-        before: The sample before, if there is one.
+        before: An earlier sample that :func:`is_far_enough`, if there is one.
         now: The sample.
         momentum: β of the moving average.
 
@@ -70,8 +77,7 @@ def drift_between(before: Leading, now: Leading) -> float | None:
     """Radians per step by which the visible directions turn, apart from the noise in both samples.
 
     A turn by δ, and two independent errors of estimation, multiply the cosines: the mean cos² over
-    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ. Samples
-    closer than two windows share noise, and the drift then comes out too small.
+    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ.
 
     Returns:
         None where nothing is visible, or the overlap is too small to tell.
@@ -117,3 +123,19 @@ def best_window(drift: float, now: Leading) -> float:
     power = sum(now.shape) * now.noise.gradient**2
     noise = sum(power / one**2 for one in now.strengths) / len(now.strengths)
     return float((noise / (8 * drift**2)) ** (1 / 3))
+
+
+def in_words(samples: Sequence[dict[str, float]]) -> str:
+    """The advice of some samples, by the median of each number."""
+
+    def typical(name: str) -> float | None:
+        values = [sample[name] for sample in samples if name in sample]
+        return median(values) if values else None
+
+    text = f"{typical('visible_rank') or 0:.0f} directions stand above the noise"
+    if (smallest := typical("t_min")) is not None:
+        text += f"; they would from a window of {smallest:.3g} steps on"
+    if (momentum := typical("suggested_momentum")) is not None:
+        drift = typical("drift")
+        text += f"; turning by {drift:.2g} radians a step, they ask for momentum={momentum:.4f}"
+    return text

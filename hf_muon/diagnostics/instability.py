@@ -6,15 +6,15 @@ explode as those of other optimizers do: their sizes give no early sign. These d
 
 * the loss loses half of what it had gained;
 * the iteration that computes polar factors leaves its range;
-* a direction that was visible sinks below the noise edge and stays there: the update is noise;
+* no watched matrix shows a direction above the noise any more: the updates are noise;
 * a weight is no longer finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
-from functools import partial
+from collections import deque
+from collections.abc import Collection
 from statistics import fmean, median
 
 # All published coefficients keep singular values below 1.3, also in bfloat16.
@@ -34,8 +34,8 @@ class Instability:
         self._latest: deque[float] = deque(maxlen=_MEAN_OF)
         self._differences: deque[float] = deque(maxlen=_SCATTER_OF)
         self._first = self._lowest = math.nan
-        self._visible: dict[str, deque[bool]] = defaultdict(partial(deque, maxlen=_IN_A_ROW))
-        self._once_visible: set[str] = set()
+        self._visible: deque[bool] = deque(maxlen=_IN_A_ROW)
+        self._was_visible = False
         self._said: set[tuple[str, str]] = set()
 
     def of_loss(self, loss: float) -> list[str]:
@@ -75,20 +75,26 @@ class Instability:
                 f"the polar factor has a singular value of {values['factor_largest']:.3g} where 1 "
                 "is right: the iteration diverges; use polar_dtype=float32 or polar_method=svd",
             )
-        if "visible_rank" in values:
-            self._visible[layer].append(values["visible_rank"] > 0)
-            if any(self._visible[layer]):
-                self._once_visible.add(layer)
-                self._said.discard(("visible", layer))
-            elif layer in self._once_visible:
-                found += self._once(
-                    "visible",
-                    layer,
-                    f"for {_IN_A_ROW} samples no direction of the averaged gradient stands above "
-                    "the noise, though one did before; a larger momentum, a larger batch or a "
-                    "lower learning rate would show it",
-                )
         return found
+
+    def of_all(self, samples: Collection[dict[str, float]]) -> list[str]:
+        """Look at the samples of all matrices in one step."""
+        ranks = [values["visible_rank"] for values in samples if "visible_rank" in values]
+        if not ranks:
+            return []
+        self._visible.append(any(ranks))
+        if len(self._visible) < _IN_A_ROW or any(self._visible):
+            self._was_visible |= all(self._visible)
+            self._said.discard(("visible", ""))
+            return []
+        if not self._was_visible:
+            return []
+        return self._once(
+            "visible",
+            "",
+            f"for {_IN_A_ROW} samples no watched matrix shows a direction above the noise, though "
+            "some did before: a larger momentum or batch, or a lower learning rate, would show it",
+        )
 
     def _once(self, reason: str, layer: str, text: str) -> list[str]:
         """The text, unless it was said and holds on."""

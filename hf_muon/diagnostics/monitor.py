@@ -8,25 +8,24 @@ and warnings in the log of the program. The run is the same, bit for bit, as wit
 from __future__ import annotations
 
 import logging
+import math
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_muon.diagnostics.averages import is_kept_by_optimizer
-from hf_muon.diagnostics.gradients import matching
+from hf_muon.diagnostics.advice import in_words
 from hf_muon.diagnostics.history import FILE_NAME, append_records
 from hf_muon.diagnostics.instability import Instability
-from hf_muon.diagnostics.sampling import Sampler, Values
-from hf_muon.diagnostics.watched import matrix_names
-from hf_muon.distributed.layout import Matrix
+from hf_muon.diagnostics.sampling import Sampler, left_out
+from hf_muon.diagnostics.watched import chosen_matrices
 from hf_muon.integrations.log_values import log_with_next, take_waiting
 from hf_muon.integrations.report import find_muon
 from hf_muon.integrations.transformers import install_callback
 from hf_muon.optimizer import Muon
-from hf_muon.optimizer.pairs import moves_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class SpectralMonitor(TrainerCallback):
         self._instability = Instability()
         self._path = Path()
         self._begin = 0
-        self._advice: dict[str, dict[str, float]] = {}
+        self._latest: dict[str, deque[dict[str, float]]] = defaultdict(partial(deque, maxlen=5))
         self._logged: dict[str, float] = {}
 
     def on_train_begin(
@@ -102,32 +101,19 @@ class SpectralMonitor(TrainerCallback):
                 "SpectralMonitor watches Muon, and another optimizer trains: no samples."
             )
             return
-        shapes = _shapes(self._optimizer, self.layers)
+        shapes = chosen_matrices(self._optimizer, self.layers, _DEFAULT_LAYERS)
         self._sampler = Sampler(self._optimizer, list(shapes), self.singular_values)
         self._instability, self._begin = Instability(), state.global_step
-        self.warnings, self._advice = [], {}
+        self.warnings.clear()
+        self._latest.clear()
         self._path = Path(args.output_dir or ".", state.trial_name or "", FILE_NAME)
         if state.is_world_process_zero:
-            self._say_what_is_missing(self._optimizer)
-            group = self._optimizer.param_groups[0]
-            about = {"every": self.every, "order": group["order"], "momentum": group["momentum"]}
-            append_records(self._path, [{"begin": self._begin, **about, "layers": shapes}])
-
-    def _say_what_is_missing(self, optimizer: Muon) -> None:
-        groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
-        if self._begin and not all(map(is_kept_by_optimizer, groups)):
-            logger.warning(
-                "order=%r keeps no average of gradients, and a checkpoint none of the monitor's: "
-                "SpectralMonitor samples again when its average has run in, after three windows "
-                "3/(1-momentum).",
-                groups[0]["order"],
-            )
-        if any(map(moves_pairs, groups)):
-            logger.warning(
-                "lora_update=%r applies no polar factor of one matrix: SpectralMonitor leaves out "
-                "orthogonality_error, factor_smallest and factor_largest.",
-                groups[0]["lora_update"],
-            )
+            groups = self._optimizer.param_groups
+            for text in left_out(groups, resumed=self._begin > 0):
+                logger.warning("SpectralMonitor %s", text)
+            settings = {key: groups[0][key] for key in ("order", "momentum", "nesterov")}
+            begin = {"begin": self._begin, "every": self.every, **settings, "layers": shapes}
+            append_records(self._path, [begin])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,24 +129,19 @@ class SpectralMonitor(TrainerCallback):
         """Collect the sample from the ranks and hand it on."""
         if self._sampler is None or self._optimizer is None or not self._sampler.asked:
             return
-        values = _on_first_rank(self._sampler.answer())
+        found = self._sampler.answer()
         control.should_log = True
         if not state.is_world_process_zero:
             return
-        step, found = state.global_step, dict(sorted(values.items()))
-        append_records(
-            self._path, [{"step": step, "layer": layer, **found[layer]} for layer in found]
-        )
-        self._logged = {
-            f"muon/{layer}/{name}": value
-            for layer, of_layer in found.items()
-            for name, value in of_layer.items()
-        }
+        step = state.global_step
+        for layer, values in found.items():
+            self._warn(step, layer, self._instability.of_sample(layer, values))
+            found[layer] = {name: v for name, v in values.items() if math.isfinite(v)}
+            self._latest[layer].append(found[layer])
+        self._warn(step, "", self._instability.of_all(found.values()))
+        append_records(self._path, [{"step": step, "layer": at, **found[at]} for at in found])
+        self._logged = {f"muon/{at}/{name}": v for at in found for name, v in found[at].items()}
         log_with_next(self._optimizer, self._logged)
-        for layer, of_layer in found.items():
-            self._warn(step, layer, self._instability.of_sample(layer, of_layer))
-            if "t_min" in of_layer:
-                self._advice[layer] = of_layer
 
     def on_log(
         self,
@@ -198,46 +179,11 @@ class SpectralMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say what the last samples advise."""
-        for layer, values in self._advice.items():
-            logger.info("%s: %s.", layer, _advice(values))
+        for layer, samples in self._latest.items():
+            logger.info("%s: %s.", layer, in_words(samples))
         self._close()
 
     def _close(self) -> None:
         if self._sampler is not None:
             self._sampler.remove()
         self._sampler = self._optimizer = None
-
-
-def _shapes(optimizer: Muon, layers: str | Sequence[str] | None) -> dict[str, list[int]]:
-    """(m, n) of each watched matrix, by name."""
-    every = {
-        name: [matrix.rows, matrix.cols]
-        for group in optimizer.param_groups
-        if group["algorithm"] == "muon"
-        for names, inside in zip(matrix_names(group), group["matrices"], strict=True)
-        for name, matrix in zip(names, (Matrix(*one) for one in inside), strict=True)
-    }
-    names = matching(every, layers)
-    if layers is None and len(names) > _DEFAULT_LAYERS:
-        last = len(names) - 1
-        names = [names[round(i * last / (_DEFAULT_LAYERS - 1))] for i in range(_DEFAULT_LAYERS)]
-    return {name: every[name] for name in names}
-
-
-def _on_first_rank(values: Values) -> Values:
-    """The values of all ranks, on rank 0; every rank must call."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(values, parts)
-    return {layer: found for part in parts or [] for layer, found in part.items()}
-
-
-def _advice(values: dict[str, float]) -> str:
-    text = (
-        f"{values['visible_rank']:.0f} directions visible, from a window of {values['t_min']:.3g}"
-    )
-    if "suggested_momentum" in values:
-        text += f" steps on; they turn by {values['drift']:.2g} radians a step, for which a "
-        return text + f"momentum of {values['suggested_momentum']:.4f} is best"
-    return text + " steps on"

@@ -9,13 +9,15 @@ same steps, as matrices are brought together then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.diagnostics.advice import advise
+from hf_muon.diagnostics.advice import advise, is_far_enough
 from hf_muon.diagnostics.averages import Averages, is_kept_by_optimizer
 from hf_muon.diagnostics.spectra import Leading, StepMatrices, measure, turned
 from hf_muon.diagnostics.watched import Watch, Watched
@@ -50,7 +52,7 @@ class Sampler:
         self._count = count
         self._step: int | None = None
         self._values: Values = {}
-        self._leading: dict[str, Leading] = {}
+        self._leading: dict[str, list[Leading]] = defaultdict(list)
         self._weights: dict[tuple[str, Piece], Tensor] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -72,10 +74,10 @@ class Sampler:
         self._step, self._values = step, {}
 
     def answer(self) -> Values:
-        """What this rank measured: its share of the matrices; nothing if the step was skipped."""
+        """What was measured, on rank 0; nothing if the step was skipped. Every rank must call."""
         self._step = None
         self._weights.clear()
-        return self._values
+        return dict(sorted(_on_first_rank(self._values).items()))
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
@@ -146,11 +148,37 @@ class Sampler:
     def _numbers(
         self, name: str, step: int, matrices: StepMatrices, entry: Entry
     ) -> dict[str, float]:
-        """The numbers of a sample, and of its distance from the sample before."""
+        """The numbers of a sample, and of its distances from earlier ones."""
         momentum = self._averages.momentum(entry)
         values, now = measure(step, matrices, momentum, self._count)
-        before = self._leading.get(name)
-        self._leading[name] = now
-        if before is not None:
-            values.update(turned(before, now))
-        return {**values, **advise(before, now, momentum)}
+        earlier = self._leading[name]
+        if earlier:
+            values.update(turned(earlier[-1], now))
+        # Only the newest sample that is far enough for advice is needed of those.
+        far = [sample for sample in earlier if is_far_enough(sample, now, momentum)]
+        values.update(advise(far[-1] if far else None, now, momentum))
+        self._leading[name] = [*far[-1:], *earlier[len(far) :], now]
+        return values
+
+
+def _on_first_rank(values: Values) -> Values:
+    """The values of all ranks together, on rank 0."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(values, parts)
+    return {name: found for part in parts or [] for name, found in part.items()}
+
+
+def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str]:
+    """What cannot be measured in a run, as the ends of sentences."""
+    if resumed and not all(map(is_kept_by_optimizer, groups)):
+        yield (
+            f"begins three windows 3/(1-momentum) from here: order={groups[0]['order']!r} keeps no "
+            "average of gradients, and a checkpoint has none of the monitor's, which must run in."
+        )
+    if any(group["algorithm"] == "muon" and moves_pairs(group) for group in groups):
+        yield (
+            "leaves out orthogonality_error, factor_smallest and factor_largest of adapters: "
+            f"lora_update={groups[0]['lora_update']!r} applies no polar factor of one matrix."
+        )

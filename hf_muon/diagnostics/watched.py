@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_muon.diagnostics.gradients import matching
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
@@ -32,6 +33,34 @@ def matrix_names(group: Group) -> list[list[str]]:
         [f"{name}[{number}]" if len(matrices) > 1 else name for number in range(len(matrices))]
         for name, matrices in zip(group.get("param_names", unnamed), inside, strict=True)
     ]
+
+
+def chosen_matrices(
+    optimizer: Muon, layers: str | Sequence[str] | None, most: int
+) -> dict[str, list[int]]:
+    """Names and shapes (m, n) of the matrices to watch.
+
+    Args:
+        optimizer: Whose.
+        layers: Regexes, of which one must be found in the name; None for ``most`` matrices, spread
+            evenly over the model.
+        most: How many, where nobody says which.
+
+    Raises:
+        ValueError: A pattern matches no matrix.
+    """
+    every = {
+        name: [matrix.rows, matrix.cols]
+        for group in optimizer.param_groups
+        if group["algorithm"] == "muon"
+        for names, inside in zip(matrix_names(group), group["matrices"], strict=True)
+        for name, matrix in zip(names, (Matrix(*one) for one in inside), strict=True)
+    }
+    names = matching(every, layers)
+    if layers is None and len(names) > most:
+        last = len(names) - 1
+        names = [names[round(i * last / (most - 1))] for i in range(most)]
+    return {name: every[name] for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +119,18 @@ class Watch:
 
     def _watched(self, entries: list[Entry], replicate: Ranks) -> Watched:
         of_group = matrix_names(entries[0].group)
-        kept, names, layouts = [], [], []
+        kept, names, places = [], [], []
         for entry in entries:
             inside = [name for index in entry.indices for name in of_group[index]]
             numbers = [number for number, name in enumerate(inside) if name in self._names]
             if numbers:
                 kept.append(entry)
                 names.append([inside[number] for number in numbers])
-                layouts.append(numbers)
+                places.append(numbers)
         # Where matrices lie stays the same, so buckets are made once.
         key = tuple(map(tuple, names))
         if key not in self._buckets:
-            some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, layouts, strict=True)]
+            some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, places, strict=True)]
             devices = [compute_device(entry.tensor, entry.flat is not None) for entry in kept]
             self._buckets[key] = plan_buckets(some, devices, _LIMIT)
         return Watched(kept, names, self._buckets[key])
