@@ -121,8 +121,7 @@ def set_step_counts(values: dict[str, Any]) -> None:
         raise RecipeError(
             f"tokens_per_step={per_step} is not a multiple of seq_len × per_device_train_batch_size"
             f" × processes = {values['seq_len']} × {values['per_device_train_batch_size']} ×"
-            f" {processes} = {per_pass}. Change one of them, e.g. --tokens_per_step"
-            f" {max(1, round(per_step / per_pass)) * per_pass}."
+            f" {processes} = {per_pass}. Change one of them, e.g. {fitting(values, processes)}."
         )
     values["gradient_accumulation_steps"] = per_step // per_pass
     if values["max_steps"] <= 0:
@@ -131,3 +130,18 @@ def set_step_counts(values: dict[str, Any]) -> None:
             raise RecipeError(
                 f"token_budget={values['token_budget']} is less than one step of {per_step} tokens."
             )
+
+
+def fitting(values: dict[str, Any], processes: int) -> str:
+    """Return an option under which the tokens of a step divide evenly.
+
+    A smaller batch where there is one: it leaves the training as it is.
+    """
+    batch, seq_len = values["per_device_train_batch_size"], values["seq_len"]
+    sequences, rest = divmod(values["tokens_per_step"], seq_len * processes)
+    if rest or not sequences:
+        per_pass = seq_len * batch * processes
+        passes = max(1, round(values["tokens_per_step"] / per_pass))
+        return f"--tokens_per_step {passes * per_pass}"
+    smaller = max(size for size in range(1, batch + 1) if sequences % size == 0)
+    return f"--per_device_train_batch_size {smaller}"
