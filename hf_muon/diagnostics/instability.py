@@ -25,6 +25,9 @@ _IN_A_ROW = 3
 _MEAN_OF = 3
 # How many typical differences between neighbours a rise must exceed, and how many tell the typical.
 _TIMES_SCATTER, _SCATTER_OF = 5, 100
+# A loss that is so many times the first one is no scatter, unless the first was near zero, as the
+# losses of reinforcement learning are.
+_TIMES_START, _SMALL = 1.5, 0.1
 
 
 class Instability:
@@ -44,15 +47,17 @@ class Instability:
             return self._once("loss", "", f"the loss is {loss}")
         if self._latest:
             self._differences.append(abs(loss - self._latest[-1]))
+        else:
+            self._first = self._lowest = loss
         self._latest.append(loss)
         if len(self._latest) < _MEAN_OF:
             return []
         mean = fmean(self._latest)
-        if math.isnan(self._first):
-            self._first = self._lowest = mean
         self._lowest = min(self._lowest, mean)
         rise, gained = mean - self._lowest, self._first - self._lowest
-        if rise <= max(gained / 2, _TIMES_SCATTER * median(self._differences)):
+        has_risen = rise > max(gained / 2, _TIMES_SCATTER * median(self._differences))
+        # What rises from the start has no quiet past to be compared with.
+        if not has_risen and not mean > _TIMES_START * self._first > _TIMES_START * _SMALL:
             self._said.discard(("loss", ""))
             return []
         return self._once(
