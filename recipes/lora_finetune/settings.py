@@ -37,6 +37,10 @@ class ModelSettings:
         default="minilm",
         metadata={"help": "minilm, smollm2, a folder, or the name of a Hub model (owner/name)."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager ...; eager is faster for short rows on a CPU in bfloat16."},
+    )
     r: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_alpha: float | None = field(
         default=None, metadata={"help": "The adapters' scaling is lora_alpha/r; by default 2."}

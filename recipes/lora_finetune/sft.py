@@ -14,7 +14,7 @@ import datasets
 from peft import get_peft_model
 from settings import DataSettings, ModelSettings
 from shared.arguments import RecipeError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 
 def build(
@@ -23,10 +23,10 @@ def build(
     """Return the Trainer, and what is reported of model and rows; ``args`` is an ``SFTConfig``."""
     from trl import SFTTrainer  # the other tasks do without TRL
 
-    tokenizer = adapters.opened(AutoTokenizer, model.model)
+    tokenizer = adapters.tokenizer_of(model)
     train, validation = load(data)
     # The base keeps the dtype it was saved in; PEFT holds adapters in float32.
-    network = adapters.opened(AutoModelForCausalLM, model.model, dtype="auto")
+    network = adapters.base_model(AutoModelForCausalLM, model, dtype="auto")
     network = get_peft_model(network, adapters.lora_config(model, "CAUSAL_LM"))
     trainer = SFTTrainer(
         model=network,
