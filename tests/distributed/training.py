@@ -21,13 +21,22 @@ from tests.distributed.layouts import process_group
 VOCABULARY, BATCH, STEPS = 131, 24, 5
 SETTINGS = {"lr": 2e-3, "adamw_lr": 1e-3, "weight_decay": 0.1, "polar_dtype": "float32"}
 ORDERS = {order: {"order": order} for order in ("pre_polar", "post_polar", "polar_only")}
-# Cases that one process trains as well: optimizer settings, and "accumulation".
-CASES = {**ORDERS, "accumulated": {"accumulation": 2}}
+# LoRA factors on all linear layers, trained through their product. ``tangent`` with exact polar
+# factors: its three iterations of a polynomial multiply rounding of the gradient by thousands.
+PAIRS = {
+    "product": {"lora_update": "product", "adapters": True},
+    "tangent": {
+        "lora_update": "tangent", "tangent_balance_every": 2, "polar_method": "svd",
+        "adapters": True,
+    },
+}  # fmt: skip
+# Cases that one process trains as well: optimizer settings, "accumulation" and "adapters".
+CASES = {**ORDERS, "accumulated": {"accumulation": 2}, **PAIRS}
 # How they are launched: kind -> case -> settings of the launcher.
 ORDINARY = {case: {} for case in CASES}
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 VARIANTS = {
-    "zero0": {order: {} for order in ORDERS},
+    "zero0": {case: {} for case in (*ORDERS, *PAIRS)},
     "zero3 in small groups": {
         "pre_polar": {"sub_group_size": 9000, "stage3_param_persistence_threshold": 0}
     },
@@ -58,6 +67,14 @@ def tiny_llama():
     return LlamaForCausalLM(config)
 
 
+def with_adapters(model):
+    """Adapters of rank 4, with a scaling of 2, of a frozen model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+
+
 def batches(accumulation):
     """(steps, accumulation, ranks, sequences, tokens), the same sequences for every world."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -67,21 +84,22 @@ def batches(accumulation):
     return tokens.view(STEPS, accumulation, world, -1, 16)
 
 
-def train(kind, launcher=None, accumulation=1, **settings):
-    """Whole weights and gradient norms after some steps."""
+def train(kind, launcher=None, accumulation=1, adapters=False, **settings):
+    """Whole weights that were trained, and gradient norms, after some steps."""
     run = _with_deepspeed if kind.startswith("zero") else _in_a_loop
-    return run(kind, launcher or {}, accumulation, {**SETTINGS, **settings})
+    model = with_adapters(tiny_llama()) if adapters else tiny_llama()
+    return run(model, kind, launcher or {}, accumulation, {**SETTINGS, **settings})
 
 
-def _in_a_loop(kind, launcher, accumulation, settings):
-    model = tiny_llama()
+def _in_a_loop(model, kind, launcher, accumulation, settings):
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if kind == "ddp":
         wrapped, settings = DistributedDataParallel(model), {**settings, "replicate_group": "world"}
     elif kind != "one":
         shape, names = ((2, world // 2), ("r", "s")) if kind == "hsdp" else ((world,), ("s",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for layer in model.model.layers:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        for layer in base.model.layers:
             fully_shard(layer, mesh=mesh, **launcher)
         wrapped = fully_shard(model, mesh=mesh, **launcher)
     else:
@@ -104,16 +122,16 @@ def _in_a_loop(kind, launcher, accumulation, settings):
         "weights": {
             name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
             for name, p in model.named_parameters()
+            if p.requires_grad
         },
         "sharded": {isinstance(p, DTensor) for p in model.parameters()},
     }
 
 
-def _with_deepspeed(kind, launcher, accumulation, settings):
+def _with_deepspeed(model, kind, launcher, accumulation, settings):
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    model = tiny_llama()
     stage = int(kind[4])
     config = {
         "train_micro_batch_size_per_gpu": BATCH // accumulation // dist.get_world_size(),
@@ -137,6 +155,8 @@ def _with_deepspeed(kind, launcher, accumulation, settings):
         norms.append(norm if norm is None else float(norm))
     weights = {}
     for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
         whole = safe_get_full_fp32_param(p)
         weights[name] = (p if whole is None else whole).detach().clone()
     engine.destroy()
