@@ -77,7 +77,8 @@ def drift_between(before: Leading, now: Leading) -> float | None:
     """Radians per step by which the visible directions turn, apart from the noise in both samples.
 
     A turn by δ, and two independent errors of estimation, multiply the cosines: the mean cos² over
-    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ.
+    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ. More than a
+    right angle from sample to sample cannot be told from less.
 
     Returns:
         None where nothing is visible, or the overlap is too small to tell.

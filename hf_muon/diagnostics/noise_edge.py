@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_muon.diagnostics.metrics import energies
+
 # 2.3 standard deviations 1.27·√2 of a difference, halved as σ is the root of σ².
 _MARGIN = 2.3 * 1.27 * math.sqrt(2) / 2
 
@@ -43,10 +45,11 @@ def noise_in(G: Tensor, M: Tensor, momentum: float) -> Noise | None:
     and the Marchenko-Pastur law (Gavish and Donoho, arXiv 1305.5870) would lie several times too
     low.
 
-    Both norms scatter: σ₁² of white noise by 1.27 s²(√m + √n)(1/√m + 1/√n)^{1/3}, 1.27 being the
-    standard deviation of the Tracy-Widom law (Johnstone, Ann. Statist. 29 (2001)). The edge is put
-    2.3 standard deviations of their difference higher, which leaves 1 % of false alarms if the
-    noise is white. White noise has the edge s(√m + √n), and s is read from that.
+    Both norms scatter: σ₁² of n × n white noise by 1.27·2s²√n(2/√n)^{1/3}, 1.27 being the standard
+    deviation of the Tracy-Widom law (Johnstone, Ann. Statist. 29 (2001)). The edge is put 2.3
+    standard deviations of their difference higher, which leaves 1 % of false alarms, and some more
+    where few rows and columns hold the noise. The n of other noise is four times its stable rank,
+    as of white noise. That has the edge s(√m + √n), and s is read from there.
 
     Args:
         G: Gradient, (m, n).
@@ -60,12 +63,13 @@ def noise_in(G: Tensor, M: Tensor, momentum: float) -> Noise | None:
     if momentum == 0:
         return None
     window = 1 / (1 - momentum)
-    norm = torch.linalg.matrix_norm(G - M, ord=2).item() / (momentum * math.sqrt(2 * window))
+    sigma = torch.linalg.svdvals(G - M) / (momentum * math.sqrt(2 * window))
+    norm = sigma[0].item()
     if not norm > 0:
         return None
-    a, b = (math.sqrt(side) for side in G.shape)
-    filtered = norm / (a + b)
-    margin = _MARGIN * (1 / a + 1 / b) ** (1 / 3) / (a + b)
+    stable_rank = 1 / energies(sigma)[0].item()
+    margin = _MARGIN / (4 * stable_rank ** (2 / 3))
+    filtered = norm / sum(math.sqrt(side) for side in G.shape)
     return Noise(norm * (1 + margin), filtered, filtered * math.sqrt(2 * window - 1))
 
 

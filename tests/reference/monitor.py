@@ -96,10 +96,10 @@ def sample(history: History, step: int, count: int, before: int | None = None) -
 
 def noise_edge(residual: Tensor, momentum: float) -> float:
     """‖G_t − M_{t−1}‖₂/√(2T), and 2.3 standard deviations of what two such norms scatter."""
-    a, b = (math.sqrt(side) for side in residual.shape)
-    scatter = 1.27 * math.sqrt(2) / 2 * (1 / a + 1 / b) ** (1 / 3) / (a + b)
+    sides = math.sqrt(4 * reference.stable_rank(residual))
+    scatter = 1.27 * math.sqrt(2) * (2 * sides * (2 / sides) ** (1 / 3)) / (2 * sides) ** 2
     norm = reference.singular_values(residual)[0] / math.sqrt(2 / (1 - momentum))
-    return norm * (1 + 2.3 * scatter)
+    return norm * (1 + 2.3 * scatter / 2)  # σ scatters half as much as σ²
 
 
 def _rounding(X: Tensor) -> float:
