@@ -28,7 +28,7 @@ def tiny_data(count=64):
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def arguments(folder, **overrides):
+def arguments(folder, kind=TrainingArguments, **overrides):
     settings = {
         "output_dir": str(folder),
         "optim": "muon",
@@ -42,7 +42,7 @@ def arguments(folder, **overrides):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return TrainingArguments(**{**settings, **overrides})
+    return kind(**{**settings, **overrides})
 
 
 def trainer_of(folder, model=None, data=None, trainer_settings=None, **overrides):
