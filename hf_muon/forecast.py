@@ -162,11 +162,6 @@ def forecast(
             f"lora_update={config.lora_update!r}: the weights that travel with a pair of LoRA "
             "factors are not counted; plan with lora_update='factor'."
         )
-    if config.lora_update != "factor":
-        raise ValueError(
-            f"lora_update={config.lora_update!r} sends other things than the plan of a step of "
-            "separate matrices knows of. Use lora_update='factor' for a plan of the same model."
-        )
     matrices = [m for group in groups for parameter in group for m in parameter.matrices]
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
