@@ -1,0 +1,123 @@
+"""A figure of what a SpectralMonitor wrote.
+
+In: ``spectra.jsonl``. Out: a PNG: singular values of the averaged gradient against the noise edge,
+visible rank, size of the updates, error of the polar factors, all over the steps of the run.
+matplotlib is imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_muon.diagnostics.history import FILE_NAME, Record, read_spectra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, distinguishable with the common colour deficiencies.
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999",
+)  # fmt: skip
+
+
+def plot_spectra(path: str | Path, output: str | Path | None = None) -> Path:
+    """Draw the samples of a run.
+
+    Args:
+        path: ``spectra.jsonl``, or the output folder that holds it.
+        output: Image to write. Default: ``spectra.png`` beside the file.
+
+    Returns:
+        Where the image is.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no samples.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> plot_spectra("runs/tiny")
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    output = Path(output) if output else path.with_suffix(".png")
+    figure = spectra_figure(read_spectra(path))
+    figure.savefig(output, dpi=110, bbox_inches="tight")
+    return output
+
+
+def spectra_figure(samples: Sequence[Record]) -> Figure:
+    """The figure itself, without an image.
+
+    Args:
+        samples: From :func:`~hf_muon.diagnostics.history.read_spectra`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
+        ) from error
+    if not samples:
+        raise ValueError("There are no samples to draw: the run ended before the first one.")
+    figure = Figure(figsize=(10.5, 6.6), layout="constrained")
+    (sigma, rank), (size, quality) = figure.subplots(2, 2, sharex=True)
+    for colour, (label, series) in zip(_cycle(samples), _by_layer(samples), strict=False):
+        _draw(sigma, series, "average_sigma_1", colour=colour, label=label)
+        _draw(sigma, series, "noise_edge", colour=colour, linestyle=":", marker="")
+        _draw(rank, series, "visible_rank", colour=colour)
+        _draw(size, series, "update_rms", colour=colour)
+        _draw(quality, series, "orthogonality_error", colour=colour)
+    _titled(sigma, "largest singular value of M, and noise edge (dotted)", log=True)
+    _titled(rank, "visible rank: singular values of M above the edge")
+    _titled(size, "RMS of the update")
+    _titled(quality, "orthogonality error of the polar factor")
+    rank.yaxis.get_major_locator().set_params(integer=True)
+    for axes in (size, quality):
+        axes.set_xlabel("step")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """The samples of each layer under a name without what all names share."""
+    names = list(dict.fromkeys(sample["layer"] for sample in samples))
+    parts = [name.split(".") for name in names]
+    begin, end = _shared(parts), _shared([part[::-1] for part in parts])
+    return [
+        (
+            ".".join(part[begin : len(part) - end]) or name,
+            [s for s in samples if s["layer"] == name],
+        )
+        for name, part in zip(names, parts, strict=True)
+    ]
+
+
+def _shared(parts: list[list[str]]) -> int:
+    """How many parts all names begin with."""
+    return next((i for i, at in enumerate(zip(*parts, strict=False)) if len(set(at)) > 1), 0)
+
+
+def _cycle(samples: Sequence[Record]) -> list[str]:
+    return list(_COLOURS) * (1 + len(samples) // len(_COLOURS))
+
+
+def _draw(axes: Axes, series: list[Record], name: str, *, colour: str, **style: Any) -> None:
+    """The values that there are of one quantity."""
+    there = [sample for sample in series if name in sample]
+    steps, values = [s["step"] for s in there], [s[name] for s in there]
+    axes.plot(steps, values, **{"color": colour, "marker": ".", "linewidth": 1.2, **style})
+
+
+def _titled(axes: Axes, title: str, *, log: bool = False) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
