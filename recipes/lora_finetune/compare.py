@@ -1,10 +1,12 @@
 """Compare AdamW, LoRA+ and the updates of Muon for adapters, each at its best learning rate.
 
 In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [--ranks 8 4 16 64]
-[--seeds 3] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, tables and ``study.png``. The
-rate is searched at the first rank with seed 0, a factor of 2 apart and wider until the best is not
-at an edge; the other ranks try that rate and its neighbours. The seeds that are reported are
-others. All runs take equal steps. Finished runs are kept, so a study can be interrupted and grown.
+[--seeds 3] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, a table and ``study.png``.
+
+At the first rank seed 0 searches the rates, a factor of 2 apart and wider until the best is not at
+an edge; the other ranks try the best of these and its neighbours. The two best rates go on to the
+other seeds, and the better mean counts. All runs take equal steps. Finished runs are kept, so a
+study can be interrupted and grown.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from shared.measure import write_json
 from shared.study import FACTOR, beyond_edge, claim_folder, mean_and_spread, split_extra
 
 Results = dict[str, Any]
-Grid = dict[float, float]  # validation loss by learning rate
 
 METHODS: dict[str, dict[str, str]] = {
     "adamw": {"optim": "adamw_torch"},
@@ -49,6 +50,7 @@ FIRST_RATES: dict[str, tuple[float, ...]] = {
     "tangent": (2e-3, 4e-3, 8e-3),
 }
 WIDEN_AT_MOST = 5
+FINALISTS = 2
 
 
 class Study:
@@ -75,33 +77,35 @@ class Study:
             write_json(path, lost)
             return lost
 
-    def loss(self, method: str, rank: int, rate: float, seed: int) -> float:
+    def loss(self, method: str, rank: int, rate: float, seed: int = 0) -> float:
         """Return a run's validation loss; a run that diverged counts as infinite."""
         loss = self.result(method, rank, rate, seed)["validation_loss"]
         return loss if math.isfinite(loss) else math.inf
 
-    def search(self, method: str, rank: int, rates: Sequence[float]) -> Grid:
-        """Return the loss of seed 0 at every rate."""
-        return {rate: self.loss(method, rank, rate, 0) for rate in rates}
-
-    def wide_search(self, method: str, rank: int) -> Grid:
-        """Return the losses of a grid that is widened until its best is not at an edge."""
-        grid = self.search(method, rank, FIRST_RATES[method])
+    def search(self, method: str, rank: int) -> list[float]:
+        """Return the rates of a grid that is widened until the best of seed 0 is not at an edge."""
+        grid = {rate: self.loss(method, rank, rate) for rate in FIRST_RATES[method]}
         for _ in range(WIDEN_AT_MOST):
             beyond = beyond_edge(grid)
             if not beyond:
-                return grid
-            grid |= self.search(method, rank, beyond)
+                return sorted(grid)
+            grid |= {rate: self.loss(method, rank, rate) for rate in beyond}
         raise RecipeError(f"{method}: after {WIDEN_AT_MOST} more rates the best is at an edge.")
 
-    def final(self, method: str, rank: int, rate: float, seeds: int) -> Results:
-        """Return loss and accuracy over seeds that no search has seen, 1 and up."""
-        runs = [self.result(method, rank, rate, seed) for seed in range(1, seeds + 1)]
-        return {
-            "learning_rate": rate,
-            "loss": mean_and_spread([each["validation_loss"] for each in runs]),
-            "accuracy": mean_and_spread([each["validation_accuracy"] for each in runs]),
-        }
+    def compared(self, method: str, rank: int, rates: Sequence[float], seeds: int) -> Results:
+        """Return loss and accuracy at every rate, over all seeds at the two best of seed 0."""
+        ordered = sorted(rates, key=lambda rate: self.loss(method, rank, rate))
+        over = {rate: seeds if rate in ordered[:FINALISTS] else 1 for rate in sorted(rates)}
+        at = {rate: self.over_seeds(method, rank, rate, count) for rate, count in over.items()}
+        best = min(ordered[:FINALISTS], key=lambda rate: at[rate]["loss"]["mean"])
+        return {"rates": at, "best": best}
+
+    def over_seeds(self, method: str, rank: int, rate: float, seeds: int) -> Results:
+        """Return loss and accuracy over the first seeds."""
+        runs = [self.result(method, rank, rate, seed) for seed in range(seeds)]
+        losses = [self.loss(method, rank, rate, seed) for seed in range(seeds)]
+        accuracies = [run["validation_accuracy"] for run in runs]
+        return {"loss": mean_and_spread(losses), "accuracy": mean_and_spread(accuracies)}
 
 
 def main(argv: list[str]) -> Results:
@@ -119,10 +123,8 @@ def main(argv: list[str]) -> Results:
     for rank in arguments.ranks:
         report["ranks"][rank] = of_rank(study, rank, arguments, report)
         write_json(out / "study.json", report)
-    figure.study_figure(report, out / "study.png")
-    console = Console()
-    console.print(grid_table(report, arguments.ranks[0]))
-    console.print(final_table(report))
+        figure.study_figure(report, out / "study.png")
+    Console().print(table(report))
     print(f"All runs: {out / 'study.json'}; figure: {out / 'study.png'}")
     return report
 
@@ -135,7 +137,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ranks", nargs="+", type=int, default=[8, 4, 16, 64], help="the first is searched widely"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rates, 1 and up")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rates")
     parser.add_argument("--out", type=Path, help="folder of all runs")
     own, extra = split_extra(argv)
     arguments = parser.parse_args(own)
@@ -144,48 +146,30 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def of_rank(study: Study, rank: int, arguments: argparse.Namespace, report: Results) -> Results:
-    """Return the grids of a rank, and every method over the seeds at its best rate."""
-    grids: dict[str, Grid] = {}
+    """Return what every method reaches at a rank, by learning rate."""
+    results: Results = {}
     for method in arguments.methods:
         if rank == arguments.ranks[0]:
-            grids[method] = study.wide_search(method, rank)
+            rates = study.search(method, rank)
         else:
-            best = report["ranks"][arguments.ranks[0]]["final"][method]["learning_rate"]
-            grids[method] = study.search(method, rank, (best / FACTOR, best, best * FACTOR))
-    final = {
-        method: study.final(method, rank, min(grid, key=grid.__getitem__), arguments.seeds)
-        for method, grid in grids.items()
-    }
-    return {"grids": grids, "final": final}
+            best = report["ranks"][arguments.ranks[0]][method]["best"]
+            rates = [best / FACTOR, best, best * FACTOR]
+        results[method] = study.compared(method, rank, rates, arguments.seeds)
+    return results
 
 
-def grid_table(report: Results, rank: int) -> Table:
-    """Return the validation losses of the search, methods by rates, with the best of each bold."""
-    grids = report["ranks"][rank]["grids"]
-    rates = sorted({rate for grid in grids.values() for rate in grid})
-    table = Table(
-        "", *(f"{rate:g}" for rate in rates), title=f"validation loss by learning rate, rank {rank}"
-    )
-    for method, grid in grids.items():
-        best = min(grid, key=grid.__getitem__)
-        cells = [f"{grid[rate]:.4f}" if rate in grid else "" for rate in rates]
-        bold = [
-            f"[bold]{cell}[/bold]" if rate == best else cell
-            for rate, cell in zip(rates, cells, strict=True)
-        ]
-        table.add_row(method, *bold)
-    return table
-
-
-def final_table(report: Results) -> Table:
-    """Return loss and accuracy of every method and rank, mean ± standard deviation."""
-    table = Table("rank", "method", "learning rate", "validation loss", "accuracy")
-    for rank, part in report["ranks"].items():
-        for method, final in part["final"].items():
-            loss, accuracy = (with_spread(final[key]) for key in ("loss", "accuracy"))
-            table.add_row(str(rank), method, f"{final['learning_rate']:g}", loss, accuracy)
-        table.add_section()
-    return table
+def table(report: Results) -> Table:
+    """Return loss and accuracy at every rank, method and rate: mean ± standard deviation."""
+    shown = Table("rank", "method", "learning rate", "seeds", "validation loss", "accuracy")
+    for rank, methods in report["ranks"].items():
+        for method, part in methods.items():
+            for rate, at in part["rates"].items():
+                loss, accuracy = with_spread(at["loss"]), with_spread(at["accuracy"])
+                style = "bold" if rate == part["best"] else None
+                seeds = str(len(at["loss"]["values"]))
+                shown.add_row(str(rank), method, f"{rate:g}", seeds, loss, accuracy, style=style)
+            shown.add_section()
+    return shown
 
 
 def with_spread(value: Results) -> str:

@@ -6,6 +6,7 @@ try, mean and spread.
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ def beyond_edge(grid: Mapping[float, float]) -> list[float]:
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and the values."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
+    """Return mean, sample standard deviation (None where it has none) and the values."""
+    measurable = len(values) > 1 and all(map(math.isfinite, values))
+    spread = statistics.stdev(values) if measurable else None
     return {"mean": statistics.fmean(values), "spread": spread, "values": list(values)}

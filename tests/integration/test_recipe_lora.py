@@ -310,18 +310,19 @@ def test_a_study_keeps_its_runs_and_grows(short_minilm, tmp_path, monkeypatch):
     own = ["configs/minilm_sentiment.yaml", "--seeds", "2", "--out", str(tmp_path / "study")]
     report = compare.main([*own, "--methods", "adamw", "factor", "--ranks", "4", "2", *extra])
     assert (tmp_path / "study" / "study.png").read_bytes().startswith(b"\x89PNG")
-    final = report["ranks"][4]["final"]
-    assert len(final["factor"]["loss"]["values"]) == 2
-    assert final["factor"]["loss"]["values"] != final["adamw"]["loss"]["values"]
-    assert set(report["ranks"][2]["grids"]["adamw"]) == {
-        final["adamw"]["learning_rate"] * factor for factor in (0.5, 1, 2)
+    of_four = report["ranks"][4]
+    losses = {name: part["rates"][part["best"]]["loss"] for name, part in of_four.items()}
+    assert len(losses["factor"]["values"]) == 2
+    assert losses["factor"]["values"] != losses["adamw"]["values"]
+    assert set(report["ranks"][2]["adamw"]["rates"]) == {
+        of_four["adamw"]["best"] * factor for factor in (0.5, 1, 2)
     }
 
     done = run.main
     started = []
     monkeypatch.setattr(compare.run, "main", lambda argv: started.append(argv) or done(argv))
     again = compare.main([*own, "--methods", "adamw", "factor", "loraplus", "--ranks", "4", *extra])
-    assert again["ranks"][4]["final"]["factor"] == final["factor"]
+    assert again["ranks"][4]["factor"] == of_four["factor"]
     assert len(started) == 4  # LoRA+ at two rates and two seeds
     assert all("--loraplus_ratio" in argv for argv in started)
     with pytest.raises(RecipeError, match="had other settings"):
@@ -334,9 +335,10 @@ def test_a_run_that_diverges_is_lost_but_not_the_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare.run, "main", diverge)
     study = compare.Study(RECIPE / "configs" / "minilm_sentiment.yaml", tmp_path, [])
-    assert study.loss("factor", 8, 1.0, 0) == float("inf")
+    assert study.loss("factor", 8, 1.0) == float("inf")
     monkeypatch.setattr(compare.run, "main", None)
     assert study.result("factor", 8, 1.0, 0)["lost"] == "gradients hold NaN"
+    assert study.over_seeds("factor", 8, 1.0, 1)["loss"]["mean"] == float("inf")
 
 
 @pytest.mark.parametrize(
