@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hf_muon.run_report import report
+
 if TYPE_CHECKING:
     from hf_muon.config import MuonConfig
     from hf_muon.routing.plan import RoutePlan
@@ -84,6 +86,9 @@ def plan(
     except ValueError as error:
         _fail(str(error), code=2)
     typer.echo(json.dumps(facts, indent=2) if as_json else costs.table(tflops, gbps, full=full))
+
+
+app.command()(report)
 
 
 def _routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, MuonConfig]:

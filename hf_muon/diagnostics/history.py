@@ -42,17 +42,30 @@ def read_spectra(path: str | Path) -> list[Record]:
         FileNotFoundError: There is none.
         ValueError: A line other than one that a crash cut short is no JSON.
     """
-    path = Path(path)
+    return [record for record in _records(Path(path)) if "warning" not in record]
+
+
+def read_warnings(path: str | Path) -> list[Record]:
+    """What was warned of in the run in a file, as :func:`read_spectra` reads it.
+
+    Returns:
+        Records with ``step``, ``layer`` (empty where all are meant) and ``warning``.
+    """
+    return [record for record in _records(Path(path)) if "warning" in record]
+
+
+def _records(path: Path) -> list[Record]:
+    """All records of the run as it stands, but for the beginnings."""
     path = path / FILE_NAME if path.is_dir() else path
-    samples: list[Record] = []
+    found: list[Record] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         record = _parsed(line, path, number, ends_part=_begins(lines[number : number + 1]))
         if "begin" in record:
-            samples = [sample for sample in samples if sample["step"] <= record["begin"]]
-        elif "layer" in record and "warning" not in record:
-            samples.append(record)
-    return samples
+            found = [one for one in found if one["step"] <= record["begin"]]
+        elif record:
+            found.append(record)
+    return found
 
 
 def _begins(lines: list[str]) -> bool:

@@ -22,7 +22,8 @@ ALLOWED = {
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},
     "forecast": {"config", "distributed", "optimizer", "routing"},
-    "cli": {"config", "distributed", "forecast", "routing"},
+    "run_report": {"diagnostics"},
+    "cli": {"config", "distributed", "forecast", "routing", "run_report"},
     "run": {"integrations"},
     "auto": {"integrations"},
 }
