@@ -21,7 +21,7 @@ from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
 from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
-from shared.processes import check_sharding
+from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
         save_whole_model(trainer)
     if trainer.is_world_process_zero():
         write(Path(args.output_dir), results)
+    leave_together(trainer)
 
 
 def announce(facts: dict[str, Any], args: Any) -> None:

@@ -74,3 +74,13 @@ def check_sharding(trainer: Trainer) -> None:
             "DeepSpeed was launched, but accelerate ignores it under ACCELERATE_USE_CPU=true and "
             "would train with DDP. Unset the variable; --use_cpu true is enough on a CPU."
         )
+
+
+def leave_together(trainer: Trainer) -> None:
+    """Wait until the first process has written its results, and close the process group.
+
+    A process that ends while threads of its group still run may abort, and then the launcher ends
+    the others, in the middle of what they write.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
