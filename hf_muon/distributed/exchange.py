@@ -81,7 +81,8 @@ def _own_input(unit: Unit, bucket: Bucket, read: Read, wire: torch.dtype) -> Ten
     """The matrix on its owner: what it holds in one piece, or a buffer with its pieces."""
     pieces = unit.pieces[bucket.shard.index]
     if len(pieces) == 1 and pieces[0].numel == unit.numel:
-        return read(unit, pieces[0]).to(bucket.device)  # it may be offloaded
+        held = read(unit, pieces[0])
+        return held if held.device == bucket.device else held.to(bucket.device)  # offloaded
     matrix = torch.empty(unit.shape, dtype=wire, device=bucket.device)
     for piece in pieces:
         piece.of_matrix(matrix).copy_(read(unit, piece))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,26 @@ def find_flat(flat: Tensor, parameters: Sequence[Any]) -> FlatTensor:
             "cannot be found. Remove 'round_robin_gradients' from the zero_optimization section "
             "of its config, under which the map is wrong (seen in DeepSpeed 0.19)."
         )
-    return FlatTensor(members, tuple(spans for spans, _ in described), ranks)
+    flat_tensor = FlatTensor(members, tuple(spans for spans, _ in described), ranks)
+    _check_complete(flat_tensor, parameters)
+    return flat_tensor
+
+
+def _check_complete(flat: FlatTensor, parameters: Sequence[Any]) -> None:
+    """Raise, on all ranks, where their spans are not each element of each parameter once."""
+    spans: dict[int, list[Span]] = {number: [] for number in flat.parameters}
+    for span in chain.from_iterable(flat.spans):
+        spans[span.parameter].append(span)
+    for number, of_one in spans.items():
+        parameter, end = parameters[number], 0
+        for span in sorted(of_one, key=lambda span: span.start):
+            end = span.stop if span.start == end else -1
+        if end != getattr(parameter, "ds_numel", parameter.numel()):
+            raise ValueError(
+                f"The parts of parameter {number} of a group that DeepSpeed's ranks hold do not "
+                "make it up, so that its matrices cannot be brought together. This release of "
+                "DeepSpeed may keep its map elsewhere; 0.19.8 was tested."
+            )
 
 
 def _partitions(

@@ -61,6 +61,10 @@ def _is_nvme(config: Config) -> bool:
     return any(_at(config, "zero_optimization", s, "device") == "nvme" for s in sections)
 
 
+def _is_below(value: object, bound: float) -> bool:
+    return isinstance(value, int | float) and value < bound
+
+
 def _number(*path: str, default: int) -> Callable[[Config], bool]:
     """Whether a setting is above its default."""
 
@@ -91,7 +95,7 @@ _REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "zero_optimization.offload_optimizer.ratio",
-        lambda config: (_at(_offload(config) or {}, "ratio") or 1.0) < 1.0,
+        lambda config: _is_below(_at(_offload(config) or {}, "ratio"), 1),
         "a part below 1 is stepped by DeepSpeedCPUAdam. Remove it.",
     ),
     (

@@ -7,14 +7,13 @@ by DTensors, DeepSpeed by copies (stage 0) or by flat tensors that hold a part o
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from hf_muon.distributed.find import is_dtensor
 from hf_muon.distributed.layout import Matrix
@@ -81,51 +80,68 @@ class Origins:
     """
 
     def __init__(self) -> None:
-        self._groups: list[list[weakref.ref[Tensor]]] = []
-        self._flats = WeakTensorKeyDictionary()
+        self._groups: list[list[TensorWeakRef]] = []
+        # By the id of a tensor, which its entry keeps alive.
+        self._flats: dict[int, Entry] = {}
+        self._entries: dict[int, list[Entry]] = {}
 
     def add_group(self, parameters: Iterable[Tensor]) -> None:
-        """Remember the parameters of one more group."""
-        self._groups.append([weakref.ref(parameter) for parameter in parameters])
+        """Remember the parameters of one more group, whose ``group_id`` counts the earlier ones."""
+        self._groups.append([TensorWeakRef(parameter) for parameter in parameters])
 
     def forget_flats(self) -> None:
         """Look for flat tensors again: a checkpoint was loaded."""
-        self._flats = WeakTensorKeyDictionary()
+        self._flats, self._entries = {}, {}
+
+    @property
+    def are_flattened(self) -> bool:
+        """Whether DeepSpeed has flattened the parameters."""
+        first = self._groups[0][0]() if self._groups else None
+        return first is not None and is_flattened([first])
 
     def entries(self, groups: list[Group]) -> list[list[Entry]]:
-        """One entry for each tensor of each group.
+        """One entry for each tensor of each group; the same ones while the tensors are the same.
 
         Under ZeRO it talks to the other ranks when it meets a flat tensor for the first time.
 
         Args:
             groups: All groups, or one of them, as DeepSpeed's first stages step.
         """
-        every = len(groups) == len(self._groups)
-        return [
-            self._of_group(group, self._parameters(number if every else group["group_id"]))
-            for number, group in enumerate(groups)
-        ]
+        return [self._of_group(group) for group in groups]
 
-    def _parameters(self, number: int) -> list[Tensor | None]:
-        """Those of a group that are still alive; none at all in an optimizer that was copied."""
-        references = self._groups[number] if number < len(self._groups) else []
-        return [reference() for reference in references]
+    def _of_group(self, group: Group) -> list[Entry]:
+        known, tensors = self._entries.get(group["group_id"], []), group["params"]
+        if len(known) == len(tensors) and all(
+            entry.tensor is tensor and entry.group is group
+            for entry, tensor in zip(known, tensors, strict=True)
+        ):
+            return known
+        self._entries[group["group_id"]] = found = self._found(group)
+        return found
 
-    def _of_group(self, group: Group, origins: list[Tensor | None]) -> list[Entry]:
-        alive = [parameter for parameter in origins if parameter is not None]
-        if is_flattened(alive):
-            return [self._of_flat(group, tensor, alive) for tensor in group["params"]]
-        origins = origins or [None] * len(group["params"])
+    def _found(self, group: Group) -> list[Entry]:
+        origins = [reference() for reference in self._groups[group["group_id"]]]
+        if self.are_flattened:
+            return [self._of_flat(group, tensor, origins) for tensor in group["params"]]
+        if len(origins) != len(group["params"]):  # the user has changed the group
+            origins = [None] * len(group["params"])
         return [
             Entry(group, tensor, (index,), is_copy=_is_copy(tensor, origin))
             for index, (tensor, origin) in enumerate(zip(group["params"], origins, strict=True))
         ]
 
-    def _of_flat(self, group: Group, tensor: Tensor, parameters: list[Tensor]) -> Entry:
-        if tensor not in self._flats:
-            self._flats[tensor] = find_flat(tensor, parameters)
-        flat: FlatTensor = self._flats[tensor]
-        return Entry(group, tensor, flat.parameters, flat)
+    def _of_flat(self, group: Group, tensor: Tensor, origins: list[Tensor | None]) -> Entry:
+        if id(tensor) not in self._flats:
+            parameters = [parameter for parameter in origins if parameter is not None]
+            if len(parameters) < len(origins):
+                raise ValueError(
+                    "Some parameters of the model that DeepSpeed has flattened are gone, so that "
+                    "their matrices cannot be found. Keep the model that the optimizer was built "
+                    "from."
+                )
+            flat = find_flat(tensor, parameters)
+            self._flats[id(tensor)] = Entry(group, tensor, flat.parameters, flat)
+        return self._flats[id(tensor)]
 
 
 def _is_copy(tensor: Tensor, origin: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -34,7 +35,7 @@ from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
 from hf_muon.optimizer.groups import complete_group, named_groups
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pair_step import pair_step
-from hf_muon.optimizer.pairs import moves_pairs, taking_part
+from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plans
 from hf_muon.optimizer.step import Member, bucket_step
 
@@ -92,6 +93,7 @@ class Muon(Optimizer):
         self._plans = Plans()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
+        self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
         _warn_of_bfloat16_momentum(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,9 +101,11 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self._plans = Plans()
         self.__dict__.setdefault("replicate_group", None)
+        self._every_group = self.param_groups
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
             self._origins, self._settings = Origins(), []
-            for group in self.param_groups:
+            for number, group in enumerate(self.param_groups):
+                group["group_id"] = number
                 self._remember(group)
         self._origins.forget_flats()
 
@@ -114,7 +118,7 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
-        group = {**complete_group(param_group, self.config), "group_id": len(self.param_groups)}
+        group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
         super().add_param_group(group)
         self._remember(self.param_groups[-1])
 
@@ -136,12 +140,14 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._settings = with_own_settings(self.param_groups, self._settings)
+        check_decay(self.param_groups)
+        if self._origins.are_flattened:
+            self._settings = with_own_settings(self.param_groups, self._settings)
         groups = self._origins.entries(self.param_groups)
         entries = [entry for group in groups for entry in group]
         if self._is_rehearsal(entries):
             return loss
-        self._create_state(entries)
+        self._create_state()
         replicate = self._replicate(entries)
         active = set(agree_on_gradients(entries, _sharing(entries, replicate)))
         trained = [taking_part(of_group, active) for of_group in groups]
@@ -200,13 +206,15 @@ class Muon(Optimizer):
                     )
         return replicate_ranks(self.replicate_group)
 
-    def _create_state(self, entries: list[Entry]) -> None:
+    def _create_state(self) -> None:
         """State of every tensor, with or without a gradient, at the first step.
 
         Not in ``__init__``, because accelerate replaces the parameters after it; for all, because
-        a checkpoint that lacks the state of a parameter cannot be resumed.
+        a checkpoint that lacks the state of a parameter cannot be resumed. Also for groups that
+        DeepSpeed leaves out of this call: it looks for their state after the first one.
         """
-        for entry in entries:
+        groups = self._every_group if self._origins.are_flattened else self.param_groups
+        for entry in chain.from_iterable(self._origins.entries(groups)):
             state = self.state[entry.tensor]
             if entry.group["algorithm"] == "muon":
                 check_placement(entry, state)
@@ -234,8 +242,13 @@ class Muon(Optimizer):
         """
         state_dict = with_plain_groups(state_dict)
         check_routing(self.param_groups, state_dict["param_groups"])
+        own = [settings_of(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        self._settings = [settings_of(group) for group in self.param_groups]
+        for group, before in zip(self.param_groups, own, strict=True):
+            for name, value in before.items():  # what an older checkpoint does not know
+                group.setdefault(name, value)
+            group["group_id"] = before["group_id"]
+            self._settings[group["group_id"]] = settings_of(group)
         keep_momentum_dtype(self, state_dict)
         for state in self.state.values():  # torch keeps the checkpoint's own tensor
             if "step" in state:

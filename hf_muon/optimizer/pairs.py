@@ -7,7 +7,7 @@ the teams of matrices for its plan.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from hf_muon.distributed.buckets import Place
@@ -65,6 +65,22 @@ def check_pairs(group: Group, names: Sequence[str]) -> None:
             )
         for one, two in zip(of_a, of_b, strict=True):
             pair_step_size(group["adjust_lr"], one, two, group["scalings"][a])  # raises
+
+
+def check_decay(groups: Iterable[Group]) -> None:
+    """Raise for a decay that would take a whole product away; on all ranks, as all know it.
+
+    Raises:
+        ValueError: lr·weight_decay of a group that moves pairs is 1 or more.
+    """
+    for group in groups:
+        if group["algorithm"] == "muon" and moves_pairs(group):
+            decay = group["lr"] * group["weight_decay"]
+            if decay >= 1:
+                raise ValueError(
+                    f"lr·weight_decay is {decay:g} for an adapter's product; less than 1 is "
+                    "allowed. Lower the weight decay or the learning rate."
+                )
 
 
 def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entry]:

@@ -19,40 +19,54 @@ from hf_muon.optimizer.step import wire_dtype
 
 Group = dict[str, Any]
 
+# The settings of a group that a plan follows from.
+_PLANNED_BY = (
+    "bucket_mb",
+    "distribute",
+    "polar_method",
+    "polar_dtype",
+    "polar_steps",
+    "lora_update",
+)
+
 
 class Plans:
     """Layouts and buckets of the sets of tensors that were trained so far."""
 
     def __init__(self) -> None:
         self._layouts: dict[Any, Layout] = {}
-        self._buckets: dict[Any, tuple[list[Layout], list[Bucket]]] = {}
+        self._buckets: dict[Any, list[Bucket]] = {}
 
     def buckets(self, group: Group, entries: list[Entry], replicate: Ranks) -> list[Bucket]:
         """The buckets of a step on some tensors of a group; ``replicate`` holds copies."""
+        settings = tuple(group[name] for name in _PLANNED_BY)
+        key = (tuple(entries), replicate, id(replicate.group), settings)
+        if key not in self._buckets:
+            self._buckets[key] = self._planned(group, entries, replicate)
+        return self._buckets[key]
+
+    def _planned(self, group: Group, entries: list[Entry], replicate: Ranks) -> list[Bucket]:
         layouts = [self._layout(entry, replicate) for entry in entries]
         devices = [compute_device(entry.tensor, entry.flat is not None) for entry in entries]
         together = teams(group, entries) if moves_pairs(group) else ()
-        key = (tuple(map(id, layouts)), tuple(devices), group["bucket_mb"], together)
-        if key not in self._buckets:
-            wire = wire_dtype(group, entries[0].tensor.dtype, devices[0])
-            copies = 2 if together else 1  # of pairs, the owner gets the weights as well
-            limit = int(group["bucket_mb"] * 2**20 / (copies * wire.itemsize))
-            # The layouts are kept, so that their ids stay theirs.
-            self._buckets[key] = layouts, plan_buckets(layouts, devices, limit, together)
-        return self._buckets[key][1]
+        wire = wire_dtype(group, entries[0].tensor.dtype, devices[0])
+        copies = 2 if together else 1  # of pairs, the owner gets the weights as well
+        limit = int(group["bucket_mb"] * 2**20 / (copies * wire.itemsize))
+        return plan_buckets(layouts, devices, limit, together)
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Where the matrices of a tensor are; found once for each kind of tensor."""
         tensor, inside = entry.tensor, entry.group["matrices"]
         if entry.flat is not None:
             if entry.flat not in self._layouts:
-                matrices = [[Matrix(*matrix) for matrix in part] for part in inside]
-                self._layouts[entry.flat] = entry.flat.layout(matrices)
+                of_all = [[Matrix(*matrix) for matrix in part] for part in inside]
+                self._layouts[entry.flat] = entry.flat.layout(of_all)
             return self._layouts[entry.flat]
         placing = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
         has_copies = placing is not None or replicate.size > 1
         divides = has_copies and _divides(entry)
-        key = (tuple(tensor.shape), placing, inside[entry.indices[0]], divides)
+        shape, matrices = tuple(tensor.shape), inside[entry.indices[0]]
+        key = (shape, placing, matrices, divides, replicate, id(replicate.group))
         if key not in self._layouts:
             found = find_layout(tensor, entry.matrices, entry.name, replicate)
             self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)

@@ -68,6 +68,7 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
     """
     order, nesterov = group["order"], group["nesterov"]
     blocks = {(unit, piece): members[unit.parameter].at(piece) for unit, piece in bucket.held}
+    offloaded = members[bucket.units[0].parameter].weight.device != bucket.device
 
     def before(unit: Unit, piece: Piece) -> Tensor:
         block = blocks[unit, piece]
@@ -77,7 +78,8 @@ def bucket_step(group: Group, members: list[Member], bucket: Bucket) -> Generato
 
     def after(item: Item, factor: Tensor) -> Tensor:
         block = blocks[item]
-        factor = factor.to(block.weight.device)  # which may be offloaded
+        if offloaded:
+            factor = factor.to(block.weight.device)
         if order != "post_polar":
             return factor
         accumulate(factor, block.exp_avg, block.momentum)

@@ -1,5 +1,7 @@
 """A step on LoRA pairs is that of a plain loop; groups without whole pairs are refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -186,3 +188,15 @@ def test_groups_without_whole_pairs_are_refused_at_construction(case):
 def test_matrices_that_are_no_factors_are_refused_at_construction():
     with pytest.raises(ValueError, match="needs named parameters"):
         Muon([torch.randn(8, 12)], lr=0.1, lora_update="tangent")
+
+
+def test_a_decay_that_takes_the_product_away_is_refused_before_anything_is_written():
+    named = parameters()
+    optimizer = optimizer_of(named, "product")
+    steps_of(named, optimizer, 1)
+    before = copy.deepcopy([optimizer.state[p] for p in named.values()])
+    optimizer.param_groups[0]["weight_decay"] = 50.0
+    with pytest.raises(ValueError, match=r"lr·weight_decay is 1 .* Lower the weight decay"):
+        optimizer.step()
+    for p, state in zip(named.values(), before, strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], state["exp_avg"])

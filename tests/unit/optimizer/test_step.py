@@ -1,5 +1,6 @@
 """What a step reads, writes and refuses, beyond its formula."""
 
+import copy
 import math
 import warnings
 
@@ -385,3 +386,41 @@ def test_bfloat16_weights_warn_once_unless_the_buffer_is_chosen():
         warnings.simplefilter("error")
         Muon([weight], lr=0.1, momentum_dtype="float32")
         Muon([weight], lr=0.1, order="polar_only")  # has no buffer
+
+
+def three_groups():
+    torch.manual_seed(0)
+    tensors = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    groups = [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(tensors)]
+    optimizer = Muon(groups, lr=0.1)
+    for p in tensors:
+        p.grad = torch.randn_like(p)
+    return optimizer, tensors
+
+
+def test_groups_may_be_taken_away_and_added():
+    optimizer, tensors = three_groups()
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": [tensors[1]], "weight_decay": 0.7})
+    before = [p.detach().clone() for p in tensors]
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(tensors, before, strict=True))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.2, 0.7]
+    copy.deepcopy(optimizer).step()
+
+
+def test_groups_may_change_places():
+    (one, of_one), (other, of_other) = three_groups(), three_groups()
+    other.param_groups.reverse()
+    one.step()
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(of_one, of_other, strict=True))
+
+
+def test_a_checkpoint_that_lacks_newer_keys_is_loaded():
+    optimizer, _ = three_groups()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["group_id"], group["lora_damping"]
+    optimizer.load_state_dict(saved)
+    optimizer.step()
