@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -82,6 +83,14 @@ def test_a_stack_of_matrices_and_fused_projections_are_watched_one_by_one(tmp_pa
 
 def _stacked(count, m, n):
     return tuple((i * m * n, (m, n), (n, 1), 0) for i in range(count))
+
+
+def test_pairs_that_move_together_have_no_factor_and_the_log_says_so(tmp_path, caplog):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
+    _, samples = monitored(tmp_path, layers=None, model=model, optim_args="lora_update=product")
+    assert len(samples) == 3 * 8
+    assert not any("orthogonality_error" in sample for sample in samples)
+    assert caplog.text.count("lora_update='product' applies no polar factor") == 1
 
 
 # --- the run is the same --------------------------------------------------------------------------
