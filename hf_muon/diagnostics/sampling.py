@@ -122,9 +122,9 @@ class Sampler:
             entry, name = call.entries[unit.parameter], call.name(unit)
             if not self._averages.has_run_in(name):
                 continue
-            X, P = self._factored(entry, G, M)
-            matrices = StepMatrices(G, M, W, change, X, P)
             try:
+                X, P = self._factored(entry, G, M)
+                matrices = StepMatrices(G, M, W, change, X, P)
                 self._values[name] = self._numbers(name, step, matrices, entry)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 # Of one rank alone: if it stopped, the others would wait.
