@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 import hf_muon.auto  # noqa: F401
+from tests.distributed.layouts import leave_together
 from tests.integration.tiny import trainer_of, weights
 
 
@@ -37,3 +38,4 @@ if __name__ == "__main__":
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-2") if how == "resumed" else None)
     if trainer.args.process_index == 0:
         torch.save(weights(trainer), folder / f"{how}.pt")
+    leave_together()

@@ -169,8 +169,14 @@ def process_group():
     if not dist.is_initialized():  # DeepSpeed does it its own way
         dist.init_process_group("gloo")
     yield
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
+
+
+def leave_together():
+    """A process that ends while threads of its group still run may abort, and end the launch."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main():

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer
 
 from hf_muon import SpectralMonitor
+from tests.distributed.layouts import leave_together
 from tests.distributed.train import launcher, placement, whole_weights
 from tests.integration.recorder import Recorder
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
@@ -69,3 +70,4 @@ if __name__ == "__main__":
         os.environ["ACCELERATE_USE_CPU"] = "false"  # as in train.py
         deepspeed.init_distributed("gloo")
     main(kind, folder, batch)
+    leave_together()

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, Trainer
 import hf_muon.auto  # noqa: F401
 import tests.distributed.fsdp_on_cpu  # noqa: F401
 from hf_muon.integrations.report import find_muon
+from tests.distributed.layouts import leave_together
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
 
 ZERO = {
@@ -135,3 +136,4 @@ if __name__ == "__main__":
         "grad_norm": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
     }
     torch.save(saved, folder / f"rank{trainer.args.process_index}.pt")
+    leave_together()

@@ -1,6 +1,7 @@
 """Settings of DeepSpeed that would replace Muon, or break it, are refused with the remedy."""
 
 import json
+import os
 
 import pytest
 import torch.distributed as dist
@@ -109,15 +110,19 @@ def test_other_optimizers_are_left_alone(tmp_path, alone):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """One process with DeepSpeed, which leaves no trace in the next test."""
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    settings = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in {**settings, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    os.environ.update(
+        {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
+    )  # fmt: skip
     yield
+    os.environ.clear()  # TrainingArguments and accelerate write into it
+    os.environ.update(before)
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     if dist.is_initialized():
