@@ -1,7 +1,7 @@
 """Compare AdamW, LoRA+ and the updates of Muon for adapters, each at its best learning rate.
 
 In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [--ranks 8 4 16 64]
-[--seeds 3] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, a table and ``study.png``.
+[--seeds 3 1] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, a table and ``study.png``.
 
 At the first rank seed 0 searches the rates, a factor of 2 apart and wider until the best is not at
 an edge; the other ranks try the best of these and its neighbours. The two best rates go on to the
@@ -120,8 +120,8 @@ def main(argv: list[str]) -> Results:
         "config": config.name,
         "ranks": {},
     }
-    for rank in arguments.ranks:
-        report["ranks"][rank] = of_rank(study, rank, arguments, report)
+    for rank, seeds in zip(arguments.ranks, arguments.seeds, strict=True):
+        report["ranks"][rank] = of_rank(study, rank, seeds, arguments, report)
         write_json(out / "study.json", report)
         figure.study_figure(report, out / "study.png")
     Console().print(table(report))
@@ -137,15 +137,22 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ranks", nargs="+", type=int, default=[8, 4, 16, 64], help="the first is searched widely"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rates")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[3], help="seeds at the best rates of each rank"
+    )
     parser.add_argument("--out", type=Path, help="folder of all runs")
     own, extra = split_extra(argv)
     arguments = parser.parse_args(own)
     arguments.extra = extra
+    if len(arguments.seeds) > len(arguments.ranks):
+        parser.error("--seeds takes at most one number per rank; the last holds for the rest")
+    arguments.seeds += arguments.seeds[-1:] * (len(arguments.ranks) - len(arguments.seeds))
     return arguments
 
 
-def of_rank(study: Study, rank: int, arguments: argparse.Namespace, report: Results) -> Results:
+def of_rank(
+    study: Study, rank: int, seeds: int, arguments: argparse.Namespace, report: Results
+) -> Results:
     """Return what every method reaches at a rank, by learning rate."""
     results: Results = {}
     for method in arguments.methods:
@@ -154,7 +161,7 @@ def of_rank(study: Study, rank: int, arguments: argparse.Namespace, report: Resu
         else:
             best = report["ranks"][arguments.ranks[0]][method]["best"]
             rates = [best / FACTOR, best, best * FACTOR]
-        results[method] = study.compared(method, rank, rates, arguments.seeds)
+        results[method] = study.compared(method, rank, rates, seeds)
     return results
 
 
