@@ -3,8 +3,8 @@
 In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [--ranks 8 4 16 64]
 [--seeds 3 1] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, a table and ``study.png``.
 
-At the first rank seed 0 searches the rates, a factor of 2 apart and wider until the best is not at
-an edge; the other ranks try the best of these and its neighbours. The two best rates go on to the
+Seed 0 searches the rates, a factor of 2 apart and wider until the best is not at an edge; ranks
+after the first start from its best rate and the neighbours of that. The two best rates go on to the
 other seeds, and the better mean counts. All runs take equal steps. Finished runs are kept, so a
 study can be interrupted and grown.
 """
@@ -82,9 +82,9 @@ class Study:
         loss = self.result(method, rank, rate, seed)["validation_loss"]
         return loss if math.isfinite(loss) else math.inf
 
-    def search(self, method: str, rank: int) -> list[float]:
-        """Return the rates of a grid that is widened until the best of seed 0 is not at an edge."""
-        grid = {rate: self.loss(method, rank, rate) for rate in FIRST_RATES[method]}
+    def search(self, method: str, rank: int, rates: Sequence[float]) -> list[float]:
+        """Return these rates and more, until the best of seed 0 is not at an edge."""
+        grid = {rate: self.loss(method, rank, rate) for rate in rates}
         for _ in range(WIDEN_AT_MOST):
             beyond = beyond_edge(grid)
             if not beyond:
@@ -135,7 +135,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("config", help="configuration, e.g. configs/minilm_sentiment.yaml")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--ranks", nargs="+", type=int, default=[8, 4, 16, 64], help="the first is searched widely"
+        "--ranks", nargs="+", type=int, default=[8, 4, 16, 64], help="the first is searched first"
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[3], help="seeds at the best rates of each rank"
@@ -156,11 +156,11 @@ def of_rank(
     """Return what every method reaches at a rank, by learning rate."""
     results: Results = {}
     for method in arguments.methods:
-        if rank == arguments.ranks[0]:
-            rates = study.search(method, rank)
-        else:
+        rates: Sequence[float] = FIRST_RATES[method]
+        if rank != arguments.ranks[0]:
             best = report["ranks"][arguments.ranks[0]][method]["best"]
-            rates = [best / FACTOR, best, best * FACTOR]
+            rates = (best / FACTOR, best, best * FACTOR)
+        rates = study.search(method, rank, rates)
         results[method] = study.compared(method, rank, rates, seeds)
     return results
 
