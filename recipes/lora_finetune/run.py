@@ -20,7 +20,7 @@ import settings
 import sft
 from shared import measure
 from shared.arguments import RecipeError, checkpoint
-from shared.processes import check_sharding
+from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
     save(trainer, Path(args.output_dir), results)
+    leave_together(trainer)
     return results
 
 

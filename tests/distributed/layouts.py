@@ -4,6 +4,7 @@ Writes for each case the whole weights that rank 0 ends with, whether all ranks 
 counted. Shapes are uneven on purpose: (5, 40) leaves a rank of four without rows.
 """
 
+import os
 import sys
 import warnings
 from collections import Counter
@@ -173,10 +174,17 @@ def process_group():
 
 
 def leave_together():
-    """A process that ends while threads of its group still run may abort, and end the launch."""
+    """End this process, successfully, when all others are done too.
+
+    Python's own end may abort: threads of gloo's let go of tensors late, also after the group is
+    destroyed, and must not find the interpreter half gone.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def main():
