@@ -1,0 +1,34 @@
+"""Figures of this recipe: a row of panels in the style of all recipes.
+
+In: numbers of panels and axes. Out: matplotlib axes with names, and PNG files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from shared.style import COLOURS, INK, MUTED, tidy
+
+__all__ = ["COLOURS", "INK", "MARKERS", "MUTED", "grid", "label", "save"]
+
+MARKERS = "osD^vP"
+
+
+def grid(rows: int, columns: int, **settings: Any) -> tuple[plt.Figure, Any]:
+    """Return a figure of panels, about 5 by 4 inches each, and their axes."""
+    size = (1 + 4.9 * columns, 0.4 + 3.8 * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)
+
+
+def label(axes: plt.Axes, x: str, y: str, title: str) -> None:
+    """Name the axes."""
+    tidy(axes, x, y, title)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a figure, small enough for a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

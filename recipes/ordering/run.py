@@ -1,0 +1,81 @@
+"""Rerun the experiments on orders, filters and spectra: one command each.
+
+In: ``python run.py EXPERIMENT [--quick] [--jobs 2] [--out FOLDER]``, or ``all``. Out: in the folder,
+``EXPERIMENT.json``, ``EXPERIMENT.png``, and the parts of the experiment, from which a later call
+goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+
+import ablations
+import arch
+import digits
+import orders
+import pretraining
+import spectra
+from parts import Parts, prepare_process, processes
+from shared.arguments import RecipeError
+
+EXPERIMENTS: dict[str, ModuleType] = {
+    "pretraining": pretraining,
+    "digits": digits,
+    "ablations": ablations,
+    "orders": orders,
+    "arch": arch,
+    "spectra": spectra,
+}
+"""Longest first, so that ``all`` is interrupted with the least to lose at its end."""
+
+
+def main(argv: list[str]) -> None:
+    """Run what is asked for, one experiment after the other."""
+    arguments = command_line(argv)
+    prepare_process()
+    names = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
+    out = arguments.out or Path("runs/ordering") / ("quick" if arguments.quick else "full")
+    pool = processes(arguments.jobs) if arguments.jobs > 1 else contextlib.nullcontext()
+    with pool as workers:
+        for name in names:
+            run_experiment(name, Parts(out / name, workers), out, arguments.quick)
+
+
+def command_line(argv: list[str]) -> argparse.Namespace:
+    """Return the parsed arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, help="default: runs/ordering/full, or …/quick")
+    return parser.parse_args(argv)
+
+
+def run_experiment(name: str, parts: Parts, out: Path, quick: bool) -> None:
+    """Compute what is missing of an experiment, write its JSON and its figure, say what it found."""
+    started = time.perf_counter()
+    print(f"{name}", flush=True)
+    experiment = EXPERIMENTS[name]
+    results = experiment.run(parts, quick)
+    command = f"python run.py {name}{' --quick' if quick else ''}"
+    content = {"command": command, "process_seconds": round(parts.seconds()), **results}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+    experiment.draw(results, out / f"{name}.png")
+    for line in experiment.lines(results):
+        print(f"  {line}")
+    print(f"  {time.perf_counter() - started:.0f} s; {out / name}.json, .png", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

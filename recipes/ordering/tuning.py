@@ -1,0 +1,204 @@
+"""Methods at learning rates of their own: a grid, wider where the best is at an edge; fresh seeds.
+
+In: how to train once, first grids, seeds. Out: by method, the losses at every rate, the best rate,
+and the losses there of seeds that the search has not seen. Figures of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+from charts import COLOURS, MARKERS, label
+from parts import Parts, Task
+from shared.arguments import RecipeError
+from shared.study import beyond_edge, mean_and_spread
+from training import METHODS, train
+
+Tuned = dict[str, dict[str, Any]]
+
+LABELS = {
+    "adamw": "AdamW",
+    "pre_polar": "pre_polar (Muon)",
+    "post_polar": "post_polar",
+    "post_polar_matched": "post_polar, matched RMS",
+    "polar_only": "polar_only",
+}
+LOOKS = dict(zip(LABELS, zip(COLOURS, MARKERS, strict=False), strict=False))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a world is tuned.
+
+    Attributes:
+        world: a key of ``worlds.WORLDS``.
+        steps: of every run.
+        grids: first learning rates of each method.
+        seeds: of the search.
+        fresh: seeds of the comparison at the best rates.
+        widen: how often a grid may grow by one rate; 0 leaves the best where it is.
+        sizes: of model and data, where they differ from the world's.
+    """
+
+    world: str
+    steps: int
+    grids: Mapping[str, Sequence[float]]
+    seeds: Sequence[int] = (0, 1)
+    fresh: Sequence[int] = (2, 3, 4)
+    widen: int = 5
+    sizes: Mapping[str, Any] | None = None
+
+
+def tune(parts: Parts, plan: Plan) -> Tuned:
+    """Return what every method reaches.
+
+    AdamW comes first: what Muon leaves to AdamW has its best rate under every order, so that the
+    orders differ in nothing but what happens to the matrices.
+    """
+    tuned = searched(parts, plan, ["adamw"], None)
+    adamw_lr = tuned["adamw"]["best"]
+    others = [name for name in METHODS if name in plan.grids and name != "adamw"]
+    tuned |= searched(parts, plan, others, adamw_lr)
+    jobs = [(name, tuned[name]["best"], seed) for name in tuned for seed in plan.fresh]
+    runs = trained(parts, plan, jobs, adamw_lr)
+    for name, part in tuned.items():
+        part["fresh"] = summary([runs[job] for job in jobs if job[0] == name])
+    return tuned
+
+
+def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float | None) -> Tuned:
+    """Return grids and best rates, each inside its grid unless ``widen`` is 0."""
+    grids: dict[str, dict[float, Any]] = {name: {} for name in methods}
+    waiting = [(name, rate) for name in methods for rate in plan.grids[name]]
+    for _ in range(1 + plan.widen):
+        jobs = [(name, rate, seed) for name, rate in waiting for seed in plan.seeds]
+        runs = trained(parts, plan, jobs, adamw_lr)
+        for name, rate in waiting:
+            grids[name][rate] = summary([runs[name, rate, seed] for seed in plan.seeds])
+        waiting = [(name, rate) for name in methods for rate in beyond_edge(means(grids[name]))]
+        if not waiting or not plan.widen:
+            return {
+                name: {
+                    "rates": dict(sorted(grid.items())),
+                    "best": min(grid, key=means(grid).__getitem__),
+                }
+                for name, grid in grids.items()
+            }
+    raise RecipeError(
+        f"{plan.world}: after {plan.widen} wider grids the best rate of {waiting} is at an edge."
+    )
+
+
+def means(grid: Mapping[float, Any]) -> dict[float, float]:
+    """Return the mean loss of every rate; infinite where a run diverged."""
+    return {rate: at["loss"]["mean"] for rate, at in grid.items()}
+
+
+def trained(
+    parts: Parts, plan: Plan, jobs: Sequence[tuple[str, float, int]], adamw_lr: float | None
+) -> dict[tuple[str, float, int], dict[str, Any]]:
+    """Return the results of runs, (method, rate, seed) by what they are."""
+    tasks = {}
+    for method, rate, seed in jobs:
+        arguments = {
+            "world": plan.world,
+            "method": method,
+            "learning_rate": rate,
+            "seed": seed,
+            "steps": plan.steps,
+            **({"adamw_lr": adamw_lr} if method != "adamw" else {}),
+            **(plan.sizes or {}),
+        }
+        tasks[f"{plan.world}_{method}_{rate:g}_seed{seed}"] = Task(train, arguments)
+    return dict(zip(jobs, parts(tasks).values(), strict=True))
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean and spread over seeds of what runs have in common."""
+    found = {"loss": mean_and_spread([lost_is_infinite(run["loss"]) for run in runs])}
+    for name in ("accuracy", "stable_rank", "effective_rank"):
+        values = [run[name] for run in runs if name in run]
+        if values:
+            found[name] = mean_and_spread(values)
+    return found
+
+
+def lost_is_infinite(loss: float | None) -> float:
+    """Return a loss as a number; that of a run that diverged is infinite."""
+    return math.inf if loss is None else loss
+
+
+def plateau(part: Mapping[str, Any], within: float) -> float:
+    """Return the ratio of the largest to the smallest rate of the grid ``within`` of the best loss.
+
+    Args:
+        part: what ``tune`` found of a method.
+        within: nats above the best mean loss.
+    """
+    losses = {rate: at["loss"]["mean"] for rate, at in part["rates"].items()}
+    best = min(losses.values())
+    near = [rate for rate, loss in losses.items() if loss <= best + within]
+    return max(near) / min(near)
+
+
+def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
+    """Draw losses over rates, stable ranks over rates, and the fresh seeds at the best rates."""
+    rates_axis, rank_axis, best_axis = axes
+    for name, part in tuned.items():
+        colour, marker = LOOKS[name]
+        look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
+        finite = {r: at for r, at in part["rates"].items() if math.isfinite(at["loss"]["mean"])}
+        rates_axis.plot(
+            list(finite),
+            [at["loss"]["mean"] for at in finite.values()],
+            label=LABELS[name],
+            **look,
+        )
+        rank_axis.plot(list(finite), [at["stable_rank"]["mean"] for at in finite.values()], **look)
+    names = list(tuned)
+    for height, name in enumerate(names):
+        colour, marker = LOOKS[name]
+        values = tuned[name]["fresh"]["loss"]["values"]
+        best_axis.plot(values, [height] * len(values), marker, color=colour, ms=6, alpha=0.8)
+    best_axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    best_axis.invert_yaxis()
+    for axis in (rates_axis, rank_axis):
+        axis.set_xscale("log")
+    everything = [v for part in tuned.values() for v in means(part["rates"]).values()]
+    finite_losses = [value for value in everything if math.isfinite(value)]
+    best, worst = min(finite_losses), max(part_worst(part) for part in tuned.values())
+    rates_axis.set_ylim(best - 0.05 * (worst - best), worst + 0.05 * (worst - best))
+    rates_axis.legend(frameon=False, fontsize=8)
+    label(rates_axis, "learning rate of the matrices", "held-out loss", title)
+    label(rank_axis, "learning rate of the matrices", "", "stable rank of the weights, mean")
+    label(best_axis, "held-out loss", "", "fresh seeds at the best rate")
+    best_axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+
+
+def part_worst(part: Mapping[str, Any]) -> float:
+    """Return the loss up to which a method is drawn: a factor of 4 in rate around its best."""
+    near = [
+        loss
+        for rate, loss in means(part["rates"]).items()
+        if part["best"] / 4.1 <= rate <= part["best"] * 4.1 and math.isfinite(loss)
+    ]
+    return max(near)
+
+
+def sentences(tuned: Tuned, within: float) -> list[str]:
+    """Return a line per method."""
+    said = []
+    for name, part in tuned.items():
+        loss, rank = part["fresh"]["loss"], part["fresh"]["stable_rank"]["mean"]
+        spread = "" if loss["spread"] is None else f" ± {loss['spread']:.4f}"
+        accuracy = part["fresh"].get("accuracy")
+        right = f", accuracy {accuracy['mean']:.4f}" if accuracy else ""
+        said.append(
+            f"{LABELS[name]}: rate {part['best']:g}, loss {loss['mean']:.4f}{spread}{right}, stable "
+            f"rank {rank:.1f}, plateau ×{plateau(part, within):g}"
+        )
+    return said
