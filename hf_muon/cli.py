@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hf_muon.model_probe import probe
 from hf_muon.run_report import report
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def plan(
     typer.echo(json.dumps(facts, indent=2) if as_json else costs.table(tflops, gbps, full=full))
 
 
+app.command()(probe)
 app.command()(report)
 
 

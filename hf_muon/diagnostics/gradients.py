@@ -64,6 +64,13 @@ def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
+def spread_evenly(names: Sequence[str], most: int) -> list[str]:
+    """No more than ``most`` of some names, from the first to the last at even distances."""
+    if len(names) <= most:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
 def read_gradients(sources: Sources) -> dict[str, Tensor]:
     """Copies of the gradients that a backward pass has left, in float32 or better.
 

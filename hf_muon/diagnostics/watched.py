@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_muon.diagnostics.gradients import matching
+from hf_muon.diagnostics.gradients import matching, spread_evenly
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
@@ -57,9 +57,8 @@ def chosen_matrices(
         for name, matrix in zip(names, (Matrix(*one) for one in inside), strict=True)
     }
     names = matching(every, layers)
-    if layers is None and len(names) > most:
-        last = len(names) - 1
-        names = [names[round(i * last / (most - 1))] for i in range(most)]
+    if layers is None:
+        names = spread_evenly(names, most)
     return {name: every[name] for name in names}
 
 

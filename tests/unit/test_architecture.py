@@ -22,8 +22,9 @@ ALLOWED = {
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},
     "forecast": {"config", "distributed", "optimizer", "routing"},
+    "model_probe": {"diagnostics"},
     "run_report": {"diagnostics"},
-    "cli": {"config", "distributed", "forecast", "routing", "run_report"},
+    "cli": {"config", "distributed", "forecast", "model_probe", "routing", "run_report"},
     "run": {"integrations"},
     "auto": {"integrations"},
 }

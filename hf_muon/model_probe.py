@@ -1,0 +1,178 @@
+"""``hf-muon probe MODEL --text FILE``: what an order and a momentum make of a model's gradients.
+
+In: a causal language model (a folder or a Hub id) and text. Out: the readings of a stationary
+probe, as a table or as JSON. The weights stay as they are; nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+LAYERS = 8
+"""Matrices that are probed where nobody says which: every one keeps a buffer of gradients."""
+SHOWN = ("alignment", "direction", "sin_left", "sin_right")
+
+
+def probe(
+    model: Annotated[str, typer.Argument(help="A model folder or a model id: a causal LM.")],
+    text: Annotated[list[Path], typer.Option(help="A text file; give the option for each file.")],
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Regex of parameter names. Default: eight matrices, spread evenly."),
+    ] = None,
+    order: Annotated[
+        list[str] | None, typer.Option(help="An order to replay. Default: all three.")
+    ] = None,
+    momentum: Annotated[
+        list[float] | None, typer.Option(help="β of the momentum. Default: 0.95.")
+    ] = None,
+    proxy: Annotated[
+        str, typer.Option(help="What stands for the signal: held_out, in_buffer or both.")
+    ] = "held_out",
+    rank: Annotated[int, typer.Option(help="Leading directions that count as signal.")] = 1,
+    batches: Annotated[
+        int, typer.Option(min=4, help="Gradients to take; one half is replayed.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the order of the sequences.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model computes.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the readings as JSON.")] = False,
+) -> None:
+    """Probe the gradients of a model on a text: how much of an update is signal, layer by layer."""
+    from transformers.utils import logging
+
+    from hf_muon.diagnostics import stationary_probe
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    asked: dict[str, Any] = {"proxy": proxy, "rank": rank}
+    asked |= {"orders": tuple(order)} if order else {}
+    asked |= {"momenta": tuple(momentum)} if momentum else {}
+    try:
+        _check(asked)
+        blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
+        network = load(model, device)
+        names = layers or _some(network)
+        report = stationary_probe(
+            network, _batched(blocks, batch_size, device), layers=names, **asked
+        )
+    except (ValueError, FloatingPointError) as error:
+        typer.echo(f"hf-muon: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table(*SHOWN))
+    if report.flagged and not as_json:
+        typer.echo(f"{len(report.flagged)} of {len(report.readings)} readings: no signal seen.")
+
+
+def read_blocks(
+    model: str, files: Sequence[Path], count: int, seq_len: int, seed: int
+) -> list[list[int]]:
+    """Cut texts into blocks of tokens, and return some, each once and in random order.
+
+    Args:
+        model: Whose tokenizer.
+        files: Texts in UTF-8; what is not is replaced.
+        count: Blocks to return.
+        seq_len: Tokens in each.
+        seed: Of the order.
+
+    Raises:
+        ValueError: A file or a tokenizer cannot be read, or the texts are too short.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise ValueError(f"The text {str(file)!r} cannot be read: {error.strerror}.") from None
+    _check_exists(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # hub, cache and validation errors have no common base
+        raise ValueError(f"{model!r} gives no tokenizer: {_first_line(error)}") from error
+    tokens = [
+        token
+        for one in texts
+        for token in tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    there = len(tokens) // seq_len
+    if there < count:
+        raise ValueError(
+            f"The text has {len(tokens):,} tokens, {there} sequences of {seq_len}; batches × "
+            f"batch_size = {count} different ones are needed. Give more text, or lower one of the "
+            "three."
+        )
+    order = torch.randperm(there, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [tokens[at * seq_len : (at + 1) * seq_len] for at in order[:count]]
+
+
+def load(model: str, device: str) -> Any:
+    """The model with its weights, in float32 and without dropout.
+
+    Raises:
+        ValueError: It cannot be loaded as a causal language model, or there is no such device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _check_exists(model)
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # hub, cache and validation errors have no common base
+        raise ValueError(
+            f"{model!r} gives no causal language model: {_first_line(error)} Other models are "
+            "probed in Python: hf_muon.diagnostics.stationary_probe takes any loss."
+        ) from error
+    try:
+        return network.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # unknown, and not compiled in
+        raise ValueError(f"device={device!r} cannot be used: {_first_line(error)}") from error
+
+
+def _some(network: Any) -> list[str]:
+    """Patterns of the names of a few matrices, spread over the model."""
+    import re
+
+    from hf_muon.diagnostics.gradients import muon_matrices, spread_evenly
+
+    return [f"^{re.escape(name)}$" for name in spread_evenly(list(muon_matrices(network)), LAYERS)]
+
+
+def _batched(blocks: Sequence[list[int]], size: int, device: str) -> Iterator[dict[str, Any]]:
+    """Batches of blocks; the labels are the tokens themselves, which the model shifts."""
+    import torch
+
+    for start in range(0, len(blocks), size):
+        ids = torch.tensor(blocks[start : start + size], device=device)  # (size, seq_len)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def _check(asked: dict[str, Any]) -> None:
+    """Refuse wrong settings before a model is loaded."""
+    from hf_muon.diagnostics.readings import ProbeSettings
+
+    ProbeSettings(**asked)
+
+
+def _check_exists(model: str) -> None:
+    path = Path(model)
+    if not path.exists() and (path.is_absolute() or model.startswith(".")):
+        raise ValueError(f"{model!r} does not exist.")
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a message, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
