@@ -41,7 +41,9 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         f"{m} × {n}": {"m": m, "n": n, "sigma": m**-0.5}
         for m, n in ((16, 16), (64, 64), (192, 192), (192, 48), (48, 192))
     },
-    "drift": {f"{value:g} rad a step": {"drift": value} for value in (0.0, 0.001, 0.003, 0.01, 0.03)},
+    "drift": {
+        f"{value:g} rad a step": {"drift": value} for value in (0.0, 0.001, 0.003, 0.01, 0.03)
+    },
 }  # fmt: skip
 
 

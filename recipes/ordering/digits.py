@@ -1,7 +1,7 @@
 """The control: a small ViT on scikit-learn's digits, where AdamW may win.
 
-In: nothing but sizes. Out: held-out loss and accuracy of AdamW and of the three orders over learning
-rates, and at the best rates over fresh seeds.
+In: nothing but sizes. Out: held-out loss and accuracy of AdamW and of the three orders over
+learning rates, and at the best rates over fresh seeds.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ of the update of each order, with ``match_update_rms`` for ``post_polar`` as wel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

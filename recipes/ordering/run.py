@@ -1,8 +1,8 @@
 """Rerun the experiments on orders, filters and spectra: one command each.
 
-In: ``python run.py EXPERIMENT [--quick] [--jobs 2] [--out FOLDER]``, or ``all``. Out: in the folder,
-``EXPERIMENT.json``, ``EXPERIMENT.png``, and the parts of the experiment, from which a later call
-goes on.
+In: ``python run.py EXPERIMENT [--quick] [--jobs 2] [--out FOLDER]``, or ``all``. Out: in the
+folder, ``EXPERIMENT.json``, ``EXPERIMENT.png``, and the parts of the experiment, from which a later
+call goes on.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from types import ModuleType
 sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 
 import ablations
+import angles
 import arch
 import digits
 import orders
 import pretraining
+import sensing
 import spectra
 from parts import Parts, prepare_process, processes
 from shared.arguments import RecipeError
@@ -29,9 +31,11 @@ from shared.arguments import RecipeError
 EXPERIMENTS: dict[str, ModuleType] = {
     "pretraining": pretraining,
     "digits": digits,
+    "angles": angles,
     "ablations": ablations,
     "orders": orders,
     "arch": arch,
+    "sensing": sensing,
     "spectra": spectra,
 }
 """Longest first, so that ``all`` is interrupted with the least to lose at its end."""
@@ -60,7 +64,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def run_experiment(name: str, parts: Parts, out: Path, quick: bool) -> None:
-    """Compute what is missing of an experiment, write its JSON and its figure, say what it found."""
+    """Compute what is missing, write JSON and figure, and say what was found."""
     started = time.perf_counter()
     print(f"{name}", flush=True)
     experiment = EXPERIMENTS[name]

@@ -1,7 +1,8 @@
 """One training run of the studies: a small model, a method, a learning rate, a seed.
 
 In: plain values, so that a run can go to another process. Out: plain values: the loss on what was
-held out, the training curve, and the spectra of the weights at the end. The stock ``Trainer`` trains.
+held out, the training curve, and the spectra of the weights at the end. The stock ``Trainer``
+trains.
 """
 
 from __future__ import annotations

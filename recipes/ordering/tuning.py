@@ -198,7 +198,7 @@ def sentences(tuned: Tuned, within: float) -> list[str]:
         accuracy = part["fresh"].get("accuracy")
         right = f", accuracy {accuracy['mean']:.4f}" if accuracy else ""
         said.append(
-            f"{LABELS[name]}: rate {part['best']:g}, loss {loss['mean']:.4f}{spread}{right}, stable "
-            f"rank {rank:.1f}, plateau ×{plateau(part, within):g}"
+            f"{LABELS[name]}: rate {part['best']:g}, loss {loss['mean']:.4f}{spread}{right}, "
+            f"stable rank {rank:.1f}, plateau ×{plateau(part, within):g}"
         )
     return said
