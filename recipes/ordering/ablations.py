@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from charts import COLOURS, MARKERS, grid, label, save
+from charts import COLOURS, MARKERS, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import averages, mean_and_error, stream_of
 from theory import seen, window_of
@@ -111,7 +111,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     titles = {
         "noise": "kind of noise",
         "strength": "strength of the signal",
-        "width": "width, entries of deviation m^−½",
+        "width": "width, entries of deviation 1/√m",
         "drift": "drift of its directions",
     }
     for panel, (ablation, cases) in zip(axes.flat, results["ablations"].items(), strict=True):
@@ -134,7 +134,7 @@ def draw_cases(panel: plt.Axes, cases: dict[str, Any]) -> None:
         if has_theory:
             forms = [row["theory"]["alignment"] for row in case["rows"]]
             panel.plot(windows, forms, color=colour, lw=1)
-    panel.set_xscale("log")
+    logarithmic(panel.xaxis, windows)
     panel.set_ylim(-0.05, 1.05)
     panel.legend(frameon=False, fontsize=8)
 

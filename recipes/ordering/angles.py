@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from charts import COLOURS, INK, MARKERS, MUTED, grid, label, save
+from charts import COLOURS, INK, MARKERS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from theory import window_of
 from training import trainer_of
@@ -186,8 +186,7 @@ def draw_kind(axes: Sequence[plt.Axes], rows: Sequence[dict[str, Any]], kind: st
     axes[2].plot(*points(buffer, "alignment"), color=MUTED, lw=1.3, label="pre_polar, in buffer")
     axes[2].plot(*points(buffer, "null"), color=INK, lw=1, ls=":", label="… its null")
     for panel in axes:
-        panel.set_xscale("log")
-    axes[2].set_ylim(bottom=0)
+        logarithmic(panel.xaxis, sorted({row["window"] for row in rows}))
     label(axes[0], "window T", "sin ∠U", f"{kind}: leading direction")
     label(axes[1], "window T", "alignment", "pre_polar, held out (dotted: null)")
     label(axes[2], "window T", "alignment", f"orders at step {steps[-1]}")

@@ -5,13 +5,15 @@ In: numbers of panels and axes. Out: matplotlib axes with names, and PNG files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from shared.style import COLOURS, INK, MUTED, tidy
 
-__all__ = ["COLOURS", "INK", "MARKERS", "MUTED", "grid", "label", "save"]
+__all__ = ["COLOURS", "INK", "MARKERS", "MUTED", "grid", "label", "logarithmic", "save"]
 
 MARKERS = "osD^vP"
 
@@ -25,6 +27,17 @@ def grid(rows: int, columns: int, **settings: Any) -> tuple[plt.Figure, Any]:
 def label(axes: plt.Axes, x: str, y: str, title: str) -> None:
     """Name the axes."""
     tidy(axes, x, y, title)
+
+
+def logarithmic(axis: Any, ticks: Sequence[float]) -> None:
+    """Make an axis (``axes.xaxis`` or ``axes.yaxis``) logarithmic, with plain numbers at ticks."""
+    if axis.axis_name == "x":
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(figure: plt.Figure, path: Path) -> None:

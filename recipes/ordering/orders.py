@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, MARKERS, MUTED, grid, label, save
+from charts import COLOURS, MARKERS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import mean_and_error, stream_of
 from theory import seen, window_of
@@ -88,7 +88,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             panel.errorbar(
                 windows, means, errors, color=colour, marker=marker, ms=5, lw=1.2, label=name
             )
-        panel.set_xscale("log")
+        logarithmic(panel.xaxis, windows)
     axes[0].plot(
         windows,
         [row["theory"] for row in rows],

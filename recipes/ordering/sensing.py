@@ -4,9 +4,10 @@ In: underdetermined regressions. Out: the spectrum of the solution under polar s
 gradient steps of the same norm; whether the dynamics of singular values tell when the spectrum
 flattens; and whether of all bounded updates the flat one raises the entropy most in one step.
 
-To first order a step W + D moves a singular value by d_i = u_iᵀDv_i. With p_i = σ_i²/Σσ² the entropy
-H = −Σ p_i ln p_i then changes by dH = −2 Cov_p(d/σ, ln p): the spectrum flattens iff the small
-singular values grow faster in proportion. That is the condition on the measurements, which decide d.
+To first order a step W + D moves a singular value by d_i = u_iᵀDv_i. With p_i = σ_i²/Σσ² the
+entropy H = −Σ p_i ln p_i then changes by dH = −2 Cov_p(d/σ, ln p): the spectrum flattens iff the
+small singular values grow faster in proportion. That is the condition on the measurements, which
+decide d.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ def one_step(draws: int, size: int = 16, eta: float = 0.3, seed: int = 0) -> dic
     """Return the entropy that one bounded update adds, by the power of the gradient's spectrum.
 
     An update with the gradient's directions and d_i = (g_i/g₁)^q has spectral norm 1; q = 0 is the
-    polar factor and q = 1 the gradient. Weights have a log-normal spectrum. ``flat_wins``: the share
-    of draws in which no other power adds as much. ``adaptive``: an update that looks at the weights
-    and leaves out the largest of their singular values.
+    polar factor and q = 1 the gradient. Weights have a log-normal spectrum. ``flat_wins``: the
+    share of draws in which no other power adds as much. ``adaptive``: an update that looks at the
+    weights and leaves out the largest of their singular values.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -214,8 +215,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     said = []
     for one in results["problems"]:
         parts = ", ".join(
-            f"{rule} {one[rule]['final']:.1f} (condition {one[rule]['condition_holds']:.0%} of steps,"
-            f" sign right {one[rule]['sign_agrees']:.0%})"
+            f"{rule} {one[rule]['final']:.1f} (condition in {one[rule]['condition_holds']:.0%} of "
+            f"the steps, sign right in {one[rule]['sign_agrees']:.0%})"
             for rule in RULES
         )
         said.append(

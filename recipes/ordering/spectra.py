@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, MUTED, grid, label, save
+from charts import COLOURS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import averages, log_slope, mean_and_error, stream_of
 from theory import noise_edge, seen, window_of
@@ -92,7 +92,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             f"β = {row['momentum']:g}", (24, shown[-1]), (4, 0), textcoords="offset points",
             va="center", color=colour, fontsize=9,
         )  # fmt: skip
-    left.set_yscale("log")
+    logarithmic(left.yaxis, (0.1, 0.2, 0.5, 1, 2))
     label(left, "index k", "σₖ of the average", "spectra behind the filter (dotted: noise edge)")
     rows = results["rows"]
     lengths = [2 * row["window"] - 1 for row in rows]
@@ -110,8 +110,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.plot(lengths, theory, lw=1, color=colour)
     bound = [curves["σ₄ (noise)"][1][0] * length**-0.25 for length in lengths]
     right.plot(lengths, bound, ls="--", lw=1, color=MUTED, label="slope −1/4 (bound)")
-    right.set_xscale("log")
-    right.set_yscale("log")
+    logarithmic(right.xaxis, lengths)
+    logarithmic(right.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2))
     right.legend(frameon=False, fontsize=9)
     label(right, "2T − 1", "", "measured (points) and closed forms (lines)")
     save(figure, path)

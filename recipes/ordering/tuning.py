@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
-from charts import COLOURS, MARKERS, label
+from charts import COLOURS, MARKERS, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
 from shared.study import beyond_edge, mean_and_spread
@@ -79,12 +79,12 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
         runs = trained(parts, plan, jobs, adamw_lr)
         for name, rate in waiting:
             grids[name][rate] = summary([runs[name, rate, seed] for seed in plan.seeds])
-        waiting = [(name, rate) for name in methods for rate in beyond_edge(means(grids[name]))]
+        waiting = [(name, rate) for name in methods for rate in beyond_edge(losses(grids[name]))]
         if not waiting or not plan.widen:
             return {
                 name: {
-                    "rates": dict(sorted(grid.items())),
-                    "best": min(grid, key=means(grid).__getitem__),
+                    "rates": [{"rate": rate, **at} for rate, at in sorted(grid.items())],
+                    "best": min(grid, key=lambda rate, grid=grid: grid[rate]["loss"]["mean"]),
                 }
                 for name, grid in grids.items()
             }
@@ -93,9 +93,14 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
     )
 
 
-def means(grid: Mapping[float, Any]) -> dict[float, float]:
+def losses(grid: Mapping[float, Any]) -> dict[float, float]:
     """Return the mean loss of every rate; infinite where a run diverged."""
     return {rate: at["loss"]["mean"] for rate, at in grid.items()}
+
+
+def means(part: Mapping[str, Any]) -> dict[float, float]:
+    """Return the same of what was found of a method."""
+    return {at["rate"]: at["loss"]["mean"] for at in part["rates"]}
 
 
 def trained(
@@ -139,9 +144,8 @@ def plateau(part: Mapping[str, Any], within: float) -> float:
         part: what ``tune`` found of a method.
         within: nats above the best mean loss.
     """
-    losses = {rate: at["loss"]["mean"] for rate, at in part["rates"].items()}
-    best = min(losses.values())
-    near = [rate for rate, loss in losses.items() if loss <= best + within]
+    best = min(means(part).values())
+    near = [rate for rate, loss in means(part).items() if loss <= best + within]
     return max(near) / min(near)
 
 
@@ -151,14 +155,10 @@ def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
     for name, part in tuned.items():
         colour, marker = LOOKS[name]
         look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
-        finite = {r: at for r, at in part["rates"].items() if math.isfinite(at["loss"]["mean"])}
-        rates_axis.plot(
-            list(finite),
-            [at["loss"]["mean"] for at in finite.values()],
-            label=LABELS[name],
-            **look,
-        )
-        rank_axis.plot(list(finite), [at["stable_rank"]["mean"] for at in finite.values()], **look)
+        finite = [at for at in part["rates"] if math.isfinite(at["loss"]["mean"])]
+        for axis, value in ((rates_axis, "loss"), (rank_axis, "stable_rank")):
+            means_at = [at[value]["mean"] for at in finite]
+            axis.plot([at["rate"] for at in finite], means_at, label=LABELS[name], **look)
     names = list(tuned)
     for height, name in enumerate(names):
         colour, marker = LOOKS[name]
@@ -166,9 +166,10 @@ def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
         best_axis.plot(values, [height] * len(values), marker, color=colour, ms=6, alpha=0.8)
     best_axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     best_axis.invert_yaxis()
+    every_second = sorted({at["rate"] for part in tuned.values() for at in part["rates"]})[::2]
     for axis in (rates_axis, rank_axis):
-        axis.set_xscale("log")
-    everything = [v for part in tuned.values() for v in means(part["rates"]).values()]
+        logarithmic(axis.xaxis, every_second)
+    everything = [v for part in tuned.values() for v in means(part).values()]
     finite_losses = [value for value in everything if math.isfinite(value)]
     best, worst = min(finite_losses), max(part_worst(part) for part in tuned.values())
     rates_axis.set_ylim(best - 0.05 * (worst - best), worst + 0.05 * (worst - best))
@@ -183,7 +184,7 @@ def part_worst(part: Mapping[str, Any]) -> float:
     """Return the loss up to which a method is drawn: a factor of 4 in rate around its best."""
     near = [
         loss
-        for rate, loss in means(part["rates"]).items()
+        for rate, loss in means(part).items()
         if part["best"] / 4.1 <= rate <= part["best"] * 4.1 and math.isfinite(loss)
     ]
     return max(near)
