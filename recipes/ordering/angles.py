@@ -2,7 +2,8 @@
 
 In: nothing but sizes. Out: sin Θ of the filter's output and alignment of the updates with the mean
 of held-out gradients, for every order and window; with the in-buffer mean as a contrast, and the
-null beside every number. Means over four matrices and over seeds.
+null beside every number. Means over four matrices and over seeds. Trained at a good learning rate
+and at a sixteenth of it, as it is the steps that turn the signal.
 """
 
 from __future__ import annotations
@@ -27,22 +28,35 @@ from hf_muon.diagnostics.report import ProbeReport
 LAYERS = r"layers\.1\.(self_attn\.(q|v)_proj|mlp\.(up|down)_proj)"
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
 STATISTICS = ("alignment", "direction", "sin_left", "sin_right")
-LEARNING_RATE, ADAMW_LR = 1.6e-2, 8e-3
+RATES = {"good rate": 1.6e-2, "a sixteenth": 1e-3}
+ADAMW_SHARE = 0.5
+"""Rate of what Muon leaves to AdamW, as a share of the matrices'."""
+PANELS = (("stationary", "good rate"), ("trajectory", "good rate"), ("trajectory", "a sixteenth"))
 
 FULL = {"steps": 240, "checkpoints": [0, 80, 160, 240], "replayed": 64, "held_out": 64, "ahead": 16}
 QUICK = {"steps": 48, "checkpoints": [0, 24, 48], "replayed": 16, "held_out": 16, "ahead": 8}
 
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
-    """Return means and errors of every statistic by kind of probe, step, order and window."""
+    """Return the mean of every statistic by rate, kind of probe, step, order and window."""
     size = QUICK | {"width": 48, "layers": 2} if quick else FULL
     seeds = (0,) if quick else (0, 1, 2)
-    tasks = {f"seed{seed}": Task(measure, {"seed": seed, **size}) for seed in seeds}
-    readings = [reading for found in parts(tasks).values() for reading in found]
-    return {"settings": size, "seeds": seeds, "rows": means(readings)}
+    tasks = {
+        f"rate_{rate:g}_seed{seed}": Task(measure, {"learning_rate": rate, "seed": seed, **size})
+        for rate in RATES.values()
+        for seed in seeds
+    }
+    found = parts(tasks)
+    rows = [
+        {"rate": name, **row}
+        for name, rate in RATES.items()
+        for row in means([row for seed in seeds for row in found[f"rate_{rate:g}_seed{seed}"]])
+    ]
+    return {"settings": size, "rates": RATES, "seeds": seeds, "rows": rows}
 
 
 def measure(
+    learning_rate: float,
     seed: int,
     steps: int,
     checkpoints: Sequence[int],
@@ -54,6 +68,7 @@ def measure(
     """Train once, and probe at the checkpoints.
 
     Args:
+        learning_rate: of the matrices.
         seed: of weights and data.
         steps: of the training.
         checkpoints: steps at which to probe; along the way only where the buffer is full.
@@ -68,7 +83,14 @@ def measure(
     probing = Probing(world, model, checkpoints, replayed, held_out, ahead, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(
-            world, model, folder, "pre_polar", LEARNING_RATE, seed, steps, ADAMW_LR
+            world,
+            model,
+            folder,
+            "pre_polar",
+            learning_rate,
+            seed,
+            steps,
+            ADAMW_SHARE * learning_rate,
         )
         trainer.add_callback(probing)
         trainer.train()
@@ -161,14 +183,14 @@ def average(values: Sequence[float]) -> float:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw a row for each kind of probe: sin Θ and alignment over T, then the orders at the end."""
-    figure, axes = grid(2, 3)
-    for row, kind in zip(axes, ("stationary", "trajectory"), strict=True):
-        rows = [one for one in results["rows"] if one["kind"] == kind]
-        draw_kind(row, rows, kind)
+    figure, axes = grid(len(PANELS), 3)
+    for panels, (kind, rate) in zip(axes, PANELS, strict=True):
+        rows = [row for row in results["rows"] if (row["kind"], row["rate"]) == (kind, rate)]
+        draw_kind(panels, rows, f"{kind}, {rate}")
     save(figure, path)
 
 
-def draw_kind(axes: Sequence[plt.Axes], rows: Sequence[dict[str, Any]], kind: str) -> None:
+def draw_kind(axes: Sequence[plt.Axes], rows: Sequence[dict[str, Any]], title: str) -> None:
     """Draw the panels of one kind of probe."""
     steps = sorted({row["step"] for row in rows})
     for step, colour, marker in zip(steps, COLOURS, MARKERS, strict=False):
@@ -187,7 +209,7 @@ def draw_kind(axes: Sequence[plt.Axes], rows: Sequence[dict[str, Any]], kind: st
     axes[2].plot(*points(buffer, "null"), color=INK, lw=1, ls=":", label="… its null")
     for panel in axes:
         logarithmic(panel.xaxis, sorted({row["window"] for row in rows}))
-    label(axes[0], "window T", "sin ∠U", f"{kind}: leading direction")
+    label(axes[0], "window T", "sin ∠U", f"{title}: leading direction")
     label(axes[1], "window T", "alignment", "pre_polar, held out (dotted: null)")
     label(axes[2], "window T", "alignment", f"orders at step {steps[-1]}")
     axes[0].legend(frameon=False, fontsize=8)
@@ -215,13 +237,13 @@ def lines(results: dict[str, Any]) -> list[str]:
     """Return the last checkpoint at the longest window, in words."""
     longest = max(row["window"] for row in results["rows"])
     said = []
-    for kind in ("stationary", "trajectory"):
-        rows = [row for row in results["rows"] if row["kind"] == kind]
+    for kind, rate in PANELS:
+        rows = [row for row in results["rows"] if (row["kind"], row["rate"]) == (kind, rate)]
         step = max(row["step"] for row in rows)
         for row in rows:
             if row["step"] == step and (row["window"] == longest or row["order"] == "polar_only"):
                 said.append(
-                    f"{kind}, step {step}, {row['order']}, {row['proxy']}: alignment "
+                    f"{kind}, {rate}, step {step}, {row['order']}, {row['proxy']}: alignment "
                     f"{row['alignment']:.3f} (null {row['null']:.3f}), direction "
                     f"{row['direction']:.3f}, sin ∠U {row['sin_left']:.3f}"
                 )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 
@@ -71,11 +73,21 @@ def run_experiment(name: str, parts: Parts, out: Path, quick: bool) -> None:
     results = experiment.run(parts, quick)
     command = f"python run.py {name}{' --quick' if quick else ''}"
     content = {"command": command, "process_seconds": round(parts.seconds()), **results}
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+    text = json.dumps(strict(content), indent=1, allow_nan=False)
+    (out / f"{name}.json").write_text(text + "\n", encoding="utf8")
     experiment.draw(results, out / f"{name}.png")
     for line in experiment.lines(results):
         print(f"  {line}")
     print(f"  {time.perf_counter() - started:.0f} s; {out / name}.json, .png", flush=True)
+
+
+def strict(value: Any) -> Any:
+    """Return a value with null for numbers that JSON does not have: losses of lost runs."""
+    if isinstance(value, dict):
+        return {key: strict(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 from hf_muon import diagnostics
@@ -124,9 +124,7 @@ def trainer_of(
         data_collator=world.collate,
         compute_metrics=world.metrics,
     )
-    for printer in trainer.callback_handler.callbacks[:]:
-        if type(printer).__name__ == "PrinterCallback":  # its lines would hide those of the parts
-            trainer.remove_callback(printer)
+    trainer.pop_callback(PrinterCallback)  # its lines would hide those of the parts
     return trainer
 
 
