@@ -26,7 +26,7 @@ WITHIN = 0.02
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
     """Return what every method reaches."""
-    plan = Plan("digits", STEPS, GRIDS)
+    plan = Plan("digits", STEPS, GRIDS, within=WITHIN)
     if quick:
         few = {name: rates[1:3] for name, rates in GRIDS.items()}
         sizes = {"width": 32, "layers": 2}

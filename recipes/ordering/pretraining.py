@@ -22,7 +22,6 @@ GRIDS = {
 }
 STEPS = 122  # of 16 × 128 tokens: 0.25 M
 WITHIN = 0.1
-"""Nats above the best loss that still count as the plateau."""
 TITLES = {"llama": "LLaMA, 0.5 M", "gpt2": "GPT-2, 0.4 M"}
 
 
@@ -43,7 +42,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
 def plan(world: str, quick: bool) -> Plan:
     """Return how a model is tuned."""
     if not quick:
-        return Plan(world, STEPS, GRIDS)
+        return Plan(world, STEPS, GRIDS, within=WITHIN)
     few = {name: rates[1:3] for name, rates in GRIDS.items()}
     sizes = {"width": 48, "layers": 2}
     return Plan(world, 20, few, seeds=(0,), fresh=(1,), widen=0, sizes=sizes)

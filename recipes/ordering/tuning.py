@@ -1,4 +1,4 @@
-"""Methods at learning rates of their own: a grid, wider where the best is at an edge; fresh seeds.
+"""Methods at learning rates of their own: a grid as wide as its plateau, then fresh seeds.
 
 In: how to train once, first grids, seeds. Out: by method, the losses at every rate, the best rate,
 and the losses there of seeds that the search has not seen. Figures of these.
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from charts import COLOURS, MARKERS, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
-from shared.study import beyond_edge, mean_and_spread
+from shared.study import FACTOR, mean_and_spread
 from training import METHODS, train
 
 Tuned = dict[str, dict[str, Any]]
@@ -40,7 +40,8 @@ class Plan:
         grids: first learning rates of each method.
         seeds: of the search.
         fresh: seeds of the comparison at the best rates.
-        widen: how often a grid may grow by one rate; 0 leaves the best where it is.
+        within: nats above the best loss that count as the plateau of good rates.
+        widen: how often a grid may grow by a rate on either side; 0 leaves it as it is.
         sizes: of model and data, where they differ from the world's.
     """
 
@@ -49,7 +50,8 @@ class Plan:
     grids: Mapping[str, Sequence[float]]
     seeds: Sequence[int] = (0, 1)
     fresh: Sequence[int] = (2, 3, 4)
-    widen: int = 5
+    within: float = 0.1
+    widen: int = 8
     sizes: Mapping[str, Any] | None = None
 
 
@@ -71,7 +73,7 @@ def tune(parts: Parts, plan: Plan) -> Tuned:
 
 
 def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float | None) -> Tuned:
-    """Return grids and best rates, each inside its grid unless ``widen`` is 0."""
+    """Return grids that show all of the plateau, unless ``widen`` is 0, and the best rates."""
     grids: dict[str, dict[float, Any]] = {name: {} for name in methods}
     waiting = [(name, rate) for name in methods for rate in plan.grids[name]]
     for _ in range(1 + plan.widen):
@@ -79,7 +81,11 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
         runs = trained(parts, plan, jobs, adamw_lr)
         for name, rate in waiting:
             grids[name][rate] = summary([runs[name, rate, seed] for seed in plan.seeds])
-        waiting = [(name, rate) for name in methods for rate in beyond_edge(losses(grids[name]))]
+        waiting = [
+            (name, rate)
+            for name in methods
+            for rate in beyond_plateau(losses(grids[name]), plan.within)
+        ]
         if not waiting or not plan.widen:
             return {
                 name: {
@@ -89,8 +95,19 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
                 for name, grid in grids.items()
             }
     raise RecipeError(
-        f"{plan.world}: after {plan.widen} wider grids the best rate of {waiting} is at an edge."
+        f"{plan.world}: after {plan.widen} wider grids a rate within {plan.within} of the best is "
+        f"at an edge; next would be {waiting}."
     )
+
+
+def beyond_plateau(grid: Mapping[float, float], within: float) -> list[float]:
+    """Return the next rate on each side where the loss at the edge is still a good one.
+
+    The best rate then lies inside, and the width of the plateau does not depend on the first grid.
+    """
+    best = min(grid.values())
+    ends = ((min(grid), 1 / FACTOR), (max(grid), FACTOR))
+    return [rate * step for rate, step in ends if not grid[rate] > best + within]
 
 
 def losses(grid: Mapping[float, Any]) -> dict[float, float]:
@@ -138,12 +155,7 @@ def lost_is_infinite(loss: float | None) -> float:
 
 
 def plateau(part: Mapping[str, Any], within: float) -> float:
-    """Return the ratio of the largest to the smallest rate of the grid ``within`` of the best loss.
-
-    Args:
-        part: what ``tune`` found of a method.
-        within: nats above the best mean loss.
-    """
+    """Return the ratio of the largest to the smallest rate whose loss is ``within`` of the best."""
     best = min(means(part).values())
     near = [rate for rate, loss in means(part).items() if loss <= best + within]
     return max(near) / min(near)
