@@ -187,8 +187,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             name = f"rank {one['rank']}, {LABELS[rule]}"
             ranks = one[rule]["effective_rank"]
             left.plot(range(1, len(ranks) + 1), ranks, style, color=colour, lw=1.4, label=name)
-    left.set_ylim(0, 16.5)
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.set_ylim(0, 23)  # up to 16, and room for the names
+    left.legend(frameon=False, fontsize=7.5, loc="upper right", ncols=2)
     label(left, "step", "effective rank of W", "128 measurements of 256 entries")
     one = shown[1]
     for rule, colour, marker in zip(RULES, COLOURS, MARKERS, strict=False):
@@ -206,7 +206,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.plot(powers, list(case["added"].values()), color=colour, marker=marker, label=name)
     right.axhline(0, color=MUTED, lw=0.8)
     right.legend(frameon=False, fontsize=8)
-    label(right, "power q: update (g/g₁)^q", "entropy added by one step", "0 is the polar factor")
+    power = "power q of the update (g/g₁)^q; 0: polar factor, 1: gradient"
+    label(right, power, "entropy added", "one step of spectral norm 1")
     save(figure, path)
 
 

@@ -90,6 +90,13 @@ def test_an_experiment_writes_json_and_figure_and_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "spectra.json").read_text()) == first
 
 
+def test_json_has_null_for_the_loss_of_a_lost_run():
+    assert run.strict({"a": [math.inf, (1.0, math.nan)], "b": "x"}) == {
+        "a": [None, [1.0, None]],
+        "b": "x",
+    }
+
+
 @pytest.mark.full
 def test_parts_go_to_other_processes(tmp_path):
     command = [sys.executable, str(RECIPE / "run.py"), "orders", "--quick", "--jobs", "2"]
