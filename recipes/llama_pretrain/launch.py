@@ -141,3 +141,5 @@ def run_quietly(run: Run, threads: int = 1, on_line: Callable[[str], None] | Non
     elif training.returncode != 0:
         end = "\n".join(path.read_text(encoding="utf8").splitlines()[-8:])
         raise RuntimeError(f"{' '.join(run.command())}\nfailed; the end of {path}:\n{end}")
+    elif run.results() is None:
+        raise RuntimeError(f"{' '.join(run.command())}\nwas stopped by a signal, see {path}.")

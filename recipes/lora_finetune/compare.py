@@ -70,12 +70,15 @@ class Study:
         print(f"{method}, rank {rank}, learning rate {rate:g}, seed {seed}", flush=True)
         output = ["--output_dir", str(folder), "--disable_tqdm", "true", "--logging_steps", "0.5"]
         try:
-            return run.main([str(self.config), *words, *output, *self.extra])
+            results = run.main([str(self.config), *words, *output, *self.extra])
         except FloatingPointError as error:
             lost = {"validation_loss": math.inf, "validation_accuracy": 0.0, "lost": str(error)}
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, lost)
             return lost
+        if results is None:
+            raise RecipeError(f"The study was stopped by a signal during {folder.name}.")
+        return results
 
     def loss(self, method: str, rank: int, rate: float, seed: int = 0) -> float:
         """Return a run's validation loss; a run that diverged counts as infinite."""

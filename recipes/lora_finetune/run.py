@@ -18,7 +18,7 @@ import chat
 import classification
 import settings
 import sft
-from shared import measure
+from shared import measure, preemption
 from shared.arguments import RecipeError, checkpoint
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
@@ -29,8 +29,11 @@ import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 TASKS = {"classification": classification.build, "chat": chat.build, "sft": sft.build}
 
 
-def main(argv: list[str]) -> dict[str, Any]:
-    """Train, evaluate on the held-out rows, write the results, and return them."""
+def main(argv: list[str]) -> dict[str, Any] | None:
+    """Train, evaluate on the held-out rows, write the results, and return them.
+
+    Returns None when a signal stopped the training, after a checkpoint was saved.
+    """
     started = time.perf_counter()
     model, data, args = settings.parse(argv)
     quiet_libraries()
@@ -41,7 +44,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     trainer.add_callback(clock)
     use_quiet_progress(trainer)
     announce(facts, args)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    if not preemption.train(trainer, checkpoint(args)):
+        leave_together(trainer)
+        return None
     final = trainer.evaluate(metric_key_prefix="final")
     speed = clock.steps_per_second()
     results = measure.run_results(trainer, clock) | {

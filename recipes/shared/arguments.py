@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class RecipeError(ValueError):
@@ -85,12 +86,27 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def checkpoint(training: TrainingArguments) -> str | None:
-    """Return the checkpoint to go on from; ``last`` is the newest one of the output folder."""
+    """Return the checkpoint to go on from.
+
+    ``last`` is the newest one of the output folder; ``auto`` is the same, or the beginning when
+    there is none, so that a job can be started and restarted with one command.
+    """
     asked = training.resume_from_checkpoint
-    if asked != "last":
+    if asked not in ("last", "auto"):
         return asked
-    folder = Path(training.output_dir)
-    found = get_last_checkpoint(training.output_dir) if folder.is_dir() else None
-    if found is None:
-        raise RecipeError(f"There is no checkpoint in {folder} to go on from.")
+    found = newest_checkpoint(Path(training.output_dir))
+    if found is None and asked == "last":
+        raise RecipeError(
+            f"There is no checkpoint in {training.output_dir} to go on from. "
+            "--resume_from_checkpoint auto begins in that case."
+        )
     return found
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint, or None.
+
+    The Trainer writes ``trainer_state.json`` last; a checkpoint without it was interrupted.
+    """
+    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None

@@ -1,0 +1,98 @@
+"""Runs that are stopped by a signal save a checkpoint first, and go on from it exactly.
+
+In: a ``Trainer``, and the checkpoint to go on from. Out: whether the training came to its end; if
+not, a checkpoint of the step that was running, and a line that says where it is. Schedulers send
+SIGTERM, or SIGUSR1 (SLURM's ``--signal``), some time before they end a job.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class AlreadyTrained(Exception):
+    """The checkpoint has all steps; the Trainer (transformers 5.23) would take one more."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops at the end of the step during which any of the processes got a signal.
+
+    The processes agree after every step with an all-reduce of one number, because a signal reaches
+    them at different moments, or only one of them. The callback that transformers (5.23) brings for
+    SIGTERM, ``enable_jit_checkpoint``, acts in each process by itself, three seconds after the
+    signal: ranks that save sharded checkpoints would wait for each other in different steps.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.stopped_by: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take over the signals, unless nothing is left to train."""
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
+        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask all processes whether one of them got a signal; then save instead of evaluating."""
+        number = largest_of_all(self.received, args.device)
+        if number and state.global_step < state.max_steps:  # the last step ends by itself
+            self.stopped_by = signal.Signals(number).name
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+
+
+def largest_of_all(number: int, device: torch.device) -> int:
+    """Return the largest of the processes' numbers."""
+    if not torch.distributed.is_initialized():
+        return number
+    numbers = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Train, and return whether all steps were taken; if not, say where to go on.
+
+    Args:
+        trainer: a Trainer that has not trained yet.
+        checkpoint: folder to go on from, or None to begin.
+    """
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except AlreadyTrained:
+        trainer.is_in_train = False
+        return True
+    if stop.stopped_by is None:
+        return True
+    if trainer.is_world_process_zero():
+        state, folder = trainer.state, Path(trainer.args.output_dir)
+        saved = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        print(
+            f"stopped by {stop.stopped_by} after step {state.global_step} of {state.max_steps}; "
+            f"saved {saved}. The same command with --resume_from_checkpoint last goes on from it.",
+            flush=True,
+        )
+    return False
