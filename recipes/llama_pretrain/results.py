@@ -9,15 +9,19 @@ from typing import Any
 
 import datasets
 from shared import measure
+from speed import Rates
 from transformers import Trainer
 
 
-def run_results(trainer: Trainer, clock: measure.StepClock, tokens_per_step: int) -> dict[str, Any]:
+def run_results(trainer: Trainer, clock: measure.StepClock, rates: Rates) -> dict[str, Any]:
     """Return what the finished training itself says; the caller adds model and data."""
     history, speed = trainer.state.log_history, clock.steps_per_second()
+    tokens_per_step = rates.tokens_per_step
+    unknown = {"tokens_per_second": None, "model_flops_utilisation": None}
     return measure.run_results(trainer, clock) | {
         "tokens": trainer.state.global_step * tokens_per_step,
-        "tokens_per_second": round(speed * tokens_per_step, 1) if speed else None,
+        **(unknown | (rates.at(speed) if speed else {})),
+        "flops_per_token": rates.flops_per_token,
         "train_curve": over_tokens(measure.curve(history, loss="loss"), tokens_per_step),
         "eval_curve": over_tokens(measure.curve(history, loss="eval_loss"), tokens_per_step),
     }

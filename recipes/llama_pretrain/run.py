@@ -1,7 +1,8 @@
 """Pretrain a LLaMA from scratch with the stock ``Trainer``.
 
 In: ``python run.py configs/tiny.yaml [--optim muon] [--learning_rate 0.01] ...``.
-Out: in ``--output_dir``, ``results.json`` and ``loss.png``, and checkpoints when asked for.
+Out: in ``--output_dir``, ``results.json`` and ``loss.png``, and checkpoints when asked for. After
+SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes on exactly.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import results as reporting
 import settings
 from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
+from shared import preemption
 from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
+from speed import LogSpeed, Rates, flops_per_token, peak_tflops
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
@@ -49,8 +52,13 @@ def main(argv: list[str]) -> None:
     )
     check_sharding(trainer)
     use_quiet_progress(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint(args))
-    results = reporting.run_results(trainer, clock, data_settings.tokens_per_step)
+    rates = rates_of(model, data_settings, args)
+    # First, because reporters see what is in a log when their turn comes.
+    trainer.callback_handler.callbacks.insert(0, LogSpeed(clock, rates))
+    if not preemption.train(trainer, checkpoint(args)):
+        leave_together(trainer)
+        return
+    results = reporting.run_results(trainer, clock, rates)
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
     results["final_validation_loss"] = reporting.exact_loss(trainer, data.validation)
@@ -83,6 +91,16 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
         use_cache=False,
     )
     return LlamaForCausalLM(config)
+
+
+def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Rates:
+    """Return what turns steps per second into tokens per second and utilisation."""
+    peak = data.peak_tflops or peak_tflops(args.device)
+    return Rates(
+        tokens_per_step=data.tokens_per_step,
+        flops_per_token=flops_per_token(model, data.seq_len),
+        peak_tflops=peak and peak * args.world_size,
+    )
 
 
 def save_whole_model(trainer: Trainer) -> None:

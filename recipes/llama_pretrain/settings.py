@@ -80,6 +80,13 @@ class DataSettings:
         default=64,
         metadata={"help": "Validation sequences, evenly spread, that the curve is measured on."},
     )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "What one device can compute, in TFLOP/s, for the utilisation that is logged; "
+            "known for A100, H100 and H200."
+        },
+    )
     expected_world_size: int | None = field(
         default=None, metadata={"help": "Stop unless exactly this many processes take part."}
     )

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from shared.arguments import RecipeError, find_config, nearest, read
+from shared.arguments import RecipeError, find_config, nearest, read, without_rank
 from shared.processes import check_world_size
 from transformers import TrainingArguments
 
@@ -85,6 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     Raises:
         RecipeError: a name that does not exist, or values that make no sense.
     """
+    argv = without_rank(argv)
     kinds = (ModelSettings, DataSettings, training_kind(argv))
     given = read(argv, kinds, HERE)
     model, data, training = given.parser.parse_dict(given.values)

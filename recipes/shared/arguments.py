@@ -46,7 +46,7 @@ def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: o
     """
     parser = HfArgumentParser(kinds)
     parser.set_defaults(**defaults)
-    rest = list(argv)
+    rest = without_rank(argv)
     stem = "custom"
     if rest and not rest[0].startswith("-"):
         path = find_config(rest.pop(0), recipe)
@@ -56,6 +56,11 @@ def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: o
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{recipe.name}/{stem}_{values['optim']}"
     return Arguments(parser, values, stem)
+
+
+def without_rank(argv: Sequence[str]) -> list[str]:
+    """Leave out the rank that DeepSpeed's launcher puts first; it is in the environment as well."""
+    return [word for word in argv if not word.startswith("--local_rank=")]
 
 
 def find_config(name: str, recipe: Path) -> Path:

@@ -1,6 +1,7 @@
 """Start a module of this folder on several processes, bounded in time."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ ON_CPU = {
         "TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions")
     ),
 }
+
+
+def free_port():
+    """A port for launchers that do not take a free one themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def launch(module, processes, *arguments, timeout=240, check=True):

@@ -6,7 +6,6 @@ file system. Where namespaces cannot be made, two launchers on the loopback addr
 
 import os
 import shutil
-import socket
 import subprocess
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.distributed import recipe
+from tests.distributed.launch import free_port
 from tests.integration.tiny import largest_difference
 
 pytestmark = pytest.mark.full
@@ -78,12 +78,6 @@ def machines():
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return recipe.alone(tmp_path_factory.mktemp("runs") / "alone")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def train_on(machines, config, folder):

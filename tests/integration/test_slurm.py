@@ -1,0 +1,119 @@
+"""The SLURM jobs: what they would start on each machine, and that the launches fit the recipe.
+
+A whole job, with signal and requeue, runs in ``tests/distributed/test_preemption.py``.
+"""
+
+import re
+import subprocess
+from itertools import pairwise
+
+import pytest
+
+from tests.integration import slurm
+from tests.integration.recipes import import_recipe
+
+settings = import_recipe("llama_pretrain")["settings"]
+NODES = {"1_node": 1, "2_nodes": 2, "8_nodes": 8}
+GPUS = 8
+SCRIPTS = sorted(path.name for path in slurm.JOBS.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+def directives(job):
+    text = (slurm.JOBS / f"{job}.sbatch").read_text()
+    return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
+
+
+@pytest.fixture(params=NODES)
+def job(request):
+    return request.param
+
+
+def dry_run(job, folder, *options):
+    """Return the command on each machine, as words."""
+    slurm.install(folder)
+    variables = slurm.variables(folder, NODES[job], GPUS, DRY_RUN="1")
+    file = slurm.JOBS / f"{job}.sbatch"
+    done = subprocess.run(
+        ["bash", file, *options], env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_every_job_is_tested():
+    assert {path.stem for path in slurm.JOBS.glob("*.sbatch")} == set(NODES)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_are_sound(script):
+    path = str(slurm.JOBS / script)
+    for checker in (["bash", "-n"], ["shellcheck", "--external-sources"]):
+        done = subprocess.run([*checker, path], cwd=slurm.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_checker_finds_what_is_wrong(tmp_path):
+    wrong = tmp_path / "wrong.sh"
+    wrong.write_text("#!/usr/bin/env bash\nrm -r $1/*\n")
+    assert subprocess.run(["shellcheck", wrong], capture_output=True).returncode == 1
+
+
+def test_a_job_is_told_in_time_and_comes_back(job):
+    asked = directives(job)
+    assert asked["nodes"] == str(NODES[job])
+    assert asked["gpus-per-node"] == str(GPUS)
+    assert asked["ntasks-per-node"] == "1"
+    assert "requeue" in asked
+    # Processes may take 150 seconds to save, which have to fit between the signal and the end.
+    told, number, seconds = re.fullmatch(r"(B):(USR1)@(\d+)", asked["signal"]).groups()
+    assert (told, number) == ("B", "USR1")
+    assert int(seconds) > 150
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=150" in (slurm.JOBS / "job.sh").read_text()
+
+
+def test_machines_meet_and_have_ranks_of_their_own(job, tmp_path):
+    commands = dry_run(job, tmp_path)
+    assert len(commands) == NODES[job]
+    found = [dict(pairwise(words)) for words in commands]
+    assert sorted(int(words["--machine_rank"]) for words in found) == list(range(NODES[job]))
+    for words in found:
+        assert words["--main_process_ip"] == "node0"
+        assert words["--main_process_port"] == "21234"
+        assert words["--num_machines"] == str(NODES[job])
+        assert words["--num_processes"] == str(NODES[job] * GPUS)
+        assert (slurm.ROOT / words["--config_file"]).is_file()
+
+
+def test_the_recipe_takes_the_launch(job, tmp_path, monkeypatch):
+    words = dry_run(job, tmp_path, "--seed", "3")[0]
+    (script,) = (index for index, word in enumerate(words) if word.endswith("run.py"))
+    assert (slurm.ROOT / words[script]).is_file()
+    processes = NODES[job] * GPUS
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    values = settings.read(words[script + 1 :], settings.SETTINGS, settings.HERE).values
+    settings.set_step_counts(values)  # raises when a step does not divide
+    per_pass = values["per_device_train_batch_size"] * values["seq_len"] * processes
+    assert values["gradient_accumulation_steps"] * per_pass == values["tokens_per_step"]
+    assert values["expected_world_size"] == processes
+    assert values["resume_from_checkpoint"] == "auto"
+    assert values["seed"] == 3  # options after the job's name reach the recipe
+
+
+def test_a_copy_for_every_group_of_shards(tmp_path):
+    words = dry_run("8_nodes", tmp_path)[0]
+    found = dict(pairwise(words))
+    copies = int(found["--parallelism_config_dp_replicate_size"])
+    assert copies * int(found["--parallelism_config_dp_shard_size"]) == int(
+        found["--num_processes"]
+    )
+
+
+def test_a_job_that_was_not_submitted_says_so(tmp_path):
+    done = subprocess.run(
+        ["bash", slurm.JOBS / "1_node.sbatch"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "Submit with sbatch" in done.stderr
