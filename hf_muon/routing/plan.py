@@ -84,7 +84,14 @@ class Route:
 
 @dataclass(frozen=True)
 class RoutePlan:
-    """One route for each trainable parameter, in the order of ``named_parameters()``."""
+    """One route for each trainable parameter, in the order of ``named_parameters()``.
+
+    Attributes:
+        routes: One for each trainable parameter.
+        parameters: The parameters themselves, in the same order; empty in a plan without a model.
+        frozen: Number of parameters that are not trained.
+        remedy: Why nothing went to Muon and what to do, where that is known; else empty.
+    """
 
     routes: tuple[Route, ...]
     parameters: tuple[nn.Parameter, ...] = field(repr=False, compare=False, default=())
