@@ -1,0 +1,140 @@
+"""Every Python block of the documentation runs, and every link leads somewhere.
+
+The blocks of a page run in order in one process, as a reader would type them. Before them stand the
+names that a page takes for granted; dots, as in ``Trainer(..., callbacks=…)``, become these names.
+"""
+
+import os
+import subprocess
+import sys
+from urllib.parse import urlparse
+
+import pytest
+
+from tests.distributed.launch import ON_CPU, ROOT, free_port
+from tests.integration import markdown
+
+PRELUDE = """
+import torch
+from tests.integration.tiny import tiny_data, tiny_llama
+
+torch.manual_seed(0)
+model, data = tiny_llama(), tiny_data(16)
+batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+matrices = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
+the_rest = [p for name, p in model.named_parameters() if not ("layers" in name and p.ndim == 2)]
+"""
+DOTS = ("Trainer(..., ", "Trainer(model=model, args=args, train_dataset=data, ")
+# What a page needs besides, what is made smaller in it, and what must be there afterwards.
+MORE = {
+    "docs/routing.md": "import hf_muon\n",
+    "docs/diagnostics.md": """
+import hf_muon.auto
+from transformers import Trainer
+from hf_muon.diagnostics import replay
+from tests.integration.tiny import arguments as tiny_arguments
+args = tiny_arguments("out")
+gradients = [torch.randn(4, 6) for _ in range(5)]
+""",
+}
+SMALLER = {
+    "docs/diagnostics.md": [
+        ("batches(200)", "batches(5)"),
+        ("batches(128)", "batches(8)"),
+        (
+            "Trainer(..., callbacks",
+            "Trainer(model=tiny_llama(), args=args, train_dataset=data, callbacks",
+        ),
+        (
+            '"runs/watched"]',
+            '"runs/watched", *"--corpus stdlib --max_documents 30 --vocab_size 400 '
+            "--tokens_per_step 512 --per_device_train_batch_size 4 --max_steps 4 --hidden_size 32 "
+            '--intermediate_size 64".split()]',
+        ),
+        ("every=10", "every=2"),
+    ],
+}
+AFTERWARDS = {
+    "README.md": "assert type(optimizer).__name__ == 'Muon'",
+    "docs/checkpoints.md": "import pathlib\nassert pathlib.Path('out/checkpoint-4').is_dir()",
+    "docs/deepspeed.md": "assert engine.zero_optimization_stage() == 2",
+    "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
+    "docs/learning_rates.md": "assert taken_over",
+    "docs/routing.md": "assert plan.muon",
+}
+SLOW = {"docs/deepspeed.md", "docs/diagnostics.md"}
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def python_blocks(page):
+    return [block for block in markdown.blocks(page) if block.language == "python"]
+
+
+PAGES = [
+    pytest.param(page, id=name(page), marks=[pytest.mark.full] if name(page) in SLOW else [])
+    for page in markdown.PAGES
+    if python_blocks(page)
+]
+
+
+def script(page):
+    """The page's blocks as one program."""
+    code = "\n".join(block.code for block in python_blocks(page))
+    for old, new in [*SMALLER.get(name(page), []), DOTS]:
+        assert old in code or old == DOTS[0], f"{name(page)} no longer says {old!r}"
+        code = code.replace(old, new)
+    return "\n".join([PRELUDE, MORE.get(name(page), ""), code, AFTERWARDS[name(page)]])
+
+
+def run(code, folder):
+    """Run a program in a folder in which the repository's folders can be seen."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "program.py").write_text(code)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
+    environment = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["HF_MUON_CACHE"] = str(folder / "cache")
+    environment |= alone if "deepspeed" in code else {}
+    return subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page, tmp_path):
+    done = run(script(page), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_block_that_is_wrong_is_noticed(tmp_path):
+    done = run(PRELUDE + "create_muon_optimizer(model, lr=1e-3)\n", tmp_path)
+    assert "NameError" in done.stderr
+
+
+@pytest.mark.parametrize("page", markdown.PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in markdown.links(page):
+        if urlparse(link).scheme:
+            continue  # other sites are not visited
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        known = target.exists() and ROOT in [target, *target.parents]
+        if not known or (anchor and anchor not in markdown.anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_a_broken_link_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One `two`: three\n\n[a](#one-two-three) [b](no.md) `[c](code.md)`\n")
+    assert markdown.links(page) == ["#one-two-three", "no.md"]
+    assert markdown.anchors(page) == {"one-two-three"}
