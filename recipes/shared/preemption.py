@@ -26,16 +26,18 @@ class AlreadyTrained(Exception):
 class StopOnSignal(TrainerCallback):
     """Saves and stops at the end of the step during which any of the processes got a signal.
 
-    The processes agree after every step with an all-reduce of one number, because a signal reaches
-    them at different moments, or only one of them. The callback that transformers (5.23) brings for
-    SIGTERM, ``enable_jit_checkpoint``, acts in each process by itself, three seconds after the
-    signal: ranks that save sharded checkpoints would wait for each other in different steps.
+    The processes agree after every step and evaluation with an all-reduce of one number, because a
+    signal reaches them at different moments, or only one of them. The callback that transformers
+    (5.23) brings for SIGTERM, ``enable_jit_checkpoint``, acts in each process by itself, three
+    seconds after the signal: ranks that save sharded checkpoints would wait for each other in
+    different steps.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.stopped_by: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._stepped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take over the signals, unless nothing is left to train."""
@@ -45,18 +47,34 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask all processes whether one of them got a signal; then save instead of evaluating."""
-        number = largest_of_all(self.received, args.device)
-        if number and state.global_step < state.max_steps:  # the last step ends by itself
-            self.stopped_by = signal.Signals(number).name
-            control.should_save = control.should_training_stop = True
+        """Save instead of evaluating, if a signal came during the step."""
+        self._stepped = True
+        if self._stop(args, state, control):
             control.should_evaluate = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save without another step, if a signal came during the evaluation.
+
+        After the evaluation before the first step there is nothing to save.
+        """
+        if self._stepped:
+            self._stop(args, state, control)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Give the signals back."""
+        self._stepped = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def _stop(self, args: Any, state: Any, control: Any) -> bool:
+        """Ask all processes whether one of them got a signal, and stop if so."""
+        number = largest_of_all(self.received, args.device)
+        if not number or state.global_step >= state.max_steps:  # the last step ends by itself
+            return False
+        self.stopped_by = signal.Signals(number).name
+        control.should_save = control.should_training_stop = True
+        return True
 
     def _note(self, number: int, _: Any) -> None:
         self.received = number

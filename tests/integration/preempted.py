@@ -22,6 +22,17 @@ class Preempt(TrainerCallback):
             os.kill(self.process(), self.number)
 
 
+class PreemptWhileEvaluating(Preempt):
+    """Sends the signal in the middle of the evaluation after a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        """Nothing during the step."""
+
+    def on_prediction_step(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(self.process(), self.number)
+
+
 class Record(TrainerCallback):
     """Keeps the sequences that the model was trained on, in order."""
 

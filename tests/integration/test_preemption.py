@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.integration import test_recipe_llama as llama
 from tests.integration import test_recipe_lora as lora
-from tests.integration.preempted import Preempt, Record, write_stream
+from tests.integration.preempted import Preempt, PreemptWhileEvaluating, Record, write_stream
 from tests.integration.recipes import import_recipe
 from tests.integration.tiny import largest_difference
 
@@ -80,6 +80,20 @@ def test_a_run_that_goes_on_elsewhere_in_the_stream_is_another_run(stream, tmp_p
     assert len(parts) == len(whole)
     assert parts != whole
     assert largest_difference(weights(tmp_path / "parts"), weights(tmp_path / "whole")) > 1e-4
+
+
+@pytest.mark.parametrize(("evaluated", "stopped"), [(0, 1), (2, 2)])
+def test_an_evaluation_ends_and_no_step_follows_it(evaluated, stopped, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(whole)
+    seen = train(parts, callbacks=[PreemptWhileEvaluating(evaluated)])
+    assert last_line(capsys).startswith(f"stopped by SIGTERM after step {stopped} of {STEPS}")
+    assert (parts / f"checkpoint-{stopped}" / "trainer_state.json").is_file()
+    seen += train(parts, "--resume_from_checkpoint", "last")
+    assert seen == expected
+    curves = [json.loads((f / "results.json").read_text())["eval_curve"] for f in (whole, parts)]
+    assert curves[0] == curves[1]
+    assert largest_difference(weights(parts), weights(whole)) == 0
 
 
 def test_no_step_follows_the_last_one(tmp_path):

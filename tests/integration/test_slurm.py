@@ -15,7 +15,11 @@ from tests.integration.recipes import import_recipe
 settings = import_recipe("llama_pretrain")["settings"]
 NODES = {"1_node": 1, "2_nodes": 2, "8_nodes": 8}
 GPUS = 8
-SCRIPTS = sorted(path.name for path in slurm.JOBS.iterdir() if path.suffix in (".sh", ".sbatch"))
+SCRIPTS = sorted(
+    path.relative_to(slurm.ROOT).as_posix()
+    for pattern in ("recipes/slurm/*.s*", "scripts/*.sh", ".ci/run")
+    for path in slurm.ROOT.glob(pattern)
+)
 
 
 def directives(job):
@@ -46,9 +50,8 @@ def test_every_job_is_tested():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_are_sound(script):
-    path = str(slurm.JOBS / script)
     for checker in (["bash", "-n"], ["shellcheck", "--external-sources"]):
-        done = subprocess.run([*checker, path], cwd=slurm.ROOT, capture_output=True, text=True)
+        done = subprocess.run([*checker, script], cwd=slurm.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
