@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import datasets
 import numpy as np
@@ -35,25 +34,6 @@ def packed(
     """Return all blocks of texts that fit in memory."""
     rows = pack(encode(texts, tokenizer), seq_len, tokenizer.eos_token_id)
     return datasets.Dataset.from_dict({"input_ids": list(rows)}).with_format("torch")
-
-
-def packed_stream(
-    rows: datasets.IterableDataset, column: str, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> datasets.IterableDataset:
-    """Return the blocks of a stream of rows with a text column, read as they are needed."""
-    return datasets.IterableDataset.from_generator(
-        stream_blocks,
-        gen_kwargs={"rows": rows, "column": column, "tokenizer": tokenizer, "seq_len": seq_len},
-    ).with_format("torch")
-
-
-def stream_blocks(
-    rows: Iterable[Mapping[str, Any]], column: str, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Iterator[dict[str, list[int]]]:
-    """Yield the blocks of a stream, encoding a few hundred documents at a time."""
-    texts = (row[column] for row in rows)
-    for block in pack(encode(texts, tokenizer), seq_len, tokenizer.eos_token_id):
-        yield {"input_ids": block}
 
 
 def encode(

@@ -17,6 +17,7 @@ import tokenizer as tokenization
 from settings import DataSettings
 from shared.arguments import RecipeError
 from shared.assets import cache_folder
+from stream import BlockStream
 from transformers import PreTrainedTokenizerBase
 
 
@@ -25,7 +26,7 @@ class PretrainingData:
     """Blocks of tokens for training and validation; ``train`` may be a stream."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: datasets.Dataset | datasets.IterableDataset
+    train: datasets.Dataset | BlockStream
     validation: datasets.Dataset
     description: dict[str, Any]
 
@@ -44,7 +45,7 @@ def prepare(data: DataSettings, steps: int) -> PretrainingData:
     held_out = [document.text for document in split.validation]
     if isinstance(split.train, datasets.IterableDataset):
         tokenizer = choose_tokenizer(data, split.train.take(data.tokenizer_documents))
-        train = packing.packed_stream(split.train, data.text_column, tokenizer, data.seq_len)
+        train = BlockStream(split.train, data.text_column, tokenizer, data.seq_len)
         validation = packing.packed(held_out, tokenizer, data.seq_len)
         facts = {"train_documents": "streamed", "validation_documents": len(held_out)}
     else:

@@ -26,6 +26,7 @@ from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
 from speed import LogSpeed, Rates, flops_per_token, peak_tflops
+from stream import keep_place
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> None:
     rates = rates_of(model, data_settings, args)
     # First, because reporters see what is in a log when their turn comes.
     trainer.callback_handler.callbacks.insert(0, LogSpeed(clock, rates))
-    if not preemption.train(trainer, checkpoint(args)):
+    begin = checkpoint(args)
+    keep_place(trainer, data_settings.tokens_per_step // data_settings.seq_len, begin)
+    if not preemption.train(trainer, begin):
         leave_together(trainer)
         return
     results = reporting.run_results(trainer, clock, rates)

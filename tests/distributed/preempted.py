@@ -1,8 +1,8 @@
 """Run the LLaMA recipe and get a signal in the middle of a step.
 
-In: ``PREEMPT=rank:step:signal:whom`` in the environment (whom: ``self``,
-``launcher`` or ``batch``, the shell of a job), and the
-arguments of run.py, after ``fsdp2`` where accelerate has to shard on CPUs.
+In: ``PREEMPT=rank:step:signal:whom`` in the environment (whom: ``self``, ``launcher``, or ``batch``,
+the shell of a job), and the arguments of run.py, after ``fsdp2`` where accelerate has to shard on
+CPUs.
 """
 
 import os
@@ -34,6 +34,9 @@ def main():
             preempt = Preempt(int(step), signal.Signals[number], WHOM[whom])
             transformers.trainer.DEFAULT_CALLBACKS.append(preempt)
     sys.path.insert(0, str(RECIPE))
+    import stream
+
+    stream.AT_ONCE = 4  # documents: several places in a short run
     runpy.run_path(str(RECIPE / "run.py"), run_name="__main__")
 
 

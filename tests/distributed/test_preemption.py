@@ -1,5 +1,6 @@
 """Ranks that a signal reaches at different moments stop after the same step, and go on exactly."""
 
+import json
 import re
 import shlex
 
@@ -21,6 +22,7 @@ CASES = {
     "zero2": ("zero2", [], "self:SIGTERM"),
 }
 STEPS = 4
+SEQUENCES = recipe.SMALL["tokens_per_step"] // recipe.SMALL["seq_len"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,10 @@ def test_two_ranks_stop_together_and_go_on_exactly(case, stream, tmp_path):
     status, output = run(parts, words, f"1:2:{number}:{whom}")
     step = 2 if whom == "self" else int(output.split("after step ")[1].split()[0])
     assert f"stopped by {number} after step {step} of {STEPS}" in output, output[-3000:]
-    assert (parts / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    checkpoint = parts / f"checkpoint-{step}"
+    assert (checkpoint / "trainer_state.json").is_file()
+    place = json.loads((checkpoint / "stream.json").read_text())
+    assert 0 < place["blocks"] <= place["trained"] == step * SEQUENCES
     assert not (parts / "results.json").exists()
     assert status == 0 or whom == "launcher"  # which ends with the signal's own status
 

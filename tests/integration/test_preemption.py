@@ -15,16 +15,18 @@ from tests.integration.recipes import import_recipe
 from tests.integration.tiny import largest_difference
 
 recipe = import_recipe("llama_pretrain")
-launch, run = recipe["launch"], recipe["run"]
+launch, run, blocks = recipe["launch"], recipe["run"], recipe["stream"]
 shared_cache, short_minilm = llama.shared_cache, lora.short_minilm  # fixtures
 STEPS = 5
 SETTINGS = {**llama.SMALL, "max_steps": STEPS, "save_strategy": "steps", "save_steps": 100}
 SEQUENCES = SETTINGS["tokens_per_step"] // SETTINGS["seq_len"]
 
 
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory):
-    return write_stream(tmp_path_factory.mktemp("stream"))
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "AT_ONCE", 4)  # several places in a short run
+    (tmp_path / "texts").mkdir()
+    return write_stream(tmp_path / "texts")
 
 
 @pytest.fixture(params=["memory", "stream"])
@@ -70,6 +72,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, tmp_path, capsys):
     seen += train(parts, *corpus, *again)
     assert seen == expected
     assert largest_difference(weights(parts), weights(whole)) == 0
+
+
+def test_a_checkpoint_holds_the_place_in_the_stream(stream, tmp_path):
+    parts = tmp_path / "parts"
+    train(parts, *stream, callbacks=[Preempt(3)])
+    place = json.loads((parts / "checkpoint-3" / blocks.FILE).read_text())
+    assert place["trained"] == 3 * SEQUENCES
+    assert 0 < place["blocks"] <= place["trained"]
+    (parts / "checkpoint-3" / blocks.FILE).unlink()  # then the stream is read again up to there
+    train(parts, *stream, "--resume_from_checkpoint", "last")
+    train(tmp_path / "whole", *stream)
+    assert largest_difference(weights(parts), weights(tmp_path / "whole")) == 0
 
 
 def test_a_run_that_goes_on_elsewhere_in_the_stream_is_another_run(stream, tmp_path):

@@ -18,8 +18,8 @@ recipe = import_recipe("llama_pretrain")
 compare, corpora, packing, search = (
     recipe[name] for name in ("compare", "corpora", "packing", "search")
 )
-pretraining_data, run, settings, tokenization = (
-    recipe[name] for name in ("pretraining_data", "run", "settings", "tokenizer")
+pretraining_data, run, settings, stream, tokenization = (
+    recipe[name] for name in ("pretraining_data", "run", "settings", "stream", "tokenizer")
 )
 RecipeError = settings.RecipeError
 
@@ -140,8 +140,8 @@ def test_packing_neither_loses_nor_repeats_a_token(seq_len):
 
 def test_stream_and_memory_give_the_same_blocks(tmp_path):
     bpe = tokenization.trained_bpe(TEXTS, 300, tmp_path)
-    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    streamed = [row["input_ids"].tolist() for row in packing.packed_stream(stream, "text", bpe, 16)]
+    rows = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    streamed = [row["input_ids"].tolist() for row in stream.BlockStream(rows, "text", bpe, 16)]
     assert streamed == packing.packed(TEXTS, bpe, 16).with_format(None)["input_ids"][:]
 
 
