@@ -1,8 +1,8 @@
 """Run the LLaMA recipe and get a signal in the middle of a step.
 
-In: ``PREEMPT=rank:step:signal:whom`` in the environment (whom: ``self``, ``launcher``, or ``batch``,
-the shell of a job), and the arguments of run.py, after ``fsdp2`` where accelerate has to shard on
-CPUs.
+In: ``PREEMPT=rank:step:signal:whom`` in the environment (whom: ``self``, ``launcher``, or
+``batch``, the shell of a job), and the arguments of run.py, after ``fsdp2`` where accelerate has to
+shard on CPUs.
 """
 
 import os

@@ -5,7 +5,9 @@ A whole job, with signal and requeue, runs in ``tests/distributed/test_preemptio
 
 import re
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from tests.integration.recipes import import_recipe
 settings = import_recipe("llama_pretrain")["settings"]
 NODES = {"1_node": 1, "2_nodes": 2, "8_nodes": 8}
 GPUS = 8
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = sorted(
     path.relative_to(slurm.ROOT).as_posix()
     for pattern in ("recipes/slurm/*.s*", "scripts/*.sh", ".ci/run")
@@ -50,7 +53,7 @@ def test_every_job_is_tested():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_are_sound(script):
-    for checker in (["bash", "-n"], ["shellcheck", "--external-sources"]):
+    for checker in (["bash", "-n"], [SHELLCHECK, "--external-sources"]):
         done = subprocess.run([*checker, script], cwd=slurm.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -58,7 +61,7 @@ def test_the_scripts_are_sound(script):
 def test_the_checker_finds_what_is_wrong(tmp_path):
     wrong = tmp_path / "wrong.sh"
     wrong.write_text("#!/usr/bin/env bash\nrm -r $1/*\n")
-    assert subprocess.run(["shellcheck", wrong], capture_output=True).returncode == 1
+    assert subprocess.run([SHELLCHECK, wrong], capture_output=True).returncode == 1
 
 
 def test_a_job_is_told_in_time_and_comes_back(job):

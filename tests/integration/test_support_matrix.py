@@ -48,6 +48,7 @@ ROWS = {
         "distributed/test_accelerate_configs.py::test_the_same_weights_are_trained",
         "distributed/test_deepspeed_launcher.py::test_the_launchers_train_the_same_weights",
         "distributed/test_multi_node.py::test_two_machines_train_the_weights_of_one_process",
+        "distributed/test_trainer_launches.py::test_the_launch_is_what_was_asked_for",  # torchrun
         "integration/test_slurm.py::test_the_recipe_takes_the_launch",
     ],
     "LoRA, rsLoRA, PiSSA, DoRA": [
