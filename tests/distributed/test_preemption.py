@@ -1,6 +1,7 @@
 """Ranks that a signal reaches at different moments stop after the same step, and go on exactly."""
 
 import json
+import os
 import re
 import shlex
 
@@ -83,11 +84,14 @@ def test_a_slurm_job_goes_back_into_the_queue_and_ends(stream, tmp_path):
         "cd $SLURM_SUBMIT_DIR; source recipes/slurm/job.sh; export BATCH_SHELL=$$\n"
         f"train ddp -- -m {MODULE} {words}\n"
     )
-    variables = slurm.variables(commands, 1, 2, PREEMPT="1:2:SIGUSR1:batch")
+    # Two machines with a process each, both here; the job's number makes the port.
+    job_id = str(os.getpid())
+    own = {"SLURM_JOB_ID": job_id, "HOSTS": "127.0.0.1", "PREEMPT": "1:2:SIGUSR1:batch"}
+    variables = slurm.variables(commands, 2, 1, **own)
     status, output = run_job(job, out, variables)
     assert status == 0, output[-3000:]
     assert re.search(rf"stopped by SIG\w+ after step \d+ of {steps}", output)
-    assert (commands / "requeued").read_text() == "1234\n"
+    assert (commands / "requeued").read_text() == f"{job_id}\n"
     assert not (out / "results.json").exists()
 
     del variables["PREEMPT"]

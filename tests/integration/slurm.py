@@ -1,7 +1,7 @@
 """Stand-ins for SLURM's commands: jobs run here, each node a session of processes.
 
 In: an empty folder. Out: executables in it, to be put first on PATH, and a file ``requeued`` once a
-job has gone back into the queue.
+job has gone back into the queue. Machines are called node0, node1, …, or all ``HOSTS``.
 """
 
 import os
@@ -27,7 +27,7 @@ sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
 case $1 in
-    show) for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do echo "node$n"; done ;;
+    show) for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do echo "${HOSTS:-node$n}"; done ;;
     requeue) echo "$2" > "$(dirname "$0")/requeued" ;;
 esac
 """
