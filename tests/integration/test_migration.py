@@ -3,16 +3,19 @@
 torch's own is compared in tests/unit/optimizer/test_torch_parity.py.
 """
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from deepspeed.runtime.zero.muon import original_muon
 
 from hf_muon import Muon, MuonConfig
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import ON_CPU, ROOT
 
 RATE, STEPS = 0.02, 3
+SHAPES = [(16, 24), (48, 16), (16, 16)]
 PAGE = ROOT / "docs" / "learning_rates.md"
 
 
@@ -37,18 +40,42 @@ def ours(shape, gradients, **overrides):
     return weight.detach()
 
 
-def deepspeeds(shape, gradients):
-    weight, momentum = torch.ones(shape), torch.zeros(shape)
-    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than the test
-        for gradient in gradients:
-            weight -= RATE * original_muon.muon_update(gradient.clone(), momentum)
-    return weight
+# In a process of its own: no other test is to meet DeepSpeed.
+DEEPSPEEDS = """
+import sys
+import torch
+from deepspeed.runtime.zero.muon import original_muon
+
+rate, gradients = float(sys.argv[1]), torch.load("gradients.pt")
+weights = []
+torch.compiler.set_stance("force_eager")  # compiling takes longer than the test
+for given in gradients:
+    weight, momentum = torch.ones_like(given[0]), torch.zeros_like(given[0])
+    for gradient in given:
+        weight -= rate * original_muon.muon_update(gradient, momentum)
+    weights.append(weight)
+torch.save(weights, "weights.pt")
+"""
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (48, 16), (16, 16)])
-def test_deepspeeds_muon(shape):
-    gradients = [torch.randn(shape) for _ in range(STEPS)]
-    theirs = deepspeeds(shape, gradients)
+@pytest.fixture(scope="module")
+def deepspeeds(tmp_path_factory):
+    """Gradients of each shape, and the weights that DeepSpeed's Muon makes of them."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    gradients = [[torch.randn(shape) for _ in range(STEPS)] for shape in SHAPES]
+    torch.save(gradients, folder / "gradients.pt")
+    command = [sys.executable, "-c", DEEPSPEEDS, str(RATE)]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | ON_CPU, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = torch.load(folder / "weights.pt")
+    return dict(zip(SHAPES, zip(gradients, weights, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_deepspeeds_muon(shape, deepspeeds):
+    gradients, theirs = deepspeeds[shape]
     exact = {"polar_dtype": "float32"}  # as theirs is on a CPU
     found = ours(shape, gradients, **settings("DeepSpeed's `Muon`"), **exact)
     largest = (theirs - 1).abs().max()
