@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
     """Return every case of every ablation."""
-    size = {"copies": 4, "steps": 200} if quick else {"copies": 16, "steps": 1000}
+    size = {"copies": 4, "steps": 200} if quick else {"copies": 8, "steps": 1000}
     tasks = {
         f"{ablation}_{index}": Task(measure, {"settings": BASE | size | changes})
         for ablation, cases in CASES.items()

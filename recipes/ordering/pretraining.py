@@ -11,14 +11,14 @@ from typing import Any
 
 from charts import grid, save
 from parts import Parts
-from tuning import Plan, draw_row, plateau, sentences, tune
+from tuning import Plan, draw_row, plateau, sentences, tune, untrained
 
 GRIDS = {
-    "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "pre_polar": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "post_polar": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
-    "post_polar_matched": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "polar_only": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+    "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "pre_polar": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "post_polar": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+    "post_polar_matched": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "polar_only": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
 }
 STEPS = 122  # of 16 × 128 tokens: 0.25 M
 WITHIN = 0.1
@@ -29,9 +29,14 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
     """Return what every method reaches on both models."""
     plans = {name: plan(name, quick) for name in TITLES}
     models = {name: tune(parts, plans[name]) for name in TITLES}
+    at_rest = {
+        name: untrained(parts, plans[name], tuned["adamw"]["best"])
+        for name, tuned in models.items()
+    }
     return {
         "steps": plans["llama"].steps,
         "models": models,
+        "untrained": at_rest,
         "plateaus": {
             name: {method: plateau(part, WITHIN) for method, part in tuned.items()}
             for name, tuned in models.items()
@@ -42,8 +47,8 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
 def plan(world: str, quick: bool) -> Plan:
     """Return how a model is tuned."""
     if not quick:
-        return Plan(world, STEPS, GRIDS, within=WITHIN)
-    few = {name: rates[1:3] for name, rates in GRIDS.items()}
+        return Plan(world, STEPS, GRIDS)
+    few = {name: rates[2:4] for name, rates in GRIDS.items()}
     sizes = {"width": 48, "layers": 2}
     return Plan(world, 20, few, seeds=(0,), fresh=(1,), widen=0, sizes=sizes)
 
@@ -52,7 +57,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Draw a row of panels for each model."""
     figure, axes = grid(len(results["models"]), 3, squeeze=False)
     for row, (name, tuned) in zip(axes, results["models"].items(), strict=True):
-        draw_row(row, tuned, f"{TITLES[name]}: loss")
+        draw_row(row, tuned, results["untrained"][name], f"{TITLES[name]}: loss")
     save(figure, path)
 
 
@@ -61,5 +66,5 @@ def lines(results: dict[str, Any]) -> list[str]:
     return [
         f"{TITLES[name]}: {line}"
         for name, tuned in results["models"].items()
-        for line in sentences(tuned, WITHIN)
+        for line in sentences(tuned, results["untrained"][name], WITHIN)
     ]

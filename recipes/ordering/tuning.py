@@ -1,4 +1,4 @@
-"""Methods at learning rates of their own: a grid as wide as its plateau, then fresh seeds.
+"""Methods at learning rates of their own: a grid, wider where the best is at an edge; fresh seeds.
 
 In: how to train once, first grids, seeds. Out: by method, the losses at every rate, the best rate,
 and the losses there of seeds that the search has not seen. Figures of these.
@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
-from charts import COLOURS, MARKERS, label, logarithmic
+from charts import COLOURS, MARKERS, MUTED, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
-from shared.study import FACTOR, mean_and_spread
+from shared.study import beyond_edge, mean_and_spread
 from training import METHODS, train
 
 Tuned = dict[str, dict[str, Any]]
 
+STANDSTILL = 1e-9
+"""A learning rate at which a run's updates stay far below the weights."""
 LABELS = {
     "adamw": "AdamW",
     "pre_polar": "pre_polar (Muon)",
@@ -40,18 +42,16 @@ class Plan:
         grids: first learning rates of each method.
         seeds: of the search.
         fresh: seeds of the comparison at the best rates.
-        within: nats above the best loss that count as the plateau of good rates.
-        widen: how often a grid may grow by a rate on either side; 0 leaves it as it is.
+        widen: how often a grid may grow by one rate; 0 leaves it as it is.
         sizes: of model and data, where they differ from the world's.
     """
 
     world: str
     steps: int
     grids: Mapping[str, Sequence[float]]
-    seeds: Sequence[int] = (0, 1)
-    fresh: Sequence[int] = (2, 3, 4)
-    within: float = 0.1
-    widen: int = 8
+    seeds: Sequence[int] = (0,)
+    fresh: Sequence[int] = (1, 2, 3)
+    widen: int = 5
     sizes: Mapping[str, Any] | None = None
 
 
@@ -73,7 +73,7 @@ def tune(parts: Parts, plan: Plan) -> Tuned:
 
 
 def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float | None) -> Tuned:
-    """Return grids that show all of the plateau, unless ``widen`` is 0, and the best rates."""
+    """Return grids and best rates, each inside its grid unless ``widen`` is 0."""
     grids: dict[str, dict[float, Any]] = {name: {} for name in methods}
     waiting = [(name, rate) for name in methods for rate in plan.grids[name]]
     for _ in range(1 + plan.widen):
@@ -81,11 +81,7 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
         runs = trained(parts, plan, jobs, adamw_lr)
         for name, rate in waiting:
             grids[name][rate] = summary([runs[name, rate, seed] for seed in plan.seeds])
-        waiting = [
-            (name, rate)
-            for name in methods
-            for rate in beyond_plateau(losses(grids[name]), plan.within)
-        ]
+        waiting = [(name, rate) for name in methods for rate in beyond_edge(losses(grids[name]))]
         if not waiting or not plan.widen:
             return {
                 name: {
@@ -95,19 +91,15 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float |
                 for name, grid in grids.items()
             }
     raise RecipeError(
-        f"{plan.world}: after {plan.widen} wider grids a rate within {plan.within} of the best is "
-        f"at an edge; next would be {waiting}."
+        f"{plan.world}: after {plan.widen} wider grids the best rate is still at an edge; next "
+        f"would be {waiting}."
     )
 
 
-def beyond_plateau(grid: Mapping[float, float], within: float) -> list[float]:
-    """Return the next rate on each side where the loss at the edge is still a good one.
-
-    The best rate then lies inside, and the width of the plateau does not depend on the first grid.
-    """
-    best = min(grid.values())
-    ends = ((min(grid), 1 / FACTOR), (max(grid), FACTOR))
-    return [rate * step for rate, step in ends if not grid[rate] > best + within]
+def untrained(parts: Parts, plan: Plan, adamw_lr: float) -> dict[str, Any]:
+    """Return what is reached when the matrices stay as they began, and all else is trained."""
+    jobs = [("polar_only", STANDSTILL, seed) for seed in plan.fresh]
+    return summary(list(trained(parts, plan, jobs, adamw_lr).values()))
 
 
 def losses(grid: Mapping[float, Any]) -> dict[float, float]:
@@ -161,9 +153,13 @@ def plateau(part: Mapping[str, Any], within: float) -> float:
     return max(near) / min(near)
 
 
-def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
+def draw_row(
+    axes: Sequence[plt.Axes], tuned: Tuned, at_rest: Mapping[str, Any], title: str
+) -> None:
     """Draw losses over rates, stable ranks over rates, and the fresh seeds at the best rates."""
     rates_axis, rank_axis, best_axis = axes
+    at_rest_loss = at_rest["loss"]["mean"]
+    rates_axis.axhline(at_rest_loss, color=MUTED, lw=1, ls="--", label="matrices untrained")
     for name, part in tuned.items():
         colour, marker = LOOKS[name]
         look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
@@ -171,13 +167,7 @@ def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
         for axis, value in ((rates_axis, "loss"), (rank_axis, "stable_rank")):
             means_at = [at[value]["mean"] for at in finite]
             axis.plot([at["rate"] for at in finite], means_at, label=LABELS[name], **look)
-    names = list(tuned)
-    for height, name in enumerate(names):
-        colour, marker = LOOKS[name]
-        values = tuned[name]["fresh"]["loss"]["values"]
-        best_axis.plot(values, [height] * len(values), marker, color=colour, ms=6, alpha=0.8)
-    best_axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
-    best_axis.invert_yaxis()
+    draw_best(best_axis, tuned)
     every_second = sorted({at["rate"] for part in tuned.values() for at in part["rates"]})[::2]
     for axis in (rates_axis, rank_axis):
         logarithmic(axis.xaxis, every_second)
@@ -188,21 +178,43 @@ def draw_row(axes: Sequence[plt.Axes], tuned: Tuned, title: str) -> None:
     rates_axis.legend(frameon=False, fontsize=8)
     label(rates_axis, "learning rate of the matrices", "held-out loss", title)
     label(rank_axis, "learning rate of the matrices", "", "stable rank of the weights, mean")
-    label(best_axis, "held-out loss", "", "fresh seeds at the best rate")
-    best_axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+
+
+def draw_best(axes: plt.Axes, tuned: Tuned) -> None:
+    """Draw the fresh seeds at the best rates; AdamW is named at the edge where it is far off."""
+    names = list(tuned)
+    for height, name in enumerate(names):
+        colour, marker = LOOKS[name]
+        values = tuned[name]["fresh"]["loss"]["values"]
+        axes.plot(values, [height] * len(values), marker, color=colour, ms=6, alpha=0.8)
+    orders = [
+        v for name in names if name != "adamw" for v in tuned[name]["fresh"]["loss"]["values"]
+    ]
+    reach = max(orders) - min(orders)
+    adamw = tuned["adamw"]["fresh"]["loss"]["mean"]
+    if adamw > max(orders) + reach:
+        axes.set_xlim(min(orders) - 0.1 * reach, max(orders) + 0.3 * reach)
+        axes.text(
+            0.98, names.index("adamw"), f"{adamw:.2f} →", color=LOOKS["adamw"][0],
+            transform=axes.get_yaxis_transform(), ha="right", va="center",
+        )  # fmt: skip
+    axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    label(axes, "held-out loss", "", "fresh seeds at the best rate")
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
 
 
 def part_worst(part: Mapping[str, Any]) -> float:
-    """Return the loss up to which a method is drawn: a factor of 4 in rate around its best."""
+    """Return the loss up to which a method is drawn: a factor of 8 in rate around its best."""
     near = [
         loss
         for rate, loss in means(part).items()
-        if part["best"] / 4.1 <= rate <= part["best"] * 4.1 and math.isfinite(loss)
+        if part["best"] / 8.1 <= rate <= part["best"] * 8.1 and math.isfinite(loss)
     ]
     return max(near)
 
 
-def sentences(tuned: Tuned, within: float) -> list[str]:
+def sentences(tuned: Tuned, at_rest: Mapping[str, Any], within: float) -> list[str]:
     """Return a line per method."""
     said = []
     for name, part in tuned.items():
@@ -214,4 +226,5 @@ def sentences(tuned: Tuned, within: float) -> list[str]:
             f"{LABELS[name]}: rate {part['best']:g}, loss {loss['mean']:.4f}{spread}{right}, "
             f"stable rank {rank:.1f}, plateau ×{plateau(part, within):g}"
         )
+    said.append(f"matrices untrained: loss {at_rest['loss']['mean']:.4f}")
     return said

@@ -270,7 +270,7 @@ def invented(monkeypatch, best):
     return jobs
 
 
-def test_grids_grow_until_they_hold_the_plateau(tmp_path, monkeypatch):
+def test_grids_grow_until_the_best_rate_is_inside(tmp_path, monkeypatch):
     jobs = invented(monkeypatch, {"adamw": 0.5, "pre_polar": 0.01})
     grids = {"adamw": (0.25, 0.5, 1.0, 2.0), "pre_polar": (0.08, 0.16)}
     plan = tuning.Plan("llama", 3, grids, seeds=(0, 1), fresh=(2, 3, 4))
@@ -284,9 +284,6 @@ def test_grids_grow_until_they_hold_the_plateau(tmp_path, monkeypatch):
     assert {adamw_lr for method, *_, adamw_lr in jobs if method == "pre_polar"} == {0.5}
     assert {adamw_lr for method, *_, adamw_lr in jobs if method == "adamw"} == {None}
     assert tuning.plateau(tuned["pre_polar"], within=1.1) == 4
-    wide = tuning.Plan("llama", 3, {"adamw": (0.5,)}, seeds=(0,), fresh=(1,), within=1.1)
-    rates = tuning.means(tuning.tune(parts.Parts(tmp_path / "wide"), wide)["adamw"])
-    assert sorted(rates) == [0.125, 0.25, 0.5, 1.0, 2.0]
     far = tuning.Plan("llama", 3, {"adamw": (2**-20, 2**-19)}, widen=2)
     with pytest.raises(tuning.RecipeError, match="at an edge"):
         tuning.tune(parts.Parts(tmp_path / "far"), far)
@@ -335,7 +332,7 @@ def test_the_pretraining_study_draws_what_it_found(tmp_path, monkeypatch):
     results = pretraining.run(parts.Parts(tmp_path / "parts"), quick=True)
     said = drawn(pretraining, results, tmp_path)
     assert set(results["models"]) == {"llama", "gpt2"}
-    assert len(said) == 4
+    assert len(said) == 2 * 3
     for tuned in results["models"].values():
         assert tuned["pre_polar"]["fresh"]["loss"]["mean"] < math.log(worlds.VOCABULARY) + 0.5
 
