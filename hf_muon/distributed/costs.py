@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.owners import polar_cost
@@ -138,9 +137,20 @@ def _workspace(owned: Sequence[Unit]) -> int:
 
 
 def in_flight(costs: Sequence[Cost]) -> Cost:
-    """The cost of buckets of which two are in flight at a time, for one rank."""
-    pairs = [max(a.waiting + b.computing, a.computing + b.waiting) for a, b in pairwise(costs)]
-    return _sum(costs, computing=max([*pairs, *(cost.memory for cost in costs)], default=0))
+    """The cost of buckets for one rank, one of which computes while others wait for collectives.
+
+    They follow each other at the distance of one collective, as in
+    :func:`~hf_muon.distributed.exchange.run_overlapped`.
+    """
+    depth = 1 + max((cost.collectives for cost in costs), default=0)
+    together = [costs[first : first + depth] for first in range(max(1, len(costs) - depth + 1))]
+    return _sum(costs, computing=max(map(_memory, together)))
+
+
+def _memory(costs: Sequence[Cost]) -> int:
+    """The most that some buckets take, whichever of them computes or waits."""
+    waiting = sum(cost.waiting for cost in costs)
+    return waiting + max((max(0, cost.computing - cost.waiting) for cost in costs), default=0)
 
 
 def one_after_another(costs: Sequence[Cost]) -> Cost:

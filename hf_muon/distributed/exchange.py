@@ -123,10 +123,11 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
     if width == 0:  # this rank and its replicas hold nothing, but their peers do
         yield
         return
-    send = torch.zeros(width, dtype=wire, device=bucket.device)
+    send = torch.empty(width, dtype=wire, device=bucket.device)
     own = [bucket.by_replica[replicate.index]]
     for item, block in _unpacked(own, send):
         block.copy_(results[item])
+    send[counts[replicate.index] :].zero_()
     received = torch.empty(replicate.size, width, dtype=wire, device=bucket.device)
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
     work = all_gather(received.view(-1), send, group=replicate.group, async_op=True)
@@ -205,18 +206,17 @@ def in_batches(matrices: Sequence[Tensor], function: MatrixFunction) -> list[Ten
     return [results[index] for index in range(len(matrices))]
 
 
-def run_overlapped(steps: Iterable[Generator[None, None, None]], in_flight: int = 2) -> None:
-    """Run generators to their ends, ``in_flight`` at a time, in the same order on every rank."""
-    waiting = iter(steps)
+def run_overlapped(steps: Iterable[Generator[None, None, None]]) -> None:
+    """Run generators to their ends, with collectives of some while others compute.
+
+    A round starts one and moves all others on, the youngest first: what it sends is on its way
+    before an older one computes, and what that one sends before a still older one waits. Every rank
+    does so in the same order. As many are in flight as a step has collectives, and one.
+    """
     running: list[Generator[None, None, None]] = []
-    exhausted = False
-    while running or not exhausted:
-        while len(running) < in_flight and not exhausted:
-            following = next(waiting, None)
-            if following is None:
-                exhausted = True
-            elif not _finished(following):
-                running.append(following)
+    for youngest in steps:
+        running = [step for step in (youngest, *running) if not _finished(step)]
+    while running:
         running = [step for step in running if not _finished(step)]
 
 
