@@ -159,7 +159,8 @@ def draw_row(
     """Draw losses over rates, stable ranks over rates, and the fresh seeds at the best rates."""
     rates_axis, rank_axis, best_axis = axes
     at_rest_loss = at_rest["loss"]["mean"]
-    rates_axis.axhline(at_rest_loss, color=MUTED, lw=1, ls="--", label="matrices untrained")
+    at_rest_name = f"matrices untrained: {at_rest_loss:.2f}"
+    rates_axis.axhline(at_rest_loss, color=MUTED, lw=1, ls="--", label=at_rest_name)
     for name, part in tuned.items():
         colour, marker = LOOKS[name]
         look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
