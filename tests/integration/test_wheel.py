@@ -6,6 +6,7 @@ path to the ones that are installed here, so that nothing is downloaded.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -124,8 +125,7 @@ def test_the_sdist_holds_what_builds_and_tests_it(built, tmp_path):
     for folder in ("hf_muon", "recipes", "tests", "scripts", "docs"):
         assert any(name.startswith(f"{folder}/") for name in held)
     assert not [name for name in held if ".venv" in name or "__pycache__" in name]
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (source,) = tmp_path.iterdir()
     build(source, tmp_path / "again", "wheel")
     (first,), (second,) = built.glob("*.whl"), (tmp_path / "again").glob("*.whl")
@@ -157,8 +157,7 @@ def test_an_unmodified_script_trains_with_muon(installed, tmp_path):
 @pytest.mark.full
 def test_the_quickstart_runs_from_what_is_published(built, installed, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (source,) = tmp_path.iterdir()
     recipe = source / "recipes" / "llama_pretrain"
     (source / "hf_muon").rename(tmp_path / "away")  # the wheel's is used
