@@ -68,7 +68,7 @@ def spread_evenly(names: Sequence[str], most: int) -> list[str]:
     """No more than ``most`` of some names, from the first to the last at even distances."""
     if len(names) <= most:
         return list(names)
-    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+    return [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def read_gradients(sources: Sources) -> dict[str, Tensor]:

@@ -21,6 +21,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 FILE = "stream.json"
 AT_ONCE = 256  # documents; the tokenizer works on several in parallel
@@ -53,7 +56,7 @@ class BlockStream(IterableDataset):
         seq_len: int,
     ) -> None:
         self.rows, self.column, self.tokenizer, self.seq_len = rows, column, tokenizer, seq_len
-        self.start, self.skipped = Bookmark(), 0
+        self.start, self.skipped, self.passes = Bookmark(), 0, 0
         self.bookmarks: deque[Bookmark] = deque()
 
     def go_on(self, place: Bookmark, trained: int) -> None:
@@ -65,6 +68,7 @@ class BlockStream(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return  # one process reads, or blocks would come twice
+        self.passes += 1
         start, self.start = self.start, Bookmark()
         skipped, self.skipped = self.skipped, 0
         yield from islice(self._blocks(start), skipped, None)
@@ -110,11 +114,18 @@ class KeepPlace(TrainerCallback):
         """Write the place, from the process that reads the stream."""
         trained = state.global_step * self.blocks_per_step
         if state.is_world_process_zero and self.stream.bookmarks:
-            place = self.stream.place(trained)
-            if place.blocks <= trained:  # not after the end of a stream that began again
-                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-                content = asdict(place) | {"trained": trained}
-                (folder / FILE).write_text(json.dumps(content), encoding="utf8")
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE
+            if self.stream.passes > 1:  # steps do not tell where: the last of a pass may be short
+                path.unlink(missing_ok=True)
+                logger.warning(
+                    "The stream has begun again: training does not go on from %s exactly.",
+                    path.parent,
+                )
+                return
+            content = asdict(self.stream.place(trained)) | {"trained": trained}
+            written = path.with_suffix(".tmp")  # a run may be killed while it writes
+            written.write_text(json.dumps(content), encoding="utf8")
+            written.replace(path)
 
 
 def keep_place(trainer: Trainer, blocks_per_step: int, checkpoint: str | None) -> None:
@@ -123,11 +134,11 @@ def keep_place(trainer: Trainer, blocks_per_step: int, checkpoint: str | None) -
     Without a place in the checkpoint the Trainer reads the stream again, up to where it goes on.
     """
     stream = trainer.train_dataset
-    if not isinstance(stream, BlockStream):
-        return
+    if not isinstance(stream, BlockStream) or (checkpoint and trainer.args.ignore_data_skip):
+        return  # no stream, or one that begins anew by request: steps do not tell where it is
     trainer.add_callback(KeepPlace(stream, blocks_per_step))
     path = Path(checkpoint or "") / FILE
-    if checkpoint is None or trainer.args.ignore_data_skip or not path.is_file():
+    if checkpoint is None or trainer.args.dataloader_num_workers or not path.is_file():
         return
     saved = json.loads(path.read_text(encoding="utf8"))
     stream.go_on(Bookmark(saved["blocks"], saved["rows"], saved["left_over"]), saved["trained"])

@@ -27,6 +27,7 @@ trap stop USR1
 train() {
     local status
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         recipes/slurm/on_node.sh "$@" &
     step=$!
     while :; do # a signal ends `wait` as well

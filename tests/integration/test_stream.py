@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -102,3 +103,22 @@ def test_another_place_gives_other_blocks(opened):
     after = opened()
     after.go_on(before.place(100), 101)
     assert read(after, 20) != read(opened(), 120)[100:]
+
+
+def test_a_place_is_kept_in_the_first_pass_alone(opened, tmp_path):
+    """After it steps do not tell where a stream is: the last one of a pass may be short."""
+    blocks, args = opened(), SimpleNamespace(output_dir=tmp_path)
+    keeper = stream.KeepPlace(blocks, blocks_per_step=1)
+    path = tmp_path / "checkpoint-100" / stream.FILE
+    path.parent.mkdir()
+
+    def save(step):
+        keeper.on_save(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+
+    read(blocks, 101)
+    save(100)
+    assert json.loads(path.read_text(encoding="utf8"))["trained"] == 100
+    assert [each.name for each in path.parent.iterdir()] == [stream.FILE]
+    read(blocks, 20)
+    save(100)
+    assert not path.exists()
