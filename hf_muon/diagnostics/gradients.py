@@ -49,12 +49,18 @@ def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list
     """The names of matrices that one of some patterns is found in; all without patterns.
 
     Raises:
-        ValueError: A pattern matches none.
+        ValueError: A pattern matches none, or is no regular expression.
     """
     if layers is None:
         return list(names)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"layers holds {pattern!r}, which is no regular expression: {error}."
+            ) from None
         if not any(re.search(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(

@@ -150,7 +150,7 @@ def in_flight(costs: Sequence[Cost]) -> Cost:
 def _memory(costs: Sequence[Cost]) -> int:
     """The most that some buckets take, whichever of them computes or waits."""
     waiting = sum(cost.waiting for cost in costs)
-    return waiting + max((max(0, cost.computing - cost.waiting) for cost in costs), default=0)
+    return waiting + max((cost.memory - cost.waiting for cost in costs), default=0)
 
 
 def one_after_another(costs: Sequence[Cost]) -> Cost:

@@ -39,7 +39,7 @@ class StopOnSignal(TrainerCallback):
         self.received = 0
         self.stopped_by: str | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._stepped = False
+        self._stepped = self._saved = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take over the signals, unless nothing is left to train."""
@@ -61,6 +61,16 @@ class StopOnSignal(TrainerCallback):
         """
         if self._stepped:
             self._stop(args, state, control)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Note whether the checkpoint of the stop is there."""
+        self._saved = self.stopped_by is not None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save where ``save_strategy=best`` did not after an evaluation; do nothing twice."""
+        if self.stopped_by is not None:
+            control.should_evaluate = False
+            control.should_save = not self._saved
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Give the signals back."""

@@ -110,6 +110,27 @@ def test_an_evaluation_ends_and_no_step_follows_it(evaluated, stopped, tmp_path,
     assert largest_difference(weights(parts), weights(whole)) == 0
 
 
+def test_an_evaluation_that_is_not_the_best_is_saved_too(tmp_path, capsys):
+    """Here the loss is to rise, and falls."""
+    best = ["--save_strategy", "best", "--metric_for_best_model", "loss"]
+    best += ["--greater_is_better", "true", "--eval_strategy", "steps", "--eval_steps", "1"]
+    train(tmp_path, *best, callbacks=[PreemptWhileEvaluating(2)])
+    assert last_line(capsys).startswith(f"stopped by SIGTERM after step 2 of {STEPS}")
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_a_stop_at_the_end_of_an_epoch_saves_once(tmp_path, monkeypatch):
+    saved = []
+    original = transformers.Trainer._save_checkpoint
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "_save_checkpoint",
+        lambda self, *given: saved.append(self.state.global_step) or original(self, *given),
+    )
+    train(tmp_path, "--save_strategy", "epoch", callbacks=[Preempt(2)])
+    assert saved == [2]
+
+
 def test_no_step_follows_the_last_one(tmp_path):
     folder = tmp_path / "out"
     train(folder, callbacks=[Preempt(STEPS)])  # a signal during the last step changes nothing

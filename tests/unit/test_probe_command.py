@@ -93,6 +93,7 @@ ERRORS = {
     "momentum out of range": ([*SMALL, "--momentum", "1.5"], "momentum=1.5"),
     "unknown proxy": ([*SMALL, "--proxy", "buffer"], "held_out, in_buffer, both"),
     "no such matrix": ([*SMALL, "--layers", "q_porj"], "Near names"),
+    "no regular expression": ([*SMALL, "--layers", "q_proj("], "is no regular expression"),
     "no such device": ([*SMALL, "--device", "cup"], "device='cup' cannot be used"),
 }
 
