@@ -80,7 +80,7 @@ ROWS = {
         "test_a_universal_checkpoint_goes_on_on_another_number_of_ranks",
     ],
     "FSDP1; DeepSpeed with an `optimizer` section": [
-        "unit/optimizer/test_step.py::test_a_flat_shard_in_a_matrix_group_is_refused",
+        "unit/optimizer/test_groups.py::test_a_flat_shard_in_a_matrix_group_is_refused",
         "integration/test_deepspeed_config.py::test_is_refused",
     ],
     "CUDA and other accelerators": [],  # not tested, and README has to say so
