@@ -10,7 +10,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,20 +36,33 @@ class Split:
 
 
 def load(data: DataSettings) -> Split:
-    """Return the split of the corpus named in ``data``.
+    """Return the split of the corpus named in ``data``; names joined by ``+`` are read together.
 
     Raises:
         RecipeError: an unknown name, or an asset that is not installed.
     """
-    if data.corpus in LOCAL:
-        documents = LOCAL[data.corpus]()[: data.max_documents]
-        return hold_out(documents, data.holdout_every)
     if "/" in data.corpus:
         return load_from_hub(data)
-    raise RecipeError(
-        f"Unknown corpus {data.corpus!r}.{nearest(data.corpus, LOCAL)} Allowed: "
-        f"{', '.join(LOCAL)}, or a dataset of the Hub as owner/name."
+    return together([load_local(name, data) for name in data.corpus.split("+")])
+
+
+def load_local(name: str, data: DataSettings) -> Split:
+    """Return the split of one local corpus."""
+    if name not in LOCAL:
+        raise RecipeError(
+            f"Unknown corpus {name!r}.{nearest(name, LOCAL)} Allowed: {', '.join(LOCAL)}, several "
+            "of them joined by +, or a dataset of the Hub as owner/name."
+        )
+    return hold_out(LOCAL[name]()[: data.max_documents], data.holdout_every)
+
+
+def together(splits: Sequence[Split]) -> Split:
+    """Return one split of several, so that each corpus is held out in the same proportion."""
+    train, validation = (
+        list(chain.from_iterable(getattr(split, half) for split in splits))
+        for half in ("train", "validation")
     )
+    return Split(train, validation)
 
 
 def hold_out(documents: Sequence[Document], every: int) -> Split:

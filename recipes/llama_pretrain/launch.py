@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from shared.arguments import RecipeError
 
 SCRIPT = Path(__file__).with_name("run.py")
 DIVERGED = 3  # run.py's exit status when a gradient was not finite
@@ -26,12 +27,22 @@ DIVERGED = 3  # run.py's exit status when a gradient was not finite
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: ``run.py config --name value ... --output_dir folder``."""
+    """One training run: ``run.py config --name value ... --output_dir folder``.
+
+    Raises:
+        RecipeError: ``extra``, what all runs have in common, sets one of the run's own options.
+    """
 
     folder: Path
     config: str
     options: Mapping[str, Any] = field(default_factory=dict)
     extra: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse options that would be overridden without a word."""
+        fixed = {word[2:].partition("=")[0].replace("-", "_") for word in self.extra}
+        for name in fixed & self.options.keys():
+            raise RecipeError(f"--{name} differs between the runs; leave it out behind the --.")
 
     def command(self) -> list[str]:
         """Return the command line."""

@@ -1,6 +1,7 @@
 """Find each optimizer's best learning rate, then compare them over several seeds.
 
-In: ``python search.py configs/tiny.yaml [--jobs 2] [--final-seeds 3] [--record] [-- RUN OPTIONS]``.
+In: ``python search.py configs/tiny.yaml [--muon RATE ...] [--adamw RATE ...] [--jobs 2]
+[--final-seeds 3] [--record] [-- RUN OPTIONS]``.
 Out: ``search.json`` with every run, a table, the figure, and with ``--record`` the best rates in
 ``configs/best/``. Every optimizer gets the same number of rates, a factor of 2 apart; a grid whose
 best rate lies at its edge is widened until it does not. Finished runs are kept, so it can be
@@ -80,7 +81,9 @@ def main() -> None:
     out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_search"
     claim_folder(out, config, arguments.extra)
     search = Search(config, out, arguments.jobs, arguments.extra)
-    grids = search_grids(search, arguments.seeds)
+    grids = search_grids(
+        search, {name: getattr(arguments, name) for name in OPTIMIZERS}, arguments.seeds
+    )
     best = {name: min(grid, key=grid.__getitem__) for name, grid in grids.items()}
     report = {
         "command": command(),
@@ -109,6 +112,15 @@ def command_line() -> argparse.Namespace:
     parser.add_argument(
         "--final-seeds", type=int, default=0, help="number of fresh seeds to compare the best on"
     )
+    for name, grid in GRIDS.items():
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            default=grid,
+            metavar="RATE",
+            help=f"first learning rates of {name}",
+        )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="folder of all runs")
     parser.add_argument(
@@ -125,10 +137,12 @@ def command() -> str:
     return shlex.join(["python", "search.py", *sys.argv[1:]])
 
 
-def search_grids(search: Search, seeds: Sequence[int]) -> dict[str, dict[float, float]]:
+def search_grids(
+    search: Search, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
+) -> dict[str, dict[float, float]]:
     """Return the loss of every rate of every optimizer, widened until no best is at an edge."""
-    grids: dict[str, dict[float, float]] = {name: {} for name in OPTIMIZERS}
-    todo = [(name, rate) for name in OPTIMIZERS for rate in GRIDS[name]]
+    grids: dict[str, dict[float, float]] = {name: {} for name in rates}
+    todo = [(name, rate) for name, grid in rates.items() for rate in grid]
     for _ in range(1 + WIDEN_AT_MOST):
         for (name, rate), loss in zip(todo, search.losses(todo, seeds), strict=True):
             grids[name][rate] = loss

@@ -38,7 +38,10 @@ class DataSettings:
 
     corpus: str = field(
         default="shakespeare",
-        metadata={"help": "shakespeare, sotu, stdlib, or the Hub name of a dataset (owner/name)."},
+        metadata={
+            "help": "shakespeare, sotu, stdlib, several of them joined by +, or the Hub name of a "
+            "dataset (owner/name)."
+        },
     )
     corpus_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset, e.g. `en` of allenai/c4."}

@@ -15,8 +15,8 @@ from tests.integration.recipes import RECIPES, import_recipe
 
 RECIPE = RECIPES / "llama_pretrain"
 recipe = import_recipe("llama_pretrain")
-compare, corpora, packing, search = (
-    recipe[name] for name in ("compare", "corpora", "packing", "search")
+compare, corpora, heat_map, launch, packing, search = (
+    recipe[name] for name in ("compare", "corpora", "heat_map", "launch", "packing", "search")
 )
 pretraining_data, run, settings, stream, tokenization = (
     recipe[name] for name in ("pretraining_data", "run", "settings", "stream", "tokenizer")
@@ -263,6 +263,65 @@ def test_search_widens_a_grid_whose_best_rate_is_at_the_edge():
     assert search.beyond_edge({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == [8.0]
     assert search.beyond_edge({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == [0.5]
     assert search.beyond_edge({1.0: 2.0, 2.0: 1.0, 4.0: 3.0}) == []
+
+
+def test_corpora_are_held_out_each_in_the_same_proportion(monkeypatch):
+    for name, size in (("long", 40), ("short", 20)):
+        texts = [corpora.Document(f"{name} {n:02}", "text") for n in range(size)]
+        monkeypatch.setitem(corpora.LOCAL, name, lambda texts=texts: texts)
+    split = corpora.load(settings.DataSettings(corpus="long+short", holdout_every=20))
+    assert [text.name for text in split.validation] == ["long 19", "long 39", "short 19"]
+    assert len(split.train) == 57
+    with pytest.raises(RecipeError, match=r"Unknown corpus 'lang'.*'long'"):
+        corpora.load(settings.DataSettings(corpus="lang+short"))
+
+
+def test_the_search_starts_from_the_rates_that_are_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2"])
+    arguments = search.command_line()
+    assert (arguments.muon, arguments.adamw) == ([0.1, 0.2], search.GRIDS["adamw"])
+
+
+@pytest.mark.full
+def test_heat_map_trains_at_every_point(tmp_path, monkeypatch):
+    grid = ["--momenta", "0.9", "--rates", "0.01", "0.02", "--batches", "256"]
+    settings = {name: value for name, value in SMALL.items() if name != "tokens_per_step"}
+    small = chain.from_iterable((f"--{name}", str(value)) for name, value in settings.items())
+    out = ["--out", str(tmp_path), "--", *small]
+    monkeypatch.setattr(sys, "argv", ["heat_map.py", "configs/tiny.yaml", *grid, *out])
+    heat_map.main()
+    found = json.loads((tmp_path / "heat_map.json").read_text())["losses"]
+    assert [point["rate"] for point in found] == [0.01, 0.02]
+    for point in found:
+        folder = tmp_path / f"batch256_momentum0.9_lr{point['rate']:g}"
+        result = json.loads((folder / "results.json").read_text())
+        assert point["loss"] == result["final_validation_loss"]
+        assert "momentum=0.9" in result["training_arguments"]["optim_args"]
+    assert (tmp_path / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_study_varies_cannot_be_fixed_for_all_its_runs():
+    varied = {"tokens_per_step": "256"}
+    for fixed in ("--tokens_per_step", "--tokens-per-step=512"):
+        with pytest.raises(RecipeError, match="--tokens_per_step"):
+            launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--seed", "1", fixed, "512"])
+    assert launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--token_budget", "512"])
+
+
+def test_the_best_rate_of_each_batch_and_momentum_is_shown():
+    def loss(batch, momentum, rate):
+        return abs(rate - 0.02) + abs(momentum - 0.95) + batch / 1e4
+
+    points = [
+        heat_map.Point(batch, momentum, rate)
+        for batch in (256, 512)
+        for momentum in (0.9, 0.95)
+        for rate in (0.01, 0.02)
+    ]
+    table = heat_map.best_table({point: loss(*point) for point in points})
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[2] == ["0.02"] * 4
+    assert columns[3] == ["0.076", "0.026", "0.101", "0.051"]
 
 
 def test_tokens_to_reach_a_loss_are_interpolated():
