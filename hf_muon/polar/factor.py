@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import COEFFICIENTS, Triple
+from .coefficients import COEFFICIENTS
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
 from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
 from .newton_schulz import newton_schulz
 from .precision import compute_dtype, svd_dtype, unknown_name
-from .scale import prescale, unit_frobenius_
+from .scale import prescale, unit_frobenius_, unit_schatten_
 
 METHODS = ("auto", "newton_schulz", "gram", "svd")
 
-Iteration = Callable[[Tensor, Sequence[Triple]], Tensor]
+Iteration = Callable[..., Tensor]
 ITERATIONS: dict[str, Iteration] = {"newton_schulz": newton_schulz, "gram": gram_newton_schulz}
 
 
@@ -57,7 +57,7 @@ def polar_factor(
             computes in float32, and in float64 for float64 input or on request.
 
     Returns:
-        Shape and dtype of ``x``. A tall result is the transposed view of a contiguous tensor.
+        Shape and dtype of ``x``, contiguous.
 
     Raises:
         TypeError: ``x`` is not a strided tensor of real floating-point numbers, or an argument has
@@ -114,20 +114,22 @@ def orthogonalize(
         return torch.empty_like(x, dtype=target)
 
     is_tall = x.shape[-2] > x.shape[-1]
-    wide = x.mT if is_tall else x  # (…, s, l), s <= l
-    # Strided inputs would pick other kernels, and results would depend on how the caller stores X.
-    X = wide.contiguous().reshape(_flat_shape(wide.shape))  # (k, s, l), or (s, l) for one matrix
     with _without_autocast(x.device.type):
-        X = prescale(X, target)
+        X = prescale(x.reshape(_flat_shape(x.shape)), target)  # (k, m, n), or (m, n) for one matrix
+        # Transposed views would pick other kernels, and each pass over them takes far longer.
+        X = X.mT.contiguous() if is_tall else X  # (…, s, l), s <= l
         if is_exact:
             factor = svd_polar(X)
         else:
             name = cheapest_iteration(X.shape, steps, target) if method == "auto" else method
             half_gram = name == "gram" and target in HALF_PRECISION
             triples = coefficient_table(coefficients, steps, half_gram=half_gram)
-            factor = _iteration(name, compile)(unit_frobenius_(X), triples)
-    factor = factor.reshape(wide.shape)
-    return factor.mT if is_tall else factor
+            start = unit_schatten_ if coefficients == "tight" else unit_frobenius_
+            # Bit for bit torch.optim.Muon, where it is asked for.
+            mirror = (name, coefficients) != ("newton_schulz", "quintic")
+            factor = _iteration(name, compile)(X, triples, start, mirror=mirror)
+    factor = factor.mT.contiguous() if is_tall else factor
+    return factor.reshape(x.shape)
 
 
 def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> str:

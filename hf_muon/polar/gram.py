@@ -1,6 +1,6 @@
 """The same polynomial, worked out on the small Gram matrix and applied to X once per restart.
 
-In: X (…, s, l) with s <= l, contiguous, Frobenius norm at most one, in the compute dtype.
+In: X (…, s, l) with s <= l, contiguous, in the compute dtype, and how to scale it.
 Out: an approximation of its polar factor, same shape and dtype.
 Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain where it is square.
 """
@@ -8,12 +8,14 @@ Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .coefficients import Triple
-from .kernels import addmm, gram_matrix
+from .kernels import gram_matrix, polynomial, symmetric_product
+from .newton_schulz import Start
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 FIRST_RUN = 2
@@ -24,7 +26,9 @@ zero eigenvalues of R negative, every step on the same R multiplies them by a²,
 lets singular values of rank-deficient matrices pass one by more than the tables allow for."""
 
 
-def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)
+def gram_newton_schulz(
+    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool = True
+) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in short runs of steps.
 
     Inside a run only R and the product Q of the q's are kept (s × s): Q ← qQ, R ← qRq. At the end
@@ -33,8 +37,10 @@ def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…,
     4s²l + (8k − 6)s³ floating-point operations.
 
     Args:
-        X: wide matrices with singular values in [0, 1]; not modified.
+        X: wide matrices; scaled in place.
         triples: the coefficients (a, b, c) of each step.
+        start: the scaling.
+        mirror: compute the products, all of them symmetric, by halves where that is faster.
 
     Returns:
         The iterate after the last triple, equal to ``newton_schulz`` up to rounding.
@@ -42,10 +48,13 @@ def gram_newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…,
     References:
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
     """
-    start = 0
+    R = start(X, mirror=mirror)  # (…, s, s)
+    first = 0
     for length in run_lengths(len(triples), X.dtype):
-        X = _run(X, triples[start : start + length])
-        start += length
+        if first > 0:
+            R = gram_matrix(X, mirror=mirror)
+        X = product_of(R, triples[first : first + length], mirror) @ X
+        first += length
     return X
 
 
@@ -59,18 +68,22 @@ def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _run(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)
-    (a, b, c), later = triples[0], triples[1:]
-    R = gram_matrix(X)  # (…, s, s)
-    Z = addmm(R, R, R, beta=b, alpha=c)  # (…, s, s), q = aI + Z
-    if not later:
-        return addmm(X, Z, X, beta=a)
-    Q = Z.clone()  # (…, s, s)
-    Q.diagonal(dim1=-2, dim2=-1).add_(a)
-    for next_a, b, c in later:
-        RQ = addmm(R, R, Z, beta=a)  # (…, s, s)
-        R = addmm(RQ, Z, RQ, beta=a)  # (…, s, s), qRq
-        a = next_a
-        Z = addmm(R, R, R, beta=b, alpha=c)
-        Q = addmm(Q, Z, Q, beta=a)
-    return Q @ X
+def product_of(
+    R: Tensor, triples: Sequence[Triple], mirror: bool
+) -> Tensor:  # (…, s, s) -> (…, s, s)
+    """Return Q = q_k … q₁ of a run. All factors commute, being polynomials of one R."""
+    product = partial(symmetric_product, mirror=mirror)
+    Q = q = factor_of(R, triples[0], mirror)
+    for triple in triples[1:]:
+        R = product(q, product(R, q))
+        q = factor_of(R, triple, mirror)
+        Q = product(q, Q)
+    return Q
+
+
+def factor_of(R: Tensor, triple: Triple, mirror: bool) -> Tensor:  # (…, s, s) -> (…, s, s)
+    """Return q = aI + bR + cR²."""
+    a, b, c = triple
+    q = polynomial(R, b, c, mirror=mirror)
+    q.diagonal(dim1=-2, dim2=-1).add_(a)
+    return q

@@ -1,29 +1,42 @@
 """The polar factor by an odd matrix polynomial, applied to X itself.
 
-In: X (…, s, l) with s <= l, contiguous, Frobenius norm at most one, in the compute dtype.
+In: X (…, s, l) with s <= l, contiguous, in the compute dtype, and how to scale it.
 Out: an approximation of its polar factor, same shape and dtype.
-With the ``quintic`` triples this is the iteration of torch.optim.Muon, operation for operation.
+With ``unit_frobenius_``, the ``quintic`` triples and nothing mirrored this is the iteration of
+torch.optim.Muon, operation for operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from .coefficients import Triple
-from .kernels import addmm, gram_matrix
+from .kernels import addmm, gram_matrix, polynomial
 
 
-def newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l) -> (…, s, l)
+class Start(Protocol):
+    """A scaling to singular values of at most one."""
+
+    def __call__(self, X: Tensor, *, mirror: bool) -> Tensor:
+        """Scale X (…, s, l) in place and return XXᵀ (…, s, s)."""
+
+
+def newton_schulz(
+    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool = True
+) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Apply p(X) = aX + (bA + cA²)X, A = XXᵀ, once per triple.
 
     Each singular value σ becomes p(σ) = aσ + bσ³ + cσ⁵ and the singular vectors stay. One step
     costs 4s²l + 2s³ floating-point operations.
 
     Args:
-        X: wide matrices with singular values in [0, 1]; not modified.
+        X: wide matrices; scaled in place.
         triples: the coefficients (a, b, c) of each step.
+        start: the scaling.
+        mirror: compute A and bA + cA² by halves where that is faster. It rounds differently.
 
     Returns:
         The iterate after the last triple.
@@ -31,8 +44,9 @@ def newton_schulz(X: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, s, l
     References:
         Keller Jordan, https://kellerjordan.github.io/posts/muon/; arXiv 2505.16932, algorithm 1.
     """
-    for a, b, c in triples:
-        A = gram_matrix(X)  # (…, s, s)
-        B = addmm(A, A, A, beta=b, alpha=c)  # (…, s, s)
-        X = addmm(X, B, X, beta=a)  # (…, s, l)
+    A = start(X, mirror=mirror)  # (…, s, s)
+    for step, (a, b, c) in enumerate(triples):
+        if step > 0:
+            A = gram_matrix(X, mirror=mirror)
+        X = addmm(X, polynomial(A, b, c, mirror=mirror), X, beta=a)  # (…, s, l)
     return X

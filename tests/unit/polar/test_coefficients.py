@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -98,6 +99,29 @@ def test_polar_express_moves_its_interval_towards_one(steps):
     assert all(later < earlier for earlier, later in pairwise(worst))
 
 
+@pytest.mark.parametrize("steps", range(3, 9))
+def test_tight_is_composed_for_twice_the_range_with_each_step(steps):
+    lowest = 3e-3 * 2.0 ** (4 - steps)
+    raw = greedy_composition(steps, lowest)
+    x = torch.logspace(-5, 0, 20001, dtype=torch.float64)
+    deviation = (apply(raw, x) - 1).abs()
+    inside = x >= lowest
+    # Equal deviations of both signs mark the best composition: the largest is that at the lower
+    # end, up to the rounding of eight steps, and below that end it grows.
+    largest = (1 - apply(raw, lowest)) * (1 + 1e-3) + 1e-9
+    assert deviation[inside].max() <= largest
+    assert deviation[~inside].min() >= 0.99 * largest - 2e-9
+    assert coefficients("tight", steps)[-1] == raw[-1]
+    assert coefficients("tight", steps)[0][0] == pytest.approx(raw[0][0] / 1.01)
+
+
+def test_four_tight_steps_amplify_less_than_five_of_polar_express():
+    def slope(triples):
+        return math.prod(a for a, _, _ in triples)
+
+    assert slope(coefficients("tight", 4)) < slope(coefficients("polar_express", 5)) / 2
+
+
 def test_quintic_repeats_jordans_triple_for_any_number_of_steps():
     assert coefficients("quintic", 1) == ((3.4445, -4.7750, 2.0315),)
     assert len(coefficients("quintic", 17)) == 17
@@ -114,6 +138,7 @@ def test_tables_are_deterministic_and_hashable():
     [
         ("polar_express", 2, "between 3 and 8"),
         ("polar_express", 9, "between 3 and 8"),
+        ("tight", 2, "coefficients='tight': between 3 and 8"),
         ("quintic", 0, "at least 1"),
         ("cubic", 5, "polar_express"),
     ],

@@ -1,11 +1,16 @@
-"""Scaling by powers of two: exact, bounded, and absent where it is not needed."""
+"""Scaling: by powers of two without a change of digits, then to singular values of at most one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from hf_muon.polar.scale import inverse_power_of_two, prescale, unit_frobenius_
+from hf_muon.polar.scale import (
+    inverse_power_of_two,
+    prescale,
+    unit_frobenius_,
+    unit_schatten_,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -26,16 +31,17 @@ def test_inverse_power_of_two_of_the_extremes_is_finite_and_positive():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ordinary_matrices_keep_every_bit(dtype):
+def test_scaling_changes_no_digit(dtype):
     x = torch.randn(3, 4, 5) * torch.tensor([1e-11, 1.0, 1e11]).reshape(3, 1, 1)
     scaled = prescale(x, dtype)
-    assert torch.equal(scaled, x.to(dtype))
     assert scaled.data_ptr() != x.data_ptr()
-    assert not torch.equal(prescale(x * 1e-20, dtype), (x * 1e-20).to(dtype))
+    digits, expected = (torch.frexp(y.float()).mantissa for y in (scaled, x.to(dtype)))
+    assert torch.equal(digits, expected)
+    assert not torch.equal(torch.frexp(3 * scaled.float()).mantissa, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_each_extraordinary_matrix_gets_its_own_factor(dtype):
+def test_each_matrix_gets_its_own_factor(dtype):
     x = torch.ones(4, 2, 3) * torch.tensor([1e-30, 1.3, 1e30, 0.0]).reshape(4, 1, 1)
     largest = prescale(x, dtype).amax(dim=(-2, -1))
     assert (largest[:3] >= 1).all()
@@ -49,14 +55,35 @@ def test_float16_is_scaled_before_the_cast():
     assert prescale(x, torch.float16).isfinite().all()
 
 
-def test_float16_norms_do_not_overflow():
+@pytest.mark.parametrize("start", [unit_frobenius_, unit_schatten_])
+def test_float16_norms_do_not_overflow(start):
     x = torch.full((300, 300), 2.0, dtype=torch.float16)
     assert (x.float() ** 2).sum() > torch.finfo(torch.float16).max
-    # float16 rounds each entry of the quotient to 5e-4 of it.
-    assert unit_frobenius_(x).float().norm().item() == pytest.approx(1, rel=1e-3)
+    start(x, mirror=False)
+    # One singular value, so that both norms are it, up to the margin of half a per cent; float16
+    # rounds each entry of the quotient to 5e-4 of it.
+    assert x.float().norm().item() == pytest.approx(1, rel=7e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 40), (3, 6, 40)])
-def test_every_matrix_has_unit_norm(shape):
-    norms = torch.linalg.matrix_norm(unit_frobenius_(torch.randn(shape)))
-    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=0)  # float32 sums
+def test_every_matrix_has_unit_norm(shape, dtype):
+    # Sums of float32, and a norm that is rounded to the dtype.
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    for start, order, expected in ((unit_frobenius_, 2, 1.0), (unit_schatten_, 4, 1.01**-0.5)):
+        x = torch.randn(shape).to(dtype)
+        A = start(x, mirror=False)
+        values = torch.linalg.svdvals(x.float())
+        norms = (values**order).sum(-1) ** (1 / order)
+        torch.testing.assert_close(norms, torch.full_like(norms, expected), rtol=rounding, atol=0)
+        torch.testing.assert_close(A, x @ x.mT, rtol=4 * rounding, atol=4 * rounding)
+
+
+def test_the_schatten_norm_is_the_tighter_bound():
+    x = torch.randn(64, 64)
+    largest = {}
+    for start in (unit_frobenius_, unit_schatten_):
+        y = x.clone()
+        start(y, mirror=False)
+        largest[start] = torch.linalg.svdvals(y)[0].item()
+    assert 2 * largest[unit_frobenius_] < largest[unit_schatten_] < 1
