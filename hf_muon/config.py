@@ -17,7 +17,7 @@ from hf_muon.values import parsed, read_json, require_known, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
-Coefficients = Literal["polar_express", "quintic"]
+Coefficients = Literal["polar_express", "tight", "quintic"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -43,8 +43,10 @@ class MuonConfig:
         match_update_rms: ``post_polar`` only: rescale each update to the RMS of a polar factor,
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
-        coefficients: ``polar_express`` (a triple per step, minimax) or ``quintic`` (Jordan's).
-        polar_steps: Iterations; 3 to 8 for ``polar_express``.
+        coefficients: ``polar_express`` (a triple per step, minimax), ``tight`` (the same from a
+            tighter start: four steps come as close as five of ``quintic``) or ``quintic``
+            (Jordan's).
+        polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
         adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
             ``spectral`` √(m/n), ``none`` 1.
@@ -292,10 +294,10 @@ def _check_combinations(config: MuonConfig) -> None:
             "product of two factors and not their entries: remove one of them."
         )
     iterates = config.polar_method != "svd"
-    if iterates and config.coefficients == "polar_express" and not 3 <= config.polar_steps <= 8:
+    if iterates and config.coefficients != "quintic" and not 3 <= config.polar_steps <= 8:
         raise ValueError(
-            f"polar_steps={config.polar_steps} with coefficients='polar_express': 3 to 8 steps "
-            "are allowed; 'quintic' takes any number."
+            f"polar_steps={config.polar_steps} with coefficients={config.coefficients!r}: 3 to 8 "
+            "steps are allowed; 'quintic' takes any number."
         )
     if not iterates and config.polar_dtype in ("bfloat16", "float16"):
         raise ValueError(

@@ -136,8 +136,29 @@ def plan_buckets(
     return [
         Bucket(shard, replicate, device, bucketful)
         for (shard, replicate, device), members in contexts.items()
-        for bucketful in _bucketfuls(_with_owners(members, shard.size, replicate.size), limit)
+        for bucketful in _bucketfuls(
+            _with_owners(members, shard.size, replicate.size),
+            _elements_of(members, limit, alone_on_cpu=_is_alone(shard, replicate, device)),
+        )
     ]
+
+
+_CPU_CACHED_ELEMENTS = 2**18
+"""A megabyte of float32: the bound of a bucket where nothing travels and no launch is to be saved.
+What follows on one matrix then happens while it is in the cache, and hardly more memory is held."""
+
+
+def _is_alone(shard: Ranks, replicate: Ranks, device: torch.device) -> bool:
+    return shard.size == replicate.size == 1 and device.type == "cpu"
+
+
+def _elements_of(teams: list[Team], limit: int, *, alone_on_cpu: bool) -> int:
+    """How much a bucket holds, if it holds more than one team."""
+    if alone_on_cpu:
+        return min(limit, _CPU_CACHED_ELEMENTS)
+    # A bucket of the largest team takes this much anyway; with less in the others there would be
+    # more of them, and in each some would wait for the owner of a large one.
+    return max([limit, *(sum(unit.numel for unit in team) for team in teams)])
 
 
 def _cost(team: Team) -> int:
@@ -167,9 +188,6 @@ def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
 
 def _bucketfuls(teams: list[Team], limit: int) -> Iterator[list[Unit]]:
     """The k-th bucketful of every owner together: equally much work for all, as far as it goes."""
-    # A bucket of the largest team takes this much anyway; with less in the others there would be
-    # more of them, and in each some would wait for the owner of a large one.
-    limit = max([limit, *(sum(unit.numel for unit in team) for team in teams)])
     bucketfuls: list[list[Unit]] = []
     number: dict[tuple[int, int], int] = defaultdict(int)
     filled: dict[tuple[int, int], int] = defaultdict(int)

@@ -49,9 +49,9 @@ def polar_factor(
         method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ; in
             half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or
             ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
-        coefficients: ``polar_express`` or ``quintic``; ``svd`` ignores it.
-        steps: iterations, 3 to 8 for ``polar_express``, at least 1 for ``quintic``; ``svd`` ignores
-            it.
+        coefficients: ``polar_express``, ``tight`` (from a start that lets four steps come as close
+            as five of the quintic) or ``quintic``; ``svd`` ignores it.
+        steps: iterations, at least 1 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
         dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
             None or ``auto`` takes bfloat16 where the device has it natively, else float32. ``svd``
             computes in float32, and in float64 for float64 input or on request.
