@@ -23,6 +23,7 @@ from hf_muon.cli import app
 from tests.distributed.launch import ROOT
 
 USERS_OWN = {"train.py", "script.py"}  # a script of the reader
+ELSEWHERE = {"axolotl", "llamafactory"}  # packages that do not fit beside the tested versions
 LANGUAGES = ("", "bash", "sh")
 
 
@@ -77,7 +78,7 @@ def module(words, folder):
     name, *rest = words
     if name == "hf_muon.run":
         return python(rest, folder)
-    if name == "pip":
+    if name == "pip" or name.split(".")[0] in ELSEWHERE:
         return []
     found = find_spec(name)
     if found is None:
@@ -104,7 +105,7 @@ def script_options(path):
                 if isinstance(target, ast.AnnAssign)
             }
             options |= {f"--{name}" for name in names}
-    if path.name in ("run.py", "compare.py", "search.py"):
+    if path.name in ("run.py", "compare.py", "search.py", "reward.py", "run_clm.py"):
         stock = [*fields(TrainingArguments), *fields(SFTConfig)]
         options |= {f"--{item.name}" for item in stock} | {"--"}
     if path.name == "plan.py":  # hands its options on to `hf-muon plan`

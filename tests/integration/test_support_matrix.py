@@ -10,6 +10,7 @@ from tests.distributed.launch import ROOT
 
 TRAINER = "integration/test_trainer.py::"
 ZERO = "distributed/test_zero.py::"
+ECOSYSTEM = "integration/test_ecosystem.py::"
 ADAPTERS = "integration/test_adapters_roundtrip.py::"
 # The beginning of a row, and the tests behind it.
 ROWS = {
@@ -50,6 +51,15 @@ ROWS = {
         "distributed/test_multi_node.py::test_two_machines_train_the_weights_of_one_process",
         "distributed/test_trainer_launches.py::test_the_launch_is_what_was_asked_for",  # torchrun
         "integration/test_slurm.py::test_the_recipe_takes_the_launch",
+    ],
+    "an unmodified script through `hf_muon.run`": [
+        ECOSYSTEM + "test_muon_trains_a_script_that_does_not_know_it",
+        ECOSYSTEM + "test_two_processes_of_the_script_equal_one",
+        ECOSYSTEM + "test_trl_trains_a_reward_model",
+        ECOSYSTEM + "test_the_loop_on_two_processes_equals_one",
+        ECOSYSTEM + "test_the_loop_goes_on_from_its_checkpoint",
+        ECOSYSTEM + "test_the_plugin_registers_before_axolotl_makes_its_arguments",
+        ECOSYSTEM + "test_the_files_of_both_frameworks_choose_our_optimizer",
     ],
     "LoRA, rsLoRA, PiSSA, DoRA": [
         ADAPTERS + "test_factors_are_trained_by_muon_in_pairs",
