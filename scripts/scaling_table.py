@@ -1,7 +1,8 @@
 """Print how the polar factors of LLaMA models spread over many ranks, as a Markdown table.
 
 In: names of models, numbers of ranks, a layout, two rates. Out: a row for each model and number of
-ranks, from the plan that a run would make; no process group and no weights are needed.
+ranks, from the plan that a run would make; no process group and no weights are needed. With
+``--tokens-per-rank`` the rows say which share of a training step that is.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+OVERHEAD_COLUMNS = (
+    "model", "ranks", "training step ms", "polar factors ms", "messages ms", "overhead, overlapped",
+    "in turn", "each rank all", "bound by",
+)  # fmt: skip
+
+
 def row(name: str, costs: Forecast, tflops: float, gbps: float) -> list[str]:
     """The cells of one line; ranks by their largest number."""
     facts = costs.to_dict(tflops, gbps)
@@ -66,6 +73,24 @@ def row(name: str, costs: Forecast, tflops: float, gbps: float) -> list[str]:
     ]
 
 
+def overhead_row(name: str, costs: Forecast, given: argparse.Namespace) -> list[str]:
+    """The cells of one line of the table of overheads.
+
+    A training step takes 6 operations for every hidden weight and token, at the rate of the polar
+    factors; embeddings, attention scores and the AdamW half are left out, which overstates the
+    share. Overlapped, the longer of polar factors and messages counts; in turn, both do.
+    """
+    facts = costs.to_dict(given.tflops, given.gbps)
+    weights = sum(rows * cols for one in MODELS[name].parameters() for rows, cols in [one.shape])
+    step = 6 * weights * given.tokens_per_rank / (given.tflops * 1e9)  # ms
+    polar, wire = facts["polar_in_lockstep_ms"], facts["wire_ms"]
+    one_matrix = facts["lower_bound"] > 1.01  # more ranks than the largest matrix leaves work for
+    bound = "messages" if wire > polar else "one matrix" if one_matrix else "polar factors"
+    shares = (max(polar, wire) / step, (polar + wire) / step, facts["polar_duplicated_ms"] / step)
+    times = (short(value) for value in (step, polar, wire))
+    return [name, str(facts["ranks"]), *times, *(f"{share:.2%}" for share in shares), bound]
+
+
 def main() -> None:
     """Parse the arguments and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -76,14 +101,23 @@ def main() -> None:
     parser.add_argument("--optim-args")
     parser.add_argument("--tflops", type=float, default=400.0)
     parser.add_argument("--gbps", type=float, default=50.0)
+    parser.add_argument(
+        "--tokens-per-rank", type=int, help="print the overhead on a step of so many tokens instead"
+    )
     given = parser.parse_args()
     config = MuonConfig.from_optim_args(given.optim_args)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    columns = OVERHEAD_COLUMNS if given.tokens_per_rank else COLUMNS
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in given.models:
         for ranks in given.ranks:
             world = World(given.layout, ranks, given.replicas)
             costs = forecast([MODELS[name].parameters()], config, world)
-            print(f"| {' | '.join(row(name, costs, given.tflops, given.gbps))} |", flush=True)
+            cells = (
+                overhead_row(name, costs, given)
+                if given.tokens_per_rank
+                else row(name, costs, given.tflops, given.gbps)
+            )
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

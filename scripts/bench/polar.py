@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Contender:
     method: str
     coefficients: str
     compiled: bool = False
+    steps: int = STEPS
 
     def __call__(self, x: Tensor, dtype: str) -> Tensor:
         """Return the polar factor of x (m, n)."""
@@ -50,7 +51,7 @@ class Contender:
             x,
             method=self.method,
             coefficients=self.coefficients,
-            steps=STEPS,
+            steps=self.steps,
             dtype=dtype,
             compile=self.compiled,
         )
@@ -70,6 +71,7 @@ class Row:
     dtype: str
     method: str
     coefficients: str
+    steps: int
     error: float
     smallest: float
     largest: float
@@ -83,8 +85,9 @@ BASELINE = Contender("newton_schulz", "quintic")
 
 def contenders(with_compiled: bool) -> list[Contender]:
     """Return the baseline first, then every other combination, then the SVD."""
-    plain = [Contender(m, c) for c in COEFFICIENTS for m in ("newton_schulz", "gram")]
-    compiled = [Contender(c.method, c.coefficients, True) for c in plain] if with_compiled else []
+    named = [(name, STEPS) for name in COEFFICIENTS] + [("tight", STEPS - 1)]
+    plain = [Contender(m, c, False, k) for c, k in named for m in ("newton_schulz", "gram")]
+    compiled = [replace(contender, compiled=True) for contender in plain] if with_compiled else []
     rest = [c for c in (*plain, *compiled) if c != BASELINE]
     return [BASELINE, *rest, Contender("svd", "polar_express")]
 
@@ -154,6 +157,7 @@ def measure(
                 dtype=f"{dtype} (emulated)" if emulated else dtype,
                 method=contender.label,
                 coefficients="" if contender.method == "svd" else contender.coefficients,
+                steps=contender.steps,
                 error=float((factor - exact).norm() / exact.norm()),
                 smallest=float(values[-1]),
                 largest=float(values[0]),
@@ -168,7 +172,7 @@ def measure(
 def misses(rows: list[Row]) -> list[str]:
     """Name the rows whose error is above its bound."""
     direct = {
-        (r.shape, r.spectrum, r.dtype, r.coefficients): r.error
+        (r.shape, r.spectrum, r.dtype, r.coefficients, r.steps): r.error
         for r in rows
         if r.method == "newton_schulz"
     }
@@ -176,7 +180,7 @@ def misses(rows: list[Row]) -> list[str]:
     for r in rows:
         if r.coefficients not in BOUNDS:
             continue
-        apart = abs(r.error - direct[r.shape, r.spectrum, r.dtype, r.coefficients])
+        apart = abs(r.error - direct[r.shape, r.spectrum, r.dtype, r.coefficients, r.steps])
         if r.error > BOUNDS[r.coefficients] or apart > GRAM_MARGIN:
             found.append(
                 f"{r.shape} {r.spectrum} {r.dtype} {r.method} {r.coefficients}: {r.error:.3f}"
@@ -186,8 +190,8 @@ def misses(rows: list[Row]) -> list[str]:
 
 def as_table(rows: list[Row]) -> Table:
     """Lay the rows out, with a line between matrices."""
-    table = Table(title=f"Polar factor at {STEPS} steps")
-    for heading in ("shape", "spectrum", "dtype", "method", "coefficients"):
+    table = Table(title="Polar factor")
+    for heading in ("shape", "spectrum", "dtype", "method", "coefficients", "steps"):
         table.add_column(heading)
     for heading in ("error", "singular values", "time / quintic", "quartiles", "ms"):
         table.add_column(heading, justify="right")
@@ -203,6 +207,7 @@ def as_table(rows: list[Row]) -> Table:
             r.dtype,
             r.method,
             r.coefficients,
+            "" if r.method == "svd" else str(r.steps),
             f"{r.error:.4f}",
             f"{r.smallest:.3f} to {r.largest:.3f}",
             f"{r.relative_time:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from hf_muon.cli import app
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.imaginary import World
 from hf_muon.forecast import forecast
+from scripts import scaling_table
 from scripts.scaling_table import Llama
 
 SHAPE = Llama(hidden=32, inner=48, layers=2, keys=16)
@@ -114,3 +116,24 @@ def test_nothing_for_muon_fails(config):
     result = run(config, "--ranks", 2, "--optim-args", "adamw_params=.")
     assert result.exit_code == 1
     assert "Nothing to train with Muon" in result.stderr
+
+
+def test_the_share_of_a_training_step_is_that_of_its_parts(capsys, monkeypatch):
+    command = "scaling_table.py --models 130M --ranks 8 64 --tokens-per-rank 1000 --tflops 100"
+    monkeypatch.setattr(sys, "argv", command.split())
+    scaling_table.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    names = [name.strip() for name in head.strip("|").split("|")]
+    for line in rows:
+        cells = dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+        step, polar, wire = (
+            float(cells[f"{part} ms"]) for part in ("training step", "polar factors", "messages")
+        )
+        weights = 12 * (4 * 768**2 + 3 * 768 * 2048)
+        assert step == pytest.approx(6 * weights * 1000 / 100e9, rel=5e-3)  # three digits are shown
+        shown = [float(cells[name].rstrip("%")) for name in ("overhead, overlapped", "in turn")]
+        expected = [100 * max(polar, wire) / step, 100 * (polar + wire) / step]
+        assert shown == pytest.approx(expected, rel=1e-2)
+        # 84 matrices are too few for 64 ranks to share them evenly.
+        assert wire < polar
+        assert cells["bound by"] == {"8": "polar factors", "64": "one matrix"}[cells["ranks"]]
