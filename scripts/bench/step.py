@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest import mock
@@ -22,34 +21,13 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from turns import LLAMA, Parameters, Step, seconds, state_bytes_per_parameter, summary, take_turns
 
 from hf_muon import Muon
 from hf_muon.polar import compute_dtype, orthogonalize
 
-# hidden size, intermediate size, layers (GaLore, arXiv 2403.03507, table 5)
-LLAMA = {"60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
-VOCABULARY = 32_000
 LR, DECAY = 1e-3, 0.1
-
-Step = Callable[[], None]
-
-
-class Parameters:
-    """The matrices, embeddings and norms of a LLaMA, with fixed random gradients."""
-
-    def __init__(self, shape: tuple[int, int, int], layers: int, device: str) -> None:
-        hidden, inner, _ = shape
-        sides = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
-        self.matrices = [_parameter(side, device) for _ in range(layers) for side in sides]
-        self.others = [_parameter((VOCABULARY, hidden), device) for _ in range(2)]
-        self.others += [_parameter((hidden,), device) for _ in range(2 * layers + 1)]
-
-
-def _parameter(shape: tuple[int, ...], device: str) -> nn.Parameter:
-    parameter = nn.Parameter(0.02 * torch.randn(shape, device=device))
-    parameter.grad = torch.randn(shape, device=device)
-    return parameter
 
 
 def ours(parameters: Parameters, **settings: object) -> tuple[Step, torch.optim.Optimizer]:
@@ -106,25 +84,11 @@ def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Step, torch
         yield "torch, bfloat16", *torchs(fresh(), "bfloat16")
 
 
-def seconds(step: Step, device: str) -> float:
-    """Wall time of one step."""
-    started = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def compare(arguments: argparse.Namespace) -> dict[str, object]:
     """Interleave the contenders; ratios are taken within each round."""
     entries = list(contenders(arguments))
-    for _, step, _ in entries:
-        step()
-    rounds = []
-    for number in range(arguments.repeats):
-        first = number % len(entries)  # each has each place, since the one before leaves its cache
-        turns = entries[first:] + entries[:first]
-        rounds.append({name: seconds(step, arguments.device) for name, step, _ in turns})
+    steps = {name: step for name, step, _ in entries}
+    rounds = take_turns(steps, arguments.repeats, arguments.device)
     reference = entries[-1][0]
     table = Table(
         "contender", "ms", "spread", f"{reference} / this", "spread", "state bytes / parameter",
@@ -136,24 +100,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
         times = [1e3 * one[name] for one in rounds]
         ratios = [one[reference] / one[name] for one in rounds]
         bytes_each = state_bytes_per_parameter(optimizer)
-        table.add_row(name, *_summary(times, ".0f"), *_summary(ratios, ".2f"), f"{bytes_each:.3f}")
+        table.add_row(name, *summary(times, ".0f"), *summary(ratios, ".2f"), f"{bytes_each:.3f}")
         results.append({"name": name, "ms": times, "ratios": ratios, "state_bytes": bytes_each})
     Console(width=120).print(table)
     return {"arguments": vars(arguments), "contenders": results}
-
-
-def _summary(values: list[float], form: str) -> tuple[str, str]:
-    return f"{statistics.median(values):{form}}", f"{min(values):{form}} … {max(values):{form}}"
-
-
-def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes of state per element of the matrices."""
-    matrices = optimizer.param_groups[0]["params"]
-    tensors = [
-        value for p in matrices for value in optimizer.state[p].values() if torch.is_tensor(value)
-    ]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return size / sum(p.numel() for p in matrices)
 
 
 def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:

@@ -1,0 +1,59 @@
+"""The benchmark of a whole step: it runs, and its errors are those of the update."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("peers")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("extra", [[], ["--lora", "4"]])
+def test_contenders_take_turns_and_the_results_are_written(tmp_path, extra):
+    file = tmp_path / "peers.json"
+    command = [sys.executable, str(BENCH / "peers.py"), "--model", "tiny", "--vocabulary", "64"]
+    command += ["--repeats", "2", "--only", "hf_muon", "torch", "--json", str(file), *extra]
+    subprocess.run(command, check=True, timeout=120)
+    results = json.loads(file.read_text())
+    ours, theirs = results["rows"]
+    assert (ours["name"], theirs["name"], results["missing"]) == ("hf_muon", "torch", {})
+    assert ours["ratios"] == [1.0, 1.0]
+    assert len(theirs["milliseconds"]) == 2
+    # The quintic leaves singular values between 0.68 and 1.13; the default comes closer.
+    assert ours["error"] < theirs["error"] < 0.35
+    # One momentum buffer in float32, and a step count for each matrix.
+    assert 4 <= ours["state_bytes"] < 4.2
+
+
+def test_the_error_is_that_of_the_direction(peers):
+    given = peers.gradients([torch.empty(8, 12)])
+    exact = peers.error_of(lambda p: peers.hf_muon(p, polar_method="svd"), given)
+    # The weight holds lr · scale · O in float32.
+    assert exact < 1e-6
+    # What is no polar factor is far away: a gradient step keeps the spread of singular values.
+    assert peers.error_of(lambda p: torch.optim.SGD(p, lr=1.0), given) > 0.2
+
+
+def test_the_peak_is_what_a_step_holds_at_once(peers):
+    megabyte = 2**18
+
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(megabyte)
+
+    def together() -> None:
+        assert len([torch.empty(megabyte) for _ in range(3)]) == 3
+
+    assert peers.peak_bytes(one_after_the_other) == 2**20
+    assert peers.peak_bytes(together) == 3 * 2**20
