@@ -115,21 +115,27 @@ def orthogonalize(
 
     is_tall = x.shape[-2] > x.shape[-1]
     with _without_autocast(x.device.type):
-        X = prescale(x.reshape(_flat_shape(x.shape)), target)  # (k, m, n), or (m, n) for one matrix
-        # Transposed views would pick other kernels, and each pass over them takes far longer.
-        X = X.mT.contiguous() if is_tall else X  # (…, s, l), s <= l
         if is_exact:
-            factor = svd_polar(X)
+            factor = svd_polar(_wide(x, target))
         else:
-            name = cheapest_iteration(X.shape, steps, target) if method == "auto" else method
+            name = cheapest_iteration(x.shape, steps, target) if method == "auto" else method
             half_gram = name == "gram" and target in HALF_PRECISION
             triples = coefficient_table(coefficients, steps, half_gram=half_gram)
             start = unit_schatten_ if coefficients == "tight" else unit_frobenius_
             # Bit for bit torch.optim.Muon, where it is asked for.
             mirror = (name, coefficients) != ("newton_schulz", "quintic")
-            factor = _iteration(name, compile)(X, triples, start, mirror=mirror)
+            iteration = _iteration(name, compile)
+            # Without a name for the scaled matrix its memory is free again after the first step.
+            factor = iteration(_wide(x, target), triples, start, mirror=mirror)
     factor = factor.mT.contiguous() if is_tall else factor
     return factor.reshape(x.shape)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scaled copy (k, s, l) with s <= l, contiguous; (s, l) for one matrix."""
+    X = prescale(x.reshape(_flat_shape(x.shape)), dtype)
+    # Transposed views would pick other kernels, and each pass over them takes far longer.
+    return X.mT.contiguous() if X.shape[-2] > X.shape[-1] else X
 
 
 def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> str:

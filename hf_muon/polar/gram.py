@@ -37,7 +37,7 @@ def gram_newton_schulz(
     4s²l + (8k − 6)s³ floating-point operations.
 
     Args:
-        X: wide matrices; scaled in place.
+        X: wide matrices; overwritten.
         triples: the coefficients (a, b, c) of each step.
         start: the scaling.
         mirror: compute the products, all of them symmetric, by halves where that is faster.
@@ -48,13 +48,13 @@ def gram_newton_schulz(
     References:
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
     """
-    R = start(X, mirror=mirror)  # (…, s, s)
+    scaled_gram: Start = start
     first = 0
     for length in run_lengths(len(triples), X.dtype):
-        if first > 0:
-            R = gram_matrix(X, mirror=mirror)
-        X = product_of(R, triples[first : first + length], mirror) @ X
-        first += length
+        run = triples[first : first + length]
+        # R has no name here, so that its memory is free again as soon as a run has moved on.
+        X = product_of(scaled_gram(X, mirror=mirror), run, mirror) @ X
+        scaled_gram, first = gram_matrix, first + length
     return X
 
 
@@ -75,7 +75,8 @@ def product_of(
     product = partial(symmetric_product, mirror=mirror)
     Q = q = factor_of(R, triples[0], mirror)
     for triple in triples[1:]:
-        R = product(q, product(R, q))
+        R = product(R, q)
+        R = product(q, R)
         q = factor_of(R, triple, mirror)
         Q = product(q, Q)
     return Q
