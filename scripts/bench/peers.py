@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ from turns import (
 from hf_muon import Muon
 
 MODELS = {**LLAMA, "tiny": (32, 64, 1)}
-CHECKED = 14
-"""Matrices whose update is compared with the exact one: two blocks."""
+CHECKED = 4
+"""Matrices whose update is compared with the exact one: the last, which have every shape."""
 
 
 @dataclass
@@ -100,11 +101,17 @@ def error_of(make: Make, given: Sequence[Tensor]) -> float:
     make(weights).step()
     errors = []
     for weight, gradient in zip(weights, given, strict=True):
-        U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
-        exact, P = U @ Vh, weight.detach().double()
+        exact, P = exact_polar(gradient), weight.detach().double()
         P = P * (P * exact).sum() / P.square().sum()
         errors.append(float((P - exact).norm() / exact.norm()))
     return statistics.mean(errors)
+
+
+@cache
+def exact_polar(gradient: Tensor) -> Tensor:
+    """O(G) in float64; kept, since all contenders have the same gradients."""
+    U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    return U @ Vh
 
 
 def peak_bytes(step: Step) -> int:
@@ -148,7 +155,7 @@ def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
             Row(
                 name=name,
                 setting=entrant.setting,
-                error=error_of(entrant.make, given[:CHECKED]),
+                error=error_of(entrant.make, given[-CHECKED:]),
                 milliseconds=[1e3 * one[name] for one in rounds],
                 ratios=[one[name] / one[next(iter(entrants))] for one in rounds],
                 peak_bytes=peak_bytes(entrant.step),
