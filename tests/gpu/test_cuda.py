@@ -1,0 +1,92 @@
+"""On an accelerator: the same factor, the same step, and the same bits again.
+
+Skipped where there is none. ``HF_MUON_TEST_DEVICE=cpu`` runs them on a CPU, to try the tests.
+"""
+
+import os
+
+import pytest
+import torch
+
+from hf_muon import create_muon_optimizer, register
+from hf_muon.polar import compute_dtype, orthogonalize
+from tests.integration.tiny import tiny_data, tiny_llama, trainer_of
+from tests.reference import polar as reference
+
+DEVICE = os.environ.get("HF_MUON_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+# Largest errors at these steps on Gaussian matrices, as on CPUs (docs/polar.md).
+BOUNDS = {("quintic", 5): 0.31, ("polar_express", 5): 0.14, ("tight", 4): 0.18}
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "gram"])
+@pytest.mark.parametrize(("coefficients", "steps"), BOUNDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(256, 256), (256, 688), (688, 256), (3, 64, 160)])
+def test_the_polar_factor_is_as_close_as_on_a_cpu(shape, dtype, coefficients, steps, method):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    chosen = {"method": method, "coefficients": coefficients, "steps": steps, "dtype": dtype}
+    factor = orthogonalize(x.float().to(DEVICE), **chosen).double().cpu()
+    bound = BOUNDS[coefficients, steps]
+    for one, exact in zip(factor.reshape(-1, *shape[-2:]), x.reshape(-1, *shape[-2:]), strict=True):
+        oracle = reference.polar_factor(exact)
+        assert reference.relative_error(one, oracle) <= bound
+        assert reference.relative_error(-one, oracle) > 1
+
+
+def one_run(steps=4, **settings):
+    model = tiny_llama().to(DEVICE)
+    batch = {
+        name: torch.stack([row[name] for row in tiny_data(8)]).to(DEVICE)
+        for name in ("input_ids", "labels")
+    }
+    optimizer = create_muon_optimizer(model, lr=1e-2, weight_decay=0.1, **settings)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("order", ["pre_polar", "post_polar", "polar_only"])
+def test_a_run_repeats_its_bits(order):
+    first, second, other = one_run(order=order), one_run(order=order), one_run(3, order=order)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_one_step_is_that_of_a_cpu_to_rounding(monkeypatch):
+    settings = {"polar_dtype": "float32", "steps": 1}
+    here = one_run(**settings)
+    monkeypatch.setattr("tests.gpu.test_cuda.DEVICE", "cpu")
+    there = one_run(**settings)
+    for name, weight in here.items():
+        # Gradients in float32 differ by their sums; AdamW's first step is ±lr whatever their size,
+        # so an entry near zero may change its sign.
+        differs = (weight - there[name]).abs() > 1e-4
+        assert differs.float().mean() < 0.01, name
+    assert any((here[name] - start).abs().max() > 1e-4 for name, start in start_weights().items())
+
+
+def start_weights():
+    return {name: p.detach() for name, p in tiny_llama().named_parameters()}
+
+
+def test_auto_is_bfloat16_where_the_device_has_it():
+    if DEVICE == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        expected = torch.bfloat16 if native else torch.float32
+        assert compute_dtype("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_the_stock_trainer_trains(precision, tmp_path):
+    register()
+    trainer = trainer_of(tmp_path, use_cpu=DEVICE == "cpu", max_steps=8, **precision)
+    first = trainer.evaluate(tiny_data(16))["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(tiny_data(16))["eval_loss"] < first
+    assert type(trainer.optimizer.optimizer).__name__ == "Muon"
