@@ -44,8 +44,8 @@ class MuonConfig:
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
         coefficients: ``polar_express`` (a triple per step, minimax), ``tight`` (the same from a
-            tighter start: four steps come as close as five of ``quintic``) or ``quintic``
-            (Jordan's).
+            tighter start: on momentum four steps come as close as five of ``quintic``) or
+            ``quintic`` (Jordan's).
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
         adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
@@ -71,7 +71,8 @@ class MuonConfig:
         tangent_balance_every: Steps after which ``tangent`` brings ‖A‖ and ‖B‖ together; 0: never.
         distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
             ``redundant`` lets each compute all; ``auto`` takes what should be faster.
-        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together.
+        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. A process
+            that trains alone on a CPU gains nothing by more than one, and takes no more.
         compile: Run the polar iteration through ``torch.compile``.
 
     Raises:

@@ -18,6 +18,10 @@ import torch
 from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
 
+# The bound where nothing travels and no launches are to be saved: what follows on one matrix then
+# happens while it is in the cache, and hardly more memory is held. A megabyte of float32.
+_CPU_CACHED_ELEMENTS = 2**18
+
 
 @dataclass(eq=False)
 class Unit:
@@ -117,6 +121,7 @@ def plan_buckets(
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
         limit: Elements of whole matrices per owner and bucket, or the largest team if it has more.
+            A process alone on a CPU has buckets of 2¹⁸ elements, or one team, at most.
         together: Teams of matrices that one owner needs at the same time, and that lie on the same
             ranks. They follow each other in their bucket. Other matrices are teams of one.
     """
@@ -141,11 +146,6 @@ def plan_buckets(
             _elements_of(members, limit, alone_on_cpu=_is_alone(shard, replicate, device)),
         )
     ]
-
-
-_CPU_CACHED_ELEMENTS = 2**18
-"""A megabyte of float32: the bound of a bucket where nothing travels and no launch is to be saved.
-What follows on one matrix then happens while it is in the cache, and hardly more memory is held."""
 
 
 def _is_alone(shard: Ranks, replicate: Ranks, device: torch.device) -> bool:

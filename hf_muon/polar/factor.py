@@ -50,7 +50,8 @@ def polar_factor(
             half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or
             ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
         coefficients: ``polar_express``, ``tight`` (from a start that lets four steps come as close
-            as five of the quintic) or ``quintic``; ``svd`` ignores it.
+            as five of the quintic, unless the stable rank is near one) or ``quintic``; ``svd``
+            ignores it.
         steps: iterations, at least 1 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
         dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
             None or ``auto`` takes bfloat16 where the device has it natively, else float32. ``svd``
@@ -122,8 +123,9 @@ def orthogonalize(
             half_gram = name == "gram" and target in HALF_PRECISION
             triples = coefficient_table(coefficients, steps, half_gram=half_gram)
             start = unit_schatten_ if coefficients == "tight" else unit_frobenius_
-            # Bit for bit torch.optim.Muon, where it is asked for.
-            mirror = (name, coefficients) != ("newton_schulz", "quintic")
+            # Not where the bits of torch.optim.Muon are asked for, nor compiled: views as results
+            # would cut the graph into pieces.
+            mirror = not compile and (name, coefficients) != ("newton_schulz", "quintic")
             iteration = _iteration(name, compile)
             # Without a name for the scaled matrix its memory is free again after the first step.
             factor = iteration(_wide(x, target), triples, start, mirror=mirror)
@@ -142,7 +144,8 @@ def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> 
     """Return ``gram`` or ``newton_schulz``, whichever needs fewer floating-point operations.
 
     With sides s <= l, k steps cost k(4s²l + 2s³) on X and 4s²l + (8k − 6)s³ per run on the Gram
-    matrix; at five steps ``gram`` wins from l = 1.5 s on.
+    matrix; at five steps ``gram`` wins from l = 1.5 s on. That is counted without mirroring, which
+    halves more of the products of ``gram``.
 
     Args:
         shape: (…, m, n).

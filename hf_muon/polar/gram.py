@@ -27,7 +27,7 @@ lets singular values of rank-deficient matrices pass one by more than the tables
 
 
 def gram_newton_schulz(
-    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool = True
+    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in short runs of steps.
 
@@ -48,13 +48,13 @@ def gram_newton_schulz(
     References:
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
     """
-    scaled_gram: Start = start
+    gram_of: Start = start
     first = 0
     for length in run_lengths(len(triples), X.dtype):
         run = triples[first : first + length]
         # R has no name here, so that its memory is free again as soon as a run has moved on.
-        X = product_of(scaled_gram(X, mirror=mirror), run, mirror) @ X
-        scaled_gram, first = gram_matrix, first + length
+        X = product_of(gram_of(X, mirror=mirror), run, mirror) @ X
+        gram_of, first = gram_matrix, first + length
     return X
 
 

@@ -18,12 +18,12 @@ MOST_STRIPS = 8
 """The share that is computed, (k + 1)/2k for k strips, is 0.56 by then."""
 
 
-def gram_matrix(X: Tensor, *, mirror: bool = False) -> Tensor:  # (…, s, l) -> (…, s, s)
+def gram_matrix(X: Tensor, *, mirror: bool) -> Tensor:  # (…, s, l) -> (…, s, s)
     """Return X Xᵀ."""
     return symmetric_product(X, X.mT, mirror=mirror)
 
 
-def polynomial(A: Tensor, b: float, c: float, *, mirror: bool = False) -> Tensor:
+def polynomial(A: Tensor, b: float, c: float, *, mirror: bool) -> Tensor:
     """Return bA + cA² for symmetric A (…, s, s)."""
     return symmetric_product(A, A, A, beta=b, alpha=c, mirror=mirror)
 
@@ -35,16 +35,16 @@ def symmetric_product(
     *,
     beta: float = 0.0,
     alpha: float = 1.0,
-    mirror: bool = True,
+    mirror: bool,
 ) -> Tensor:
-    """Return beta·C + alpha·A B, which the caller knows to be symmetric up to rounding.
+    """Return AB, or beta·C + alpha·AB, which the caller knows to be symmetric up to rounding.
 
     Args:
         A: shape (…, s, k).
         B: shape (…, k, s).
         C: shape (…, s, s), symmetric; None for AB alone.
         beta: factor of C.
-        alpha: factor of the product.
+        alpha: factor of the product that is added to it.
         mirror: where it pays (one large matrix on a CPU), compute the strips below the diagonal
             and mirror them, which saves up to 44 % of the operations.
 

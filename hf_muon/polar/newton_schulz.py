@@ -25,7 +25,7 @@ class Start(Protocol):
 
 
 def newton_schulz(
-    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool = True
+    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Apply p(X) = aX + (bA + cA²)X, A = XXᵀ, once per triple.
 

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from .kernels import gram_matrix
 
-TINIEST_NORM = 1e-30
-"""Zero divided by this is zero. A scaled nonzero matrix has a norm of at least one, so that unlike
-torch.optim.Muon's 1e-7 the bound never touches it."""
 MARGIN = 1.01
-"""Of the squared Schatten norm; bfloat16 rounds at 2⁻⁹ = 0.2 %."""
+"""Of the squared Schatten norm. It is rounded a few times, by at most 0.2 % each in bfloat16; what
+that may leave above one is within the safety factor of the coefficients."""
 
 
 def prescale(X: Tensor, dtype: torch.dtype) -> Tensor:  # (…, m, n) -> (…, m, n)
@@ -94,5 +92,7 @@ def _norm(X: Tensor) -> Tensor:
         norm = X.norm(dtype=dtype)
     else:
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=dtype)
-    clamped: Tensor = norm.clamp(min=TINIEST_NORM)
+    # Zero divided by the smallest normal number is zero, and a scaled nonzero matrix has a larger
+    # norm. It has to be that of X's dtype: on a device a scalar takes the dtype of a matrix.
+    clamped: Tensor = norm.clamp(min=torch.finfo(X.dtype).tiny)
     return clamped

@@ -77,7 +77,7 @@ def device_mesh() -> DeviceMesh:
 
 
 def build_model() -> LlamaForCausalLM:
-    """Return a LLaMA of 0.5 M parameters over bytes."""
+    """Return a LLaMA of 0.4 M parameters over bytes."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,

@@ -41,7 +41,7 @@ def load(data: DataSettings) -> Split:
     Raises:
         RecipeError: an unknown name, or an asset that is not installed.
     """
-    if "/" in data.corpus:
+    if "/" in data.corpus and "+" not in data.corpus:
         return load_from_hub(data)
     return together([load_local(name, data) for name in data.corpus.split("+")])
 

@@ -50,10 +50,8 @@ def main() -> None:
     config = find_config(arguments.config, HERE)
     out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_heat_map"
     claim_folder(out, config, [arguments.order, *arguments.extra])
-    points = [
-        Point(*values)
-        for values in itertools.product(arguments.batches, arguments.momenta, arguments.rates)
-    ]
+    axes = (arguments.batches, arguments.momenta, arguments.rates)
+    points = [Point(*values) for values in itertools.product(*map(dict.fromkeys, axes))]
     runs = [run_at(point, config, out, arguments) for point in points]
     run_all(runs, arguments.jobs, "training runs")
     losses = dict(zip(points, map(final_loss, runs), strict=True))
@@ -124,7 +122,8 @@ def shown(loss: float) -> str:
 def draw(losses: Losses, path: Path, order: str) -> None:
     """Draw one panel for each batch, all on one colour scale; the best point of each is framed."""
     batches, momenta, rates = (list(dict.fromkeys(values)) for values in zip(*losses, strict=True))
-    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+    # Of a grid on which nothing trained there is still a figure, in one colour.
+    finite = [loss for loss in losses.values() if math.isfinite(loss)] or [0.0]
     figure, panels = plt.subplots(
         1, len(batches), figsize=(3.4 * len(batches), 0.75 * len(momenta) + 1.4),
         dpi=160, sharey=True, squeeze=False, layout="constrained",

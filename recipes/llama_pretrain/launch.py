@@ -40,8 +40,9 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse options that would be overridden without a word."""
-        fixed = {word[2:].partition("=")[0].replace("-", "_") for word in self.extra}
-        for name in fixed & self.options.keys():
+        names = (word[2:] for word in self.extra if word.startswith("--"))
+        fixed = {name.partition("=")[0].replace("-", "_") for name in names}
+        for name in fixed & {*self.options, "output_dir"}:
             raise RecipeError(f"--{name} differs between the runs; leave it out behind the --.")
 
     def command(self) -> list[str]:

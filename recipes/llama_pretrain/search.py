@@ -3,8 +3,8 @@
 In: ``python search.py configs/tiny.yaml [--muon RATE ...] [--adamw RATE ...] [--jobs 2]
 [--final-seeds 3] [--record] [-- RUN OPTIONS]``.
 Out: ``search.json`` with every run, a table, the figure, and with ``--record`` the best rates in
-``configs/best/``. Every optimizer gets the same number of rates, a factor of 2 apart; a grid whose
-best rate lies at its edge is widened until it does not. Finished runs are kept, so it can be
+``configs/best/``. Every optimizer begins with as many rates as the others; a grid whose best rate
+lies at its edge is widened by a factor of 2 until it does not. Finished runs are kept, so it can be
 interrupted.
 """
 
@@ -129,6 +129,9 @@ def command_line() -> argparse.Namespace:
     own, extra = split_extra(sys.argv[1:])
     arguments = parser.parse_args(own)
     arguments.extra = extra
+    counts = {name: len(getattr(arguments, name)) for name in OPTIMIZERS}
+    if len(set(counts.values())) > 1:
+        parser.error(f"give every optimizer the same number of rates, not {counts}")
     return arguments
 
 

@@ -6,7 +6,7 @@ float64 SVD, and how much faster it is than five steps of the quintic; stable ra
 a figure, and JSON. Contenders take turns on the same matrices, so that a busy machine slows all of
 them; ratios are taken within each round.
 
-    python scripts/bench/pareto.py runs/5m/checkpoint-244 --dtype bfloat16 --figure pareto.png
+    python scripts/bench/pareto.py runs/momentum/checkpoint-200 --figure pareto.png
 """
 
 from __future__ import annotations

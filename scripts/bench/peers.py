@@ -35,6 +35,7 @@ from turns import (
 )
 
 from hf_muon import Muon
+from hf_muon.polar import compute_dtype
 
 MODELS = {**LLAMA, "tiny": (32, 64, 1)}
 CHECKED = 4
@@ -143,7 +144,9 @@ def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
         try:
             entrants[name] = fastest(CONTENDERS[name], fresh, given)
         except Exception as error:  # a foreign package may fail in any way
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            missing[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not entrants:
+        raise SystemExit(f"error: no contender ran: {missing}")
     steps = {name: entrant.step for name, entrant in entrants.items()}
     rounds = take_turns(
         steps, arguments.repeats, "cpu", before=lambda name: restore(entrants[name], given)
@@ -220,7 +223,9 @@ def main() -> None:
     rows, missing = compare(arguments)
     layers = arguments.layers or MODELS[arguments.model][2]
     kind = f"LoRA factors of rank {arguments.lora}, " if arguments.lora else ""
-    title = f"{kind}LLaMA-{arguments.model}, {layers} layers, {arguments.threads} threads"
+    native = compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    where = "bfloat16" if native else "OURS IN FLOAT32, the others in emulated bfloat16"
+    title = f"{kind}LLaMA-{arguments.model}, {layers} layers, {arguments.threads} threads, {where}"
     console = Console(width=150)
     console.print(as_table(rows, title))
     for name, reason in missing.items():

@@ -30,10 +30,11 @@ from hf_muon.polar import COEFFICIENTS, compute_dtype, orthogonalize
 SHAPES = ((512, 512), (768, 2048), (2048, 768))
 SPECTRA = ("gaussian", "1/k")
 STEPS = 5
-BOUNDS = {"polar_express": 0.14, "quintic": 0.31}
-"""Largest error at five steps, over these shapes and spectra."""
-GRAM_MARGIN = 0.03
-"""Largest difference between the errors of ``gram`` and ``newton_schulz``."""
+BOUNDS = {("polar_express", 5): 0.14, ("quintic", 5): 0.31, ("tight", 4): 0.46, ("tight", 5): 0.14}
+"""Largest error, over these shapes and spectra; four steps of ``tight`` are worst on 1/k."""
+GRAM_MARGIN = {"polar_express": 0.03, "quintic": 0.03, "tight": 0.06}
+"""Largest difference between the errors of ``gram`` and ``newton_schulz``, by
+coefficients."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,10 @@ def misses(rows: list[Row]) -> list[str]:
     }
     found = []
     for r in rows:
-        if r.coefficients not in BOUNDS:
+        if (r.coefficients, r.steps) not in BOUNDS:
             continue
         apart = abs(r.error - direct[r.shape, r.spectrum, r.dtype, r.coefficients, r.steps])
-        if r.error > BOUNDS[r.coefficients] or apart > GRAM_MARGIN:
+        if r.error > BOUNDS[r.coefficients, r.steps] or apart > GRAM_MARGIN[r.coefficients]:
             found.append(
                 f"{r.shape} {r.spectrum} {r.dtype} {r.method} {r.coefficients}: {r.error:.3f}"
             )
@@ -231,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="add the compiled iterations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     args.dtype = args.dtype or ["float32", "bfloat16"]
@@ -242,6 +244,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, and fail if an error is above its bound."""
     args = parse()
+    torch.set_num_threads(args.threads)
     rows = [
         row
         for dtype in args.dtype

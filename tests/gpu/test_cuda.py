@@ -17,8 +17,8 @@ DEVICE = os.environ.get("HF_MUON_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
 )
-# Largest errors at these steps on Gaussian matrices, as on CPUs (docs/polar.md).
-BOUNDS = {("quintic", 5): 0.31, ("polar_express", 5): 0.14, ("tight", 4): 0.18}
+# Largest errors at these steps on Gaussian matrices, as on CPUs (docs/polar.md), and a tenth more.
+BOUNDS = {("quintic", 5): 0.23, ("polar_express", 5): 0.14, ("tight", 4): 0.19}
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", "gram"])
@@ -38,7 +38,8 @@ def test_the_polar_factor_is_as_close_as_on_a_cpu(shape, dtype, coefficients, st
 
 
 def one_run(steps=4, **settings):
-    model = tiny_llama().to(DEVICE)
+    # Eager attention: the fused kernels of some devices add in an order that varies.
+    model = tiny_llama(attn_implementation="eager").to(DEVICE)
     batch = {
         name: torch.stack([row[name] for row in tiny_data(8)]).to(DEVICE)
         for name in ("input_ids", "labels")
@@ -75,11 +76,22 @@ def start_weights():
     return {name: p.detach() for name, p in tiny_llama().named_parameters()}
 
 
-def test_auto_is_bfloat16_where_the_device_has_it():
-    if DEVICE == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        expected = torch.bfloat16 if native else torch.float32
-        assert compute_dtype("auto", torch.device("cuda")) == expected
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express", "tight"])
+def test_zero_stays_zero(coefficients, dtype):
+    if (DEVICE, dtype) == ("cpu", "float16"):
+        pytest.skip("float16 is for accelerators")
+    chosen = {"method": "auto", "coefficients": coefficients, "steps": 5, "dtype": dtype}
+    for shape in ((40, 60), (3, 40, 60)):
+        assert not orthogonalize(torch.zeros(shape, device=DEVICE), **chosen).any()
+        assert orthogonalize(torch.ones(shape, device=DEVICE), **chosen).isfinite().all()
+
+
+def test_auto_computes_in_bfloat16_or_float32():
+    x = torch.randn(8, 12, device=DEVICE)
+    factor = orthogonalize(x, method="auto", coefficients="tight", steps=4, dtype=None)
+    assert factor.dtype in (torch.bfloat16, torch.float32)
+    assert factor.dtype == compute_dtype("auto", x.device)
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])

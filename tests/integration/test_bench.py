@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_muon import Muon
+
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
@@ -57,3 +59,39 @@ def test_the_peak_is_what_a_step_holds_at_once(peers):
 
     assert peers.peak_bytes(one_after_the_other) == 2**20
     assert peers.peak_bytes(together) == 3 * 2**20
+
+
+def test_the_momentum_of_matrices_is_read_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    pareto = importlib.import_module("pareto")
+    square, wide, bias = (torch.nn.Parameter(torch.randn(size)) for size in ((4, 4), (4, 6), (4,)))
+    groups = [{"params": [square, wide]}, {"params": [bias], "algorithm": "adamw"}]
+    optimizer = Muon(groups, lr=0.1)
+    for parameter in (square, wide, bias):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    kinds = pareto.momentum_of([tmp_path])
+    assert {kind: [tuple(x.shape) for x in found] for kind, found in kinds.items()} == {
+        "square": [(4, 4)],
+        "rectangular": [(4, 6)],
+    }
+    assert torch.equal(kinds["square"][0], optimizer.state[square]["exp_avg"])
+    exact, rank = pareto.decompose(torch.diag(torch.tensor([2.0, -1.0, 1.0])))
+    assert torch.equal(exact.round(decimals=6), torch.diag(torch.tensor([1.0, -1, 1])).double())
+    assert rank == pytest.approx(1.5)
+    rows = pareto.measure("square", kinds["square"], "float32", repeats=2)
+    baseline = next(row for row in rows if (row.coefficients, row.steps) == pareto.BASELINE)
+    assert baseline.speed == 1
+    assert len(rows) == sum(map(len, pareto.STEPS.values()))
+
+
+def test_a_contender_that_fails_says_why(peers, monkeypatch):
+    def fails(matrices):
+        raise ValueError
+
+    monkeypatch.setitem(peers.CONTENDERS, "torch", {"": fails})
+    command = "peers.py --model tiny --vocabulary 64 --repeats 1 --only torch"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match=r"no contender ran.*ValueError"):
+        peers.main()

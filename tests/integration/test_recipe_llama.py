@@ -274,12 +274,19 @@ def test_corpora_are_held_out_each_in_the_same_proportion(monkeypatch):
     assert len(split.train) == 57
     with pytest.raises(RecipeError, match=r"Unknown corpus 'lang'.*'long'"):
         corpora.load(settings.DataSettings(corpus="lang+short"))
+    with pytest.raises(RecipeError, match="Unknown corpus 'owner/name'"):
+        corpora.load(settings.DataSettings(corpus="short+owner/name", holdout_every=20))
 
 
 def test_the_search_starts_from_the_rates_that_are_given(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2"])
+    monkeypatch.setattr(
+        sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2", "--adamw", "0.01", "0.02"]
+    )
     arguments = search.command_line()
-    assert (arguments.muon, arguments.adamw) == ([0.1, 0.2], search.GRIDS["adamw"])
+    assert (arguments.muon, arguments.adamw) == ([0.1, 0.2], [0.01, 0.02])
+    monkeypatch.setattr(sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2"])
+    with pytest.raises(SystemExit):  # four rates of AdamW against two
+        search.command_line()
 
 
 @pytest.mark.full
@@ -305,7 +312,10 @@ def test_what_a_study_varies_cannot_be_fixed_for_all_its_runs():
     for fixed in ("--tokens_per_step", "--tokens-per-step=512"):
         with pytest.raises(RecipeError, match="--tokens_per_step"):
             launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--seed", "1", fixed, "512"])
-    assert launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--token_budget", "512"])
+    with pytest.raises(RecipeError, match="--output_dir"):
+        launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--output_dir", "elsewhere"])
+    values = ["--token_budget", "512", "--run_name", "tokens_per_step"]
+    assert launch.Run(Path("out"), "configs/tiny.yaml", varied, values)
 
 
 def test_the_best_rate_of_each_batch_and_momentum_is_shown():
