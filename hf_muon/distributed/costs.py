@@ -124,15 +124,15 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, read_itemsiz
 def _workspace(owned: Sequence[Unit]) -> int:
     """Elements that the iteration needs, at most, beside its input and its output.
 
-    Several matrices of one shape are stacked; the stack is normalized into a copy and iterated on,
-    which keeps the last iterate beside the next one. It works with two square matrices, on the Gram
-    matrix, where that is cheaper, with four.
+    Several matrices of one shape are stacked; the stack is scaled into a copy, the first iterate,
+    which is there until the next one is, the output. The iteration works with two square matrices;
+    on the Gram matrix, where that is cheaper, with four, and with one when there is an output.
     """
     most = 0
     for (m, n), k in Counter(unit.shape for unit in owned).items():
         s, l = sorted((m, n))  # noqa: E741
-        squares = 4 if 2 * l > 3 * s else 2
-        most = max(most, k * ((2 + (k > 1)) * s * l + squares * s * s))
+        squares = max(s * s, 4 * s * s - s * l) if 2 * l > 3 * s else 2 * s * s
+        most = max(most, k * ((1 + (k > 1)) * s * l + squares))
     return most
 
 
