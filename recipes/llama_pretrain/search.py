@@ -112,15 +112,9 @@ def command_line() -> argparse.Namespace:
     parser.add_argument(
         "--final-seeds", type=int, default=0, help="number of fresh seeds to compare the best on"
     )
-    for name, grid in GRIDS.items():
-        parser.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            default=grid,
-            metavar="RATE",
-            help=f"first learning rates of {name}",
-        )
+    rates = {"type": float, "nargs": "+", "metavar": "RATE"}
+    parser.add_argument("--muon", default=GRIDS["muon"], help="first rates of Muon", **rates)
+    parser.add_argument("--adamw", default=GRIDS["adamw"], help="first rates of AdamW", **rates)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="folder of all runs")
     parser.add_argument(
