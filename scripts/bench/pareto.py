@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from turns import take_turns
 
 from hf_muon.polar import orthogonalize
 
@@ -88,26 +87,15 @@ def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list
         ]
         for key, run in runs.items()
     }
-    rounds = [
-        {key: seconds(run, matrices) for key, run in in_turn(runs, number)}
-        for number in range(repeats)
-    ]
+    steps = {key: partial(apply_to_all, run, matrices) for key, run in runs.items()}
+    rounds = take_turns(steps, repeats, "cpu")
     return [row(kind, key, errors[key], rounds, len(matrices)) for key in runs]
 
 
-def in_turn(runs: dict[Any, Any], number: int) -> list[tuple[Any, Any]]:
-    """Return the items, another one first in each round."""
-    items = list(runs.items())
-    first = number % len(items)
-    return items[first:] + items[:first]
-
-
-def seconds(run: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> float:
-    """Return the wall time of a contender on all matrices."""
-    started = time.perf_counter()
+def apply_to_all(run: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> None:
+    """Compute all factors, and keep none."""
     for matrix in matrices:
         run(matrix)
-    return time.perf_counter() - started
 
 
 def row(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,15 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - started
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def take_turns(
-    steps: Mapping[str, Step],
+    steps: Mapping[Name, Step],
     repeats: int,
     device: str,
-    before: Callable[[str], None] | None = None,
-) -> list[dict[str, float]]:
+    before: Callable[[Name], None] | None = None,
+) -> list[dict[Name, float]]:
     """Seconds of each step in each round, after one round to warm up.
 
     Each has each place in the order, since the one before leaves its cache. ``before`` is
