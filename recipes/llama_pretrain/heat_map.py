@@ -120,20 +120,16 @@ def shown(loss: float) -> str:
 
 
 def draw(losses: Losses, path: Path, order: str) -> None:
-    """Draw one panel for each batch, all on one colour scale; the best point of each is framed."""
+    """Draw one panel for each batch, with colours of its own; the best point of each is framed."""
     batches, momenta, rates = (list(dict.fromkeys(values)) for values in zip(*losses, strict=True))
-    # Of a grid on which nothing trained there is still a figure, in one colour.
-    finite = [loss for loss in losses.values() if math.isfinite(loss)] or [0.0]
     figure, panels = plt.subplots(
         1, len(batches), figsize=(3.4 * len(batches), 0.75 * len(momenta) + 1.4),
         dpi=160, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for axes, batch in zip(panels[0], batches, strict=True):
         grid = np.array([[losses[Point(batch, m, r)] for r in rates] for m in momenta])
-        # Beyond the median the losses of failing runs would use up the scale.
-        axes.imshow(
-            grid, cmap="viridis_r", vmin=min(finite), vmax=float(np.median(finite)), aspect="auto"
-        )
+        # What diverged has no colour, and a grid on which nothing trained none at all.
+        axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", aspect="auto")
         write_cells(axes, grid)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(momenta)), [f"{momentum:g}" for momentum in momenta])
