@@ -105,7 +105,8 @@ def script_options(path):
                 if isinstance(target, ast.AnnAssign)
             }
             options |= {f"--{name}" for name in names}
-    if path.name in ("run.py", "compare.py", "search.py", "reward.py", "run_clm.py"):
+    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "reward.py", "run_clm.py")
+    if path.name in trainers:  # they hand what they do not know on, or are one themselves
         stock = [*fields(TrainingArguments), *fields(SFTConfig)]
         options |= {f"--{item.name}" for item in stock} | {"--"}
     if path.name == "plan.py":  # hands its options on to `hf-muon plan`
