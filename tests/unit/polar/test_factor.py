@@ -329,39 +329,6 @@ def test_auto_takes_the_iteration_with_fewer_operations(shape, steps, expected):
         assert torch.equal(polar_factor(x), named)
 
 
-@pytest.mark.parametrize("compiled_method", ITERATIVE)
-def test_compiled_iteration_agrees_with_the_plain_one(compiled_method, monkeypatch):
-    # The eager backend traces and guards as the default one does, without a C++ compiler.
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: original(f, backend="eager", **kw))
-    from hf_muon.polar import factor
-
-    factor._iteration.cache_clear()
-    for shape in [(8, 20), (8, 21), (3, 8, 20), (20, 8)]:
-        x = torch.randn(shape)
-        plain = orthogonalize(x, **settings(method=compiled_method))
-        compiled = orthogonalize(x, **settings(method=compiled_method), compile=True)
-        # Same products in the same order, up to fusing of the elementwise operations between.
-        assert reference.relative_error(compiled, plain) < 1e-6
-    factor._iteration.cache_clear()
-
-
-@pytest.mark.parametrize("compiled_method", ITERATIVE)
-def test_a_compiled_iteration_is_one_graph(compiled_method, monkeypatch):
-    original = torch.compile
-    whole = {"backend": "eager", "fullgraph": True}
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: original(f, **whole, **kw))
-    from hf_muon.polar import factor
-
-    factor._iteration.cache_clear()
-    x = torch.randn(260, 300)  # large enough to be mirrored where it is not compiled
-    chosen = settings(method=compiled_method, coefficients="tight", steps=4)
-    compiled = orthogonalize(x, **chosen, compile=True)
-    # float32 rounds at 6e-8; XXᵀ squares the spread of the singular values, some hundreds.
-    assert reference.relative_error(compiled, orthogonalize(x, **chosen)) < 1e-3
-    factor._iteration.cache_clear()
-
-
 # --- refusals -------------------------------------------------------------------------------------
 
 
