@@ -166,7 +166,6 @@ def forecast(
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
     wire = _wire(config, dtype, device)
-    made = _made_by_reading(config, dtype)
     limit = int(config.bucket_mb * 2**20 / wire.itemsize)
     plans, in_lockstep = [], 0
     for group in groups:
@@ -175,7 +174,7 @@ def forecast(
             buckets = plan_buckets(layouts, [torch.device(device)] * len(layouts), limit)
             if not buckets:
                 continue
-            costs = [bucket_costs(bucket, world.mesh, wire.itemsize, made) for bucket in buckets]
+            costs = [bucket_costs(bucket, world.mesh, wire.itemsize) for bucket in buckets]
             in_lockstep += sum(max(cost.operations for cost in of_ranks) for of_ranks in costs)
             plans.append([in_flight(of_rank) for of_rank in zip(*costs, strict=True)])
     return Forecast(
@@ -208,14 +207,6 @@ def _wire(config: MuonConfig, dtype: torch.dtype, device: str) -> torch.dtype:
         requested = "bfloat16"
     settings = {**config.to_dict(), "polar_dtype": requested}
     return wire_dtype(settings, dtype, torch.device("cpu" if device == "cpu" else "meta"))
-
-
-def _made_by_reading(config: MuonConfig, dtype: torch.dtype) -> int:
-    """Bytes per element of an input of the polar factor: Nesterov's sum is new, others are not."""
-    if config.order != "pre_polar" or not config.nesterov:
-        return 0
-    name = config.momentum_dtype
-    return (dtype if name is None else getattr(torch, name)).itemsize
 
 
 def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device: str) -> bool:

@@ -63,7 +63,7 @@ class Averages:
             gradient, key = piece.of_local(gradients[unit.parameter]), (call.name(unit), piece)
             if key not in self._kept:
                 self._kept[key] = torch.zeros_like(gradient)
-            accumulate(gradient, self._kept[key], self.momentum(call.entries[unit.parameter]))
+            accumulate([gradient], [self._kept[key]], self.momentum(call.entries[unit.parameter]))
 
     def has_run_in(self, name: str) -> bool:
         """Whether the average of a matrix is what it would be without an interruption."""

@@ -38,8 +38,8 @@ def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = Non
         for x in stream:
             if exp_avg is None:
                 exp_avg = torch.zeros_like(x, dtype=dtype)
-            accumulate(x, exp_avg, momentum)
-            smoothed = filtered(x, exp_avg, momentum, nesterov)
+            accumulate([x], [exp_avg], momentum)
+            [smoothed] = filtered([x], [exp_avg], momentum, nesterov)
             yield smoothed.clone() if smoothed is exp_avg else smoothed
 
     return smooth

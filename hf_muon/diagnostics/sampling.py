@@ -140,7 +140,7 @@ class Sampler:
         X = G
         if dtype is not None:
             momentum = self._averages.momentum(entry)
-            X = filtered(G.to(dtype), M.to(dtype), momentum, group["nesterov"])
+            [X] = filtered([G.to(dtype)], [M.to(dtype)], momentum, group["nesterov"])
         if moves_pairs(group):
             return X.to(G.dtype), None
         return X.to(G.dtype), polar_function(group)(X).to(G.dtype)

@@ -21,6 +21,9 @@ from hf_muon.distributed.owners import assign_owners, polar_cost
 # The bound where nothing travels and no launches are to be saved: what follows on one matrix then
 # happens while it is in the cache, and hardly more memory is held. A megabyte of float32.
 _CPU_CACHED_ELEMENTS = 2**18
+# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one: 32 of
+# 8 × 384 by 11 times, of 64 × 256 by 1.3, of 128 × 128 by 0.8 (scripts/bench/step.py --batching).
+CPU_BATCHED_ELEMENTS = 2**14
 
 
 @dataclass(eq=False)
@@ -69,6 +72,20 @@ class Bucket:
     def mine(self) -> list[Unit]:
         """The units that this rank computes."""
         return [unit for unit in self.row if unit.owner[1] == self.shard.index]
+
+    @cached_property
+    def batches(self) -> list[list[Unit]]:
+        """The units that this rank computes, those of one shape together where that is faster."""
+        groups: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
+        for index, unit in enumerate(self.mine):
+            alone = self.device.type == "cpu" and unit.numel > CPU_BATCHED_ELEMENTS
+            groups[(*unit.shape, index if alone else -1)].append(unit)
+        return list(groups.values())
+
+    @cached_property
+    def is_alone(self) -> bool:
+        """Whether nothing travels."""
+        return self.shard.size == self.replicate.size == 1
 
     @cached_property
     def held(self) -> list[Item]:

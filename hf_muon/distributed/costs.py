@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.owners import polar_cost
+from hf_muon.distributed.portions import portion_elements
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Cost:
             largest contribution, once to every other replica.
         collectives: All-to-alls and all-gathers that it takes part in.
         waiting: Bytes of whole matrices and buffers while messages travel.
-        computing: Bytes of whole matrices and of the iteration while it computes.
+        computing: Bytes of whole matrices, and of the filter or the iteration, while it computes.
     """
 
     matrices: int = 0
@@ -57,12 +58,9 @@ class _Share:
     held: int = 0
     outgoing: int = 0
     incoming: int = 0
-    read_whole: int = 0
 
 
-def bucket_costs(
-    bucket: Bucket, mesh: tuple[int, int], itemsize: int, read_itemsize: int | None = None
-) -> list[Cost]:
+def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[Cost]:
     """The cost of a bucket for every rank.
 
     Args:
@@ -70,8 +68,6 @@ def bucket_costs(
         mesh: (replicas, shards) of the world. Where the bucket has one replica only, each does all
             of the work for itself.
         itemsize: Bytes of an element on the wire.
-        read_itemsize: Bytes that an owner makes of an element which it need not gather: 0 where it
-            reads a buffer in place. Default: as on the wire.
 
     Returns:
         One cost for each rank; rank r is member ``r % shards`` of replica ``r // shards``.
@@ -81,19 +77,15 @@ def bucket_costs(
     for unit in bucket.units:
         row, owner = shares[unit.owner[0]], unit.owner[1]
         row[owner].owned.append(unit)
-        held = unit.held
-        if held[owner] == unit.numel:
-            row[owner].read_whole += unit.numel
-        for member, numel in enumerate(held):
+        for member, numel in enumerate(unit.held):
             row[member].held += numel
             if member != owner:
                 row[member].outgoing += numel
                 row[owner].incoming += numel
     widths = [max(row[member].held for row in shares) for member in range(shards)]
-    read_itemsize = itemsize if read_itemsize is None else read_itemsize
     found = [
         [
-            _cost(share, bucket, width if replicas > 1 else 0, itemsize, read_itemsize)
+            _cost(share, bucket, width if replicas > 1 else 0, itemsize)
             for share, width in zip(row, widths, strict=True)
         ]
         for row in shares
@@ -101,11 +93,12 @@ def bucket_costs(
     return [found[r % replicas][s % shards] for r in range(mesh[0]) for s in range(mesh[1])]
 
 
-def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, read_itemsize: int) -> Cost:
+def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int) -> Cost:
     owned = sum(unit.numel for unit in share.owned) * itemsize
-    inputs = owned + share.read_whole * (read_itemsize - itemsize)
     outgoing, incoming = share.outgoing * itemsize, share.incoming * itemsize
     row, copies = width * itemsize, bucket.replicate.size
+    read = sum(unit.numel for unit in share.owned) + share.outgoing - share.incoming
+    filtered = min(read, portion_elements(bucket.device)) * 4
     return Cost(
         matrices=len(share.owned),
         operations=sum(polar_cost(*unit.shape) for unit in share.owned),
@@ -113,26 +106,22 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, read_itemsiz
         replicated=row * (copies - 1),
         collectives=2 * bucket.gathers + (width > 0),
         waiting=max(
-            inputs + outgoing + incoming,  # gathered
-            owned + incoming + outgoing,  # scattered
+            owned + outgoing + incoming,  # gathered, scattered
             owned + outgoing + row * (copies + 1),  # replicated
         ),
-        computing=inputs + owned + _workspace(share.owned) * itemsize,
+        computing=owned + max(_workspace(share.owned) * itemsize, outgoing + incoming + filtered),
     )
 
 
 def _workspace(owned: Sequence[Unit]) -> int:
-    """Elements that the iteration needs, at most, beside its input and its output.
+    """Elements that the iteration needs, at most, beside the matrices, which it replaces.
 
-    Several matrices of one shape are stacked; the stack is scaled into a copy, the first iterate,
-    which is there until the next one is, the output. The iteration works with two square matrices;
-    on the Gram matrix, where that is cheaper, with four, and with one when there is an output.
+    Another iterate, and two squares; on the Gram matrix, where that is cheaper, four.
     """
     most = 0
-    for (m, n), k in Counter(unit.shape for unit in owned).items():
+    for (m, n), count in Counter(unit.shape for unit in owned).items():
         s, l = sorted((m, n))  # noqa: E741
-        squares = max(s * s, 4 * s * s - s * l) if 2 * l > 3 * s else 2 * s * s
-        most = max(most, k * ((1 + (k > 1)) * s * l + squares))
+        most = max(most, count * (s * l + (4 if 2 * l > 3 * s else 2) * s * s))
     return most
 
 

@@ -1,6 +1,6 @@
 """Bring whole matrices together on their owners, and the results back: buckets of collectives.
 
-In: a bucket of the plan, and two functions: one reads a piece of an input, the other maps a batch
+In: a bucket of the plan, and two functions: one writes pieces of the inputs, the other maps a batch
 of whole matrices. Out: the result for every piece that this rank holds. A bucket runs
 
     pieces ── all-to-all ──► owner ── function ── all-to-all ──► pieces ── all-gather ──► replicas
@@ -11,24 +11,48 @@ on every rank; nothing depends on what a rank happens to hold.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Bucket, Item, Unit
+from hf_muon.distributed.buckets import CPU_BATCHED_ELEMENTS, Bucket, Item, Unit
 from hf_muon.distributed.layout import Piece, Ranks
 
 Read = Callable[[Unit, Piece], Tensor]
-MatrixFunction = Callable[[Tensor], Tensor]
+Fill = Callable[[Sequence[Item], Sequence[Tensor]], None]
+"""Writes the inputs of pieces that this rank holds into blocks, (rows, cols), of any dtype."""
+Empty = Callable[[str, Sequence[int], torch.dtype, torch.device], Tensor]
+"""Makes a tensor, from a name that no other tensor of the bucket has."""
+MatrixFunction = Callable[[Tensor], object]
 Result = dict[Item, Tensor]
 
 
+def reading(read: Read) -> Fill:
+    """A :data:`Fill` from a function that gives one piece, (rows, cols)."""
+
+    def fill(items: Sequence[Item], blocks: Sequence[Tensor]) -> None:
+        for item, block in zip(items, blocks, strict=True):
+            block.copy_(read(*item))
+
+    return fill
+
+
+def newly_allocated(
+    name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The plain :data:`Empty`."""
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
 def exchange(
-    bucket: Bucket, read: Read, function: MatrixFunction, wire: torch.dtype
+    bucket: Bucket,
+    fill: Fill,
+    function: MatrixFunction,
+    wire: torch.dtype,
+    empty: Empty = newly_allocated,
 ) -> Generator[None, None, Result]:
     """Apply ``function`` to every matrix of a bucket.
 
@@ -37,31 +61,31 @@ def exchange(
 
     Args:
         bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
-        read: The input of a piece that this rank holds, (rows, cols); called once for each piece
-            that this replica computes.
-        function: Matrices, alone (m, n) or in a batch (k, m, n), to matrices in ``wire``.
-        wire: Dtype on the wire, the one that ``function`` computes in: nothing is lost.
+        fill: Called for the pieces that this rank holds of what its replica computes.
+        function: Replaces matrices, alone (m, n) or in a batch (k, m, n), by their results.
+        wire: Dtype of the matrices, on the wire as well: the one that ``function`` computes in, so
+            that nothing is lost.
+        empty: Makes the matrices. Their memory must not be used for another bucket before the
+            result of this one is.
 
     Returns:
         This rank's pieces of all units, each with its part of the result.
     """
-    inputs = yield from gather(bucket, read, wire)
-    outputs = dict(zip(inputs, in_batches(list(inputs.values()), function), strict=True))
-    inputs.clear()
-    return (yield from scatter(bucket, outputs, wire))
+    batches = _batches(bucket, wire, empty)
+    matrices = _by_unit(bucket, batches)
+    yield from _gather(bucket, matrices, fill, wire)
+    for batch in batches:
+        apply_to_batch(function, batch)
+    return (yield from scatter(bucket, matrices, wire))
 
 
 def gather(
-    bucket: Bucket, read: Read, wire: torch.dtype
+    bucket: Bucket, fill: Fill, wire: torch.dtype
 ) -> Generator[None, None, dict[Unit, Tensor]]:
-    """The first half of :func:`exchange`: the whole matrices that this rank owns.
-
-    A matrix of which the owner holds all is what ``read`` gives, in its dtype: maybe a view.
-    """
-    inputs = {unit: _own_input(unit, bucket, read, wire) for unit in bucket.mine}
-    if bucket.gathers:
-        yield from _gathered(bucket, inputs, read, wire)
-    return inputs
+    """The first half of :func:`exchange`: the whole matrices that this rank owns."""
+    matrices = _by_unit(bucket, _batches(bucket, wire, newly_allocated))
+    yield from _gather(bucket, matrices, fill, wire)
+    return matrices
 
 
 def scatter(
@@ -77,38 +101,57 @@ def scatter(
     return results
 
 
-def _own_input(unit: Unit, bucket: Bucket, read: Read, wire: torch.dtype) -> Tensor:
-    """The matrix on its owner: what it holds in one piece, or a buffer with its pieces."""
-    pieces = unit.pieces[bucket.shard.index]
-    if len(pieces) == 1 and pieces[0].numel == unit.numel:
-        held = read(unit, pieces[0])
-        return held if held.device == bucket.device else held.to(bucket.device)  # offloaded
-    matrix = torch.empty(unit.shape, dtype=wire, device=bucket.device)
-    for piece in pieces:
-        piece.of_matrix(matrix).copy_(read(unit, piece))
-    return matrix
+def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
+    """Memory (k, m, n) for each batch of the matrices that this rank owns."""
+    return [
+        empty(f"batch {number}", (len(units), *units[0].shape), wire, bucket.device)
+        for number, units in enumerate(bucket.batches)
+    ]
 
 
-def _gathered(
-    bucket: Bucket, inputs: dict[Unit, Tensor], read: Read, wire: torch.dtype
+def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
+    return dict(zip(chain(*bucket.batches), chain(*batches), strict=True))
+
+
+def _gather(
+    bucket: Bucket, matrices: dict[Unit, Tensor], fill: Fill, wire: torch.dtype
 ) -> Generator[None, None, None]:
-    """Complete the inputs of this rank's units by what other members hold.
+    """Write the matrices that this rank owns: what it holds of them, and what others do.
 
     A function of its own, so that no name keeps the buffers through the polar factors.
     """
-    packed = _packed(bucket.outgoing, read, wire, bucket.device)
+    own = [(unit, p) for unit in matrices for p in unit.pieces[bucket.shard.index]]
+    fill(own, [piece.of_matrix(matrices[unit]) for unit, piece in own])
+    if not bucket.gathers:
+        return
+    packed = _packed(bucket.outgoing, fill, wire, bucket.device)
     received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
     yield
     work.wait()
     for (unit, piece), block in _unpacked(bucket.incoming, received):
-        piece.of_matrix(inputs[unit]).copy_(block)
+        piece.of_matrix(matrices[unit]).copy_(block)
+
+
+def apply_to_batch(function: MatrixFunction, batch: Tensor) -> None:
+    """Replace the matrices of a batch (k, m, n) by what the function makes of them."""
+    if len(batch) > 1:
+        function(batch)
+    elif batch.device.type == "cpu" and batch.numel() <= CPU_BATCHED_ELEMENTS:
+        # A CPU rounds alike in all batches of two or more, but not in a batch of one: that is
+        # doubled, so that results do not depend on what else a rank owns.
+        twice = batch.repeat(2, 1, 1)
+        function(twice)
+        batch.copy_(twice[:1])
+    else:
+        function(batch[0])
 
 
 def _scattered(
     bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
 ) -> Generator[None, None, None]:
     """Add what the other members of the shard group computed."""
-    packed = _packed(bucket.incoming, lambda u, p: p.of_matrix(outputs[u]), wire, bucket.device)
+    fill = reading(lambda unit, piece: piece.of_matrix(outputs[unit]))
+    packed = _packed(bucket.incoming, fill, wire, bucket.device)
     received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
     yield
     work.wait()
@@ -151,13 +194,12 @@ def _counts(lists: Iterable[list[Item]]) -> list[int]:
 
 
 def _packed(
-    lists: Iterable[list[Item]], read: Read, wire: torch.dtype, device: torch.device
+    lists: Iterable[list[Item]], fill: Fill, wire: torch.dtype, device: torch.device
 ) -> Tensor:
     """The blocks of all items in one flat tensor."""
     items = [item for items in lists for item in items]
     flat = torch.empty(sum(piece.numel for _, piece in items), dtype=wire, device=device)
-    for (unit, piece), block in _unpacked([items], flat):
-        block.copy_(read(unit, piece))
+    fill(items, [block for _, block in _unpacked([items], flat)])
     return flat
 
 
@@ -179,31 +221,6 @@ def _all_to_all(
         received, packed, receives, sends, group=shard.group, async_op=True
     )
     return received, work
-
-
-# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one: 32 of
-# 8 × 384 by 11 times, of 64 × 256 by 1.3, of 128 × 128 by 0.8 (scripts/bench/step.py --batching).
-_CPU_BATCHED_ELEMENTS = 2**14
-
-
-def in_batches(matrices: Sequence[Tensor], function: MatrixFunction) -> list[Tensor]:
-    """``function`` of each matrix, those of one shape together where that is faster."""
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        alone = matrix.device.type == "cpu" and matrix.numel() > _CPU_BATCHED_ELEMENTS
-        groups[(*matrix.shape, index if alone else -1)].append(index)
-    results: dict[int, Tensor] = {}
-    for (*_, alone_or_not), indices in groups.items():
-        first = matrices[indices[0]]
-        if len(indices) == 1 and (alone_or_not >= 0 or first.device.type != "cpu"):
-            results[indices[0]] = function(first)
-            continue
-        # A CPU rounds alike in all batches of two or more, but not in a batch of one: that is
-        # doubled, so that results do not depend on what else a rank owns.
-        copies = indices * 2 if len(indices) == 1 else indices
-        batch = function(torch.stack([matrices[index] for index in copies]))
-        results.update(zip(copies, batch, strict=True))
-    return [results[index] for index in range(len(matrices))]
 
 
 def run_overlapped(steps: Iterable[Generator[None, None, None]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Item, Unit
-from hf_muon.distributed.exchange import Read, gather
+from hf_muon.distributed.exchange import Read, gather, reading
 from hf_muon.distributed.layout import Layout
 
 _T = TypeVar("_T")
@@ -39,13 +39,12 @@ def whole_matrices(
         dtype: Of the results and on the wire.
 
     Yields:
-        The units that this rank owns, with a whole (m, n) matrix for each of ``reads``. They may be
-        views of what was read: not to be written.
+        The units that this rank owns, with a whole (m, n) matrix for each of ``reads``.
     """
     for bucket in buckets:
-        gathered = [_result_of(gather(bucket, read, dtype)) for read in reads]
+        gathered = [_result_of(gather(bucket, reading(read), dtype)) for read in reads]
         for unit in bucket.mine:
-            yield unit, [whole[unit].to(dtype) for whole in gathered]
+            yield unit, [whole[unit] for whole in gathered]
 
 
 def read_pieces(bucket: Bucket) -> list[Item]:

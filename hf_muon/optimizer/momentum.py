@@ -1,31 +1,39 @@
 """The momentum filter.
 
-In: a gradient or a polar factor, and the buffer of its parameter. Out: the filtered tensor. Every
-function works elementwise, so it runs on whatever piece of a parameter a rank holds. The buffer
-``exp_avg`` is the only thing written.
+In: gradients or polar factors, and the buffers of their parameters, in lists: a call for each would
+take longer than its arithmetic where tensors are small. Out: the filtered tensors. Every function
+works elementwise, so it runs on whatever pieces of parameters a rank holds. The buffers ``exp_avg``
+are the only thing written.
 
 References: arXiv 2606.03899 for the orders; torch.optim.Muon for the form of the filter.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def accumulate(x: Tensor, exp_avg: Tensor, momentum: float) -> None:
+def accumulate(x: list[Tensor], exp_avg: list[Tensor], momentum: float) -> None:
     """M ← βM + (1−β)X in place, without bias correction.
 
     Args:
-        x: The input X, of any shape; not written.
-        exp_avg: The buffer M, of the same shape; written. Its dtype is that of the arithmetic.
+        x: Inputs X, of any shapes; not written.
+        exp_avg: The buffers M, of the same shapes; written. Their dtype is that of the arithmetic.
         momentum: β in [0, 1).
     """
-    exp_avg.lerp_(x.to(exp_avg.dtype), 1 - momentum)
+    torch._foreach_lerp_(exp_avg, _like(x, exp_avg), 1 - momentum)
 
 
-def filtered(x: Tensor, exp_avg: Tensor, momentum: float, nesterov: bool) -> Tensor:
+def filtered(
+    x: list[Tensor], exp_avg: list[Tensor], momentum: float, nesterov: bool
+) -> list[Tensor]:
     """What the filter gives after :func:`accumulate`: M itself, or (1−β)X + βM (Nesterov)."""
-    return x.to(exp_avg.dtype).lerp(exp_avg, momentum) if nesterov else exp_avg
+    return list(torch._foreach_lerp(_like(x, exp_avg), exp_avg, momentum)) if nesterov else exp_avg
+
+
+def _like(x: list[Tensor], exp_avg: list[Tensor]) -> list[Tensor]:
+    return [one.to(buffer.dtype) for one, buffer in zip(x, exp_avg, strict=True)]
 
 
 def window(momentum: float) -> float:

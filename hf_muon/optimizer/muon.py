@@ -38,6 +38,7 @@ from hf_muon.optimizer.pair_step import pair_step
 from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plans
 from hf_muon.optimizer.step import Member, bucket_step
+from hf_muon.polar import Workspace
 
 Group = dict[str, Any]
 
@@ -90,7 +91,7 @@ class Muon(Optimizer):
         self.replicate_group = replicate_group
         self._origins = Origins()
         self._settings: list[Group] = []
-        self._plans = Plans()
+        self._plans, self._workspace = Plans(), Workspace()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
@@ -99,7 +100,7 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or load: what was planned for other parameters is forgotten."""
         super().__setstate__(state)
-        self._plans = Plans()
+        self._plans, self._workspace = Plans(), Workspace()
         self.__dict__.setdefault("replicate_group", None)
         self._every_group = self.param_groups
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
@@ -165,7 +166,7 @@ class Muon(Optimizer):
         members = [self._member(entry) for entry in entries]
         buckets = self._plans.buckets(group, entries, replicate)
         one_step = pair_step if moves_pairs(group) else bucket_step
-        run_overlapped(one_step(group, members, bucket) for bucket in buckets)
+        run_overlapped(one_step(group, members, bucket, self._workspace) for bucket in buckets)
         for entry in entries:
             state = self.state[entry.tensor]
             state["step"] = state["step"] + 1  # not in place: loaders may share one tensor

@@ -19,46 +19,46 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit
-from hf_muon.distributed.exchange import gather, scatter, summed
-from hf_muon.distributed.layout import Piece
+from hf_muon.distributed.exchange import gather, reading, scatter, summed
 from hf_muon.optimizer.lora import Pair, pair_step_size, product_update
 from hf_muon.optimizer.lora_tangent import balance_factor, rescale, tangent_update
-from hf_muon.optimizer.momentum import accumulate, filtered
-from hf_muon.optimizer.step import Member, polar_function, wire_dtype
+from hf_muon.optimizer.step import (
+    Member,
+    accumulate_all,
+    blocks_of,
+    filtered_gradients,
+    polar_function,
+    wire_dtype,
+)
+from hf_muon.polar import Workspace
 
 Group = dict[str, Any]
 UnitPair = tuple[Unit, Unit]
 
 
-def pair_step(group: Group, members: list[Member], bucket: Bucket) -> Generator[None, None, None]:
+def pair_step(
+    group: Group, members: list[Member], bucket: Bucket, workspace: Workspace
+) -> Generator[None, None, None]:
     """Filter, update each pair on its owner, apply, balance; yields while others communicate.
 
     Args:
         group: Settings of the param group.
         members: The parameters that the plan was made for.
         bucket: Some of their matrices, A and B in turn.
+        workspace: Memory for temporaries.
     """
-    blocks = {(unit, piece): members[unit.parameter].at(piece) for unit, piece in bucket.held}
+    blocks = blocks_of(members, bucket.held)
     due = _due(group, members, bucket)
-
-    def weight(unit: Unit, piece: Piece) -> Tensor:
-        return blocks[unit, piece].weight
-
-    def gradient(unit: Unit, piece: Piece) -> Tensor:
-        block = blocks[unit, piece]
-        return filtered(block.gradient, block.exp_avg, block.momentum, group["nesterov"])
-
-    for block in blocks.values():
-        accumulate(block.gradient, block.exp_avg, block.momentum)
+    accumulate_all((block, block.gradient) for block in blocks.values())
     dtypes = [members[unit.parameter].weight.dtype for unit in bucket.units]
     wire = wire_dtype(group, reduce(torch.promote_types, dtypes), bucket.device)
-    weights = yield from gather(bucket, weight, wire)
-    gradients = yield from gather(bucket, gradient, wire)
+    weights = yield from gather(bucket, reading(lambda *item: blocks[item].weight), wire)
+    gradients = yield from gather(bucket, filtered_gradients(blocks, group["nesterov"]), wire)
     changes: dict[Unit, Tensor] = {}
     balance: dict[Unit, Tensor] = {}
     for pairs, step in _batches(group, members, bucket):
-        old, seen = _stacked(pairs, weights, wire), _stacked(pairs, gradients, wire)
-        change = _update(group, old, seen, step)
+        old, seen = _stacked(pairs, weights), _stacked(pairs, gradients)
+        change = _update(group, old, seen, step, workspace)
         changes.update(_each(pairs, change))
         balance.update(_each(pairs, _balance(old, change)) if due else ())
     weights.clear()
@@ -72,13 +72,15 @@ def pair_step(group: Group, members: list[Member], bucket: Bucket) -> Generator[
             rescale(block.weight, block.exp_avg, factors[unit])
 
 
-def _update(group: Group, weights: Pair, gradients: Pair, step: float) -> Pair:
+def _update(
+    group: Group, weights: Pair, gradients: Pair, step: float, workspace: Workspace
+) -> Pair:
     """The change of some factors, with the settings of a group."""
     settings = {
         "step": step,
         "decay": group["lr"] * group["weight_decay"],
         "damping": group["lora_damping"],
-        "polar": polar_function(group),
+        "polar": polar_function(group, workspace),
     }
     if group["lora_update"] == "product":
         return product_update(weights, gradients, **settings)
@@ -108,11 +110,9 @@ def _batches(
         yield pairs, step
 
 
-def _stacked(pairs: list[UnitPair], whole: dict[Unit, Tensor], wire: torch.dtype) -> Pair:
+def _stacked(pairs: list[UnitPair], whole: dict[Unit, Tensor]) -> Pair:
     """Copies, (k, r, n) and (k, m, r): aligned and contiguous wherever they come from."""
-    return Pair(
-        *(torch.stack([whole[u].to(wire) for u in units]) for units in zip(*pairs, strict=True))
-    )
+    return Pair(*(torch.stack([whole[u] for u in units]) for units in zip(*pairs, strict=True)))
 
 
 def _each(pairs: list[UnitPair], values: Pair) -> Iterable[tuple[Unit, Tensor]]:

@@ -7,11 +7,13 @@ returns the compute dtype. Needs torch alone.
 from .coefficients import COEFFICIENTS
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
 from .precision import COMPUTE_DTYPES, compute_dtype
+from .workspace import Workspace
 
 __all__ = [
     "COEFFICIENTS",
     "COMPUTE_DTYPES",
     "METHODS",
+    "Workspace",
     "cheapest_iteration",
     "compute_dtype",
     "orthogonalize",

@@ -1,6 +1,6 @@
 """The same polynomial, worked out on the small Gram matrix and applied to X once per restart.
 
-In: X (…, s, l) with s <= l, contiguous, in the compute dtype, and how to scale it.
+In: X (…, s, l) with s <= l, contiguous, in the compute dtype, how to scale it, and temporaries.
 Out: an approximation of its polar factor, same shape and dtype.
 Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain where it is square.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Triple
-from .kernels import gram_matrix, polynomial, symmetric_product
+from .kernels import addmm, gram_matrix, polynomial, symmetric_product
 from .newton_schulz import Start
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -27,7 +27,13 @@ lets singular values of rank-deficient matrices pass one by more than the tables
 
 
 def gram_newton_schulz(
-    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool
+    X: Tensor,
+    spare: Tensor,
+    squares: Tensor,
+    triples: Sequence[Triple],
+    start: Start,
+    *,
+    mirror: bool,
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in short runs of steps.
 
@@ -38,12 +44,15 @@ def gram_newton_schulz(
 
     Args:
         X: wide matrices; overwritten.
+        spare: a temporary of the shape of X.
+        squares: four temporaries, (4, …, s, s).
         triples: the coefficients (a, b, c) of each step.
         start: the scaling.
         mirror: compute the products, all of them symmetric, by halves where that is faster.
 
     Returns:
-        The iterate after the last triple, equal to ``newton_schulz`` up to rounding.
+        The iterate after the last triple, equal to ``newton_schulz`` up to rounding: X or
+        ``spare``.
 
     References:
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
@@ -51,9 +60,9 @@ def gram_newton_schulz(
     gram_of: Start = start
     first = 0
     for length in run_lengths(len(triples), X.dtype):
-        run = triples[first : first + length]
-        # R has no name here, so that its memory is free again as soon as a run has moved on.
-        X = product_of(gram_of(X, mirror=mirror), run, mirror) @ X
+        gram_of(X, mirror=mirror, out=squares[0])
+        Q = product_of(squares, triples[first : first + length], mirror)
+        X, spare = addmm(None, Q, X, beta=0.0, out=spare), X
         gram_of, first = gram_matrix, first + length
     return X
 
@@ -69,22 +78,26 @@ def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def product_of(
-    R: Tensor, triples: Sequence[Triple], mirror: bool
-) -> Tensor:  # (…, s, s) -> (…, s, s)
-    """Return Q = q_k … q₁ of a run. All factors commute, being polynomials of one R."""
+    squares: Tensor, triples: Sequence[Triple], mirror: bool
+) -> Tensor:  # (4, …, s, s) -> (…, s, s)
+    """Return Q = q_k … q₁ of a run for R, the first square; the others are temporaries.
+
+    All factors commute, being polynomials of one R.
+    """
     product = partial(symmetric_product, mirror=mirror)
-    Q = q = factor_of(R, triples[0], mirror)
+    R, Q, free, other = squares.unbind()
+    q = factor_of(R, triples[0], mirror, out=Q)
     for triple in triples[1:]:
-        R = product(R, q)
-        R = product(q, R)
-        q = factor_of(R, triple, mirror)
-        Q = product(q, Q)
+        product(R, q, out=free)
+        product(q, free, out=R)
+        q = factor_of(R, triple, mirror, out=other)
+        Q, free = product(q, Q, out=free), Q
     return Q
 
 
-def factor_of(R: Tensor, triple: Triple, mirror: bool) -> Tensor:  # (…, s, s) -> (…, s, s)
-    """Return q = aI + bR + cR²."""
+def factor_of(R: Tensor, triple: Triple, mirror: bool, out: Tensor) -> Tensor:
+    """Return q = aI + bR + cR², (…, s, s)."""
     a, b, c = triple
-    q = polynomial(R, b, c, mirror=mirror)
+    q: Tensor = polynomial(R, b, c, mirror=mirror, out=out)
     q.diagonal(dim1=-2, dim2=-1).add_(a)
     return q

@@ -1,6 +1,6 @@
 """The polar factor by an odd matrix polynomial, applied to X itself.
 
-In: X (…, s, l) with s <= l, contiguous, in the compute dtype, and how to scale it.
+In: X (…, s, l) with s <= l, contiguous, in the compute dtype, how to scale it, and temporaries.
 Out: an approximation of its polar factor, same shape and dtype.
 With ``unit_frobenius_``, the ``quintic`` triples and nothing mirrored this is the iteration of
 torch.optim.Muon, operation for operation.
@@ -20,12 +20,18 @@ from .kernels import addmm, gram_matrix, polynomial
 class Start(Protocol):
     """A scaling to singular values of at most one."""
 
-    def __call__(self, X: Tensor, *, mirror: bool) -> Tensor:
-        """Scale X (…, s, l) in place and return XXᵀ (…, s, s)."""
+    def __call__(self, X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:
+        """Scale X (…, s, l) in place and return XXᵀ, (…, s, s), in ``out``."""
 
 
 def newton_schulz(
-    X: Tensor, triples: Sequence[Triple], start: Start, *, mirror: bool
+    X: Tensor,
+    spare: Tensor,
+    squares: Tensor,
+    triples: Sequence[Triple],
+    start: Start,
+    *,
+    mirror: bool,
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Apply p(X) = aX + (bA + cA²)X, A = XXᵀ, once per triple.
 
@@ -33,20 +39,24 @@ def newton_schulz(
     costs 4s²l + 2s³ floating-point operations.
 
     Args:
-        X: wide matrices; scaled in place.
+        X: wide matrices; overwritten.
+        spare: a temporary of the shape of X.
+        squares: two temporaries, (2, …, s, s).
         triples: the coefficients (a, b, c) of each step.
         start: the scaling.
         mirror: compute A and bA + cA² by halves where that is faster. It rounds differently.
 
     Returns:
-        The iterate after the last triple.
+        The iterate after the last triple: X or ``spare``.
 
     References:
         Keller Jordan, https://kellerjordan.github.io/posts/muon/; arXiv 2505.16932, algorithm 1.
     """
-    A = start(X, mirror=mirror)  # (…, s, s)
+    A, B = squares.unbind()
+    start(X, mirror=mirror, out=A)
     for step, (a, b, c) in enumerate(triples):
         if step > 0:
-            A = gram_matrix(X, mirror=mirror)
-        X = addmm(X, polynomial(A, b, c, mirror=mirror), X, beta=a)  # (…, s, l)
+            gram_matrix(X, mirror=mirror, out=A)
+        polynomial(A, b, c, mirror=mirror, out=B)
+        X, spare = addmm(X, B, X, beta=a, out=spare), X
     return X

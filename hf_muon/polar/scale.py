@@ -16,30 +16,36 @@ MARGIN = 1.01
 that may leave above one is within the safety factor of the coefficients."""
 
 
-def prescale(X: Tensor, dtype: torch.dtype) -> Tensor:  # (…, m, n) -> (…, m, n)
-    """Return a copy of X in ``dtype``, multiplied by the power of two that suits each matrix.
+def prescale(x: Tensor, out: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
+    """Return in ``out`` x, multiplied by the power of two that suits each matrix.
 
     The factor brings the largest entry of a matrix to [1, 2), where no sum of squares, or of fourth
     powers, leaves the range of float32. Powers of two change no digit, so that the iteration goes
     on with the bits it would have had.
 
     Args:
-        X: floating-point matrices; not modified.
-        dtype: dtype of the result.
-
-    Returns:
-        A new tensor of the shape of X.
+        x: floating-point matrices; not modified, but where ``out`` is their memory.
+        out: contiguous, of the shape of x and the dtype to compute in.
     """
-    # torch 2.13's vector_norm(inf) says this in one call but is many times slower on a CPU, and
-    # X.abs() would write a copy.
-    both = (-2, -1)
-    largest = torch.maximum(X.amax(both, keepdim=True), -X.amin(both, keepdim=True))  # (…, 1, 1)
+    if x.dtype != out.dtype:
+        # To round and to transpose are fast one after the other, and slow together.
+        return out.copy_((x * _suitable_power(x)).to(out.dtype))
+    if x.data_ptr() != out.data_ptr():
+        out.copy_(x)
+    return out.mul_(_suitable_power(out))
+
+
+def _suitable_power(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)
+    # vector_norm(inf) says this in one call, but takes 40 times as long on a CPU (torch 2.13).
+    if X.ndim == 2:
+        low, high = torch.aminmax(X)
+        largest = torch.maximum(high, -low)
+    else:
+        largest = X.abs().amax((-2, -1), keepdim=True)
     if largest.dtype != torch.float64:
         largest = largest.float()
     factor = inverse_power_of_two(largest)
-    if X.dtype == torch.bfloat16:
-        factor = factor.bfloat16()  # the exponents of float32: still exact
-    return torch.mul(X, factor, out=X.new_empty(X.shape, dtype=dtype))  # rounds on the way
+    return factor.bfloat16() if X.dtype == torch.bfloat16 else factor  # the same exponents
 
 
 def inverse_power_of_two(largest: Tensor) -> Tensor:
@@ -61,25 +67,27 @@ def inverse_power_of_two(largest: Tensor) -> Tensor:
     return (2 * bias * one - exponent).clamp(min=one).view(largest.dtype)
 
 
-def unit_frobenius_(X: Tensor, *, mirror: bool) -> Tensor:  # (…, s, l) -> (…, s, s)
-    """Divide each matrix by its Frobenius norm, in place; return XXᵀ. Zero stays zero.
+def unit_frobenius_(X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
+    """Divide each matrix by its Frobenius norm, in place; return XXᵀ in ``out``. Zero stays zero.
 
     A single matrix takes the full-tensor norm, as torch.optim.Muon does; a batch may add in
     another order.
     """
     X.div_(_norm(X))
-    return gram_matrix(X, mirror=mirror)
+    return gram_matrix(X, mirror=mirror, out=out)
 
 
-def unit_schatten_(X: Tensor, *, mirror: bool) -> Tensor:  # (…, s, l) -> (…, s, s)
-    """Divide each matrix by 1.005 times its Schatten 4-norm, in place; return XXᵀ. Zero stays zero.
+def unit_schatten_(X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
+    """Divide each matrix by 1.005 times its Schatten 4-norm, in place; return XXᵀ in ``out``.
+
+    Zero stays zero.
 
     (Σσ⁴)^¼ = ‖XXᵀ‖_F^½ bounds σ₁ far more tightly than (Σσ²)^½ does where many singular values are
     large, and XXᵀ is needed anyway. The margin covers its rounding.
     """
     if X.dtype == torch.float16:
         X.div_(_norm(X))  # XXᵀ would overflow
-    A = gram_matrix(X, mirror=mirror)
+    A = gram_matrix(X, mirror=mirror, out=out)
     inverse = (MARGIN * _norm(A)).reciprocal()
     X.mul_(inverse.sqrt())
     return A.mul_(inverse)

@@ -38,7 +38,7 @@ def averages(
         prepared = prepare(last.gradient)
         for momentum in momenta:
             average = kept.setdefault(momentum, torch.zeros_like(prepared))
-            accumulate(prepared, average, momentum)
+            accumulate([prepared], [average], momentum)
     if last is None:
         raise ValueError("The stream is empty: steps must be 1 or more.")
     return kept, last

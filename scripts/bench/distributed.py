@@ -80,8 +80,9 @@ def redundant(parameters: list[nn.Parameter], kind: str) -> Step:
     @torch.no_grad()
     def step() -> None:
         for parameter, average in zip(parameters, averages, strict=True):
-            accumulate(parameter.grad, average, BETA)
-            whole = filtered(parameter.grad, average, BETA, nesterov=True).full_tensor()
+            accumulate([parameter.grad], [average], BETA)
+            [mixed] = filtered([parameter.grad], [average], BETA, nesterov=True)
+            whole = mixed.full_tensor()
             shard = distribute_tensor(
                 polar(whole), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

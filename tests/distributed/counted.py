@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_muon.distributed import exchange
 from hf_muon.distributed.owners import polar_cost
+from hf_muon.polar import Workspace
 from tests.distributed import layouts
 
 # Large enough for a CPU to compute each alone, and no two of one shape: as in a batch of one.
@@ -42,14 +43,14 @@ class Model(layouts.Model):
 
 def count_polar_factors(counts):
     """Count the matrices that the exchange hands over to be orthogonalized."""
-    original = exchange.in_batches
+    original = exchange.apply_to_batch
 
-    def counted(matrices, function):
-        counts["matrices"] += len(matrices)
-        counts["operations"] += sum(polar_cost(*matrix.shape) for matrix in matrices)
-        return original(matrices, function)
+    def counted(function, batch):
+        counts["matrices"] += len(batch)
+        counts["operations"] += sum(polar_cost(*matrix.shape) for matrix in batch)
+        return original(function, batch)
 
-    exchange.in_batches = counted
+    exchange.apply_to_batch = counted
 
 
 class PeakMemory(TorchDispatchMode):
@@ -126,6 +127,7 @@ def main(kind, out):
             optimizer, step = trained(kind, CASES[case])
             step()  # makes the plan and the state
             counts.clear()
+            optimizer._workspace = Workspace()  # or what it holds would not be counted
             memory = watched(optimizer)
             step()
         everyone = [None] * dist.get_world_size()

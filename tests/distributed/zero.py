@@ -60,13 +60,13 @@ def inject(optimizer, shapes=SHAPES, first=0):
 def count_matrices():
     """The number of matrices whose polar factors this rank computed."""
     counts = Counter()
-    original = hf_muon.distributed.exchange.in_batches
+    original = hf_muon.distributed.exchange.apply_to_batch
 
-    def counted(matrices, function):
-        counts["computed"] += len(matrices)
-        return original(matrices, function)
+    def counted(function, batch):
+        counts["computed"] += len(batch)
+        return original(function, batch)
 
-    hf_muon.distributed.exchange.in_batches = counted
+    hf_muon.distributed.exchange.apply_to_batch = counted
     return counts
 
 

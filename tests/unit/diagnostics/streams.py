@@ -17,5 +17,5 @@ def last_averages(stream, windows):
     for step in stream:
         for window in windows:
             buffer = buffers.setdefault(window, torch.zeros_like(step.gradient))
-            accumulate(step.gradient, buffer, momentum_of(window))
+            accumulate([step.gradient], [buffer], momentum_of(window))
     return buffers, step

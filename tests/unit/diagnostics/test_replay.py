@@ -42,7 +42,7 @@ def applied(start, updates):
     """The weight after the optimizer's own write of each update."""
     w, scale = start.clone(), step_size("match_rms_adamw", Matrix.whole(start.shape))
     for update in updates:
-        apply_update(w, update, lr=0.02, scale=scale, weight_decay=0.1, cautious=False)
+        apply_update([w], [update], lr=0.02, scale=scale, weight_decay=0.1, cautious=False)
     return w
 
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_muon import Muon
-from hf_muon.polar import kernels, orthogonalize
+from hf_muon.polar import Workspace, kernels, orthogonalize
 
 
 def operations(x, **settings):
@@ -65,36 +65,31 @@ def test_without_mirroring_they_are_those_of_the_formulas(monkeypatch):
     assert operations(x, method="gram", **chosen) == 2 * (4 * s * s * l + 10 * s**3)
 
 
-def memory_of(step):
-    """Bytes that a step allocates in all, and the most that it holds of them at one time."""
+def allocations_of(step):
+    """The sizes of what a step allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()
-    changes = [
-        event.nbytes()
-        for event in sorted(events, key=lambda event: event.start_ns())
-        if event.name() == "[memory]"
-    ]
-    held, most = 0, 0
-    for change in changes:
-        held += change
-        most = max(most, held)
-    return sum(change for change in changes if change > 0), most
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_step_holds_the_temporaries_of_one_matrix(count):
-    matrices = [torch.nn.Parameter(torch.randn(768, 2048)) for _ in range(count)]
+@pytest.mark.parametrize("order", ["pre_polar", "post_polar", "polar_only"])
+def test_a_step_allocates_no_more_than_a_megabyte_at_once_after_the_first(order, monkeypatch):
+    shapes = [(768, 2048), (1024, 768), (600, 600), (600, 600)]
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)
     settings = {"coefficients": "tight", "polar_steps": 4, "polar_dtype": "float32"}
-    optimizer = Muon([{"params": matrices}], lr=0.1, **settings)
+    optimizer = Muon([{"params": matrices}], lr=0.1, order=order, **settings)
     optimizer.step()
-    optimizer.step()
-    allocated, most = memory_of(optimizer.step)
-    size = matrices[0].numel() * 4
-    # The filtered matrix, X, Y = QX and three eighths of their size for each product of a run, all
-    # of them gone before the next matrix.
-    assert 2 * size < most < 3.8 * size
-    # Some three for the filter, X and Y, and as many again, of three eighths each, for 24 products.
-    assert 6 * size * count < allocated < 14 * size * count
+    largest = matrices[0].numel() * 4
+    # The matrix, its successor and four squares; the next matrices are smaller.
+    assert optimizer._workspace.nbytes == (2 * 768 * 2048 + 4 * 768 * 768) * 4
+    assert max(allocations_of(optimizer.step)) <= 2**20
+    assert optimizer._workspace.nbytes < 4 * largest
+
+    def anew(self, name, shape, dtype, device):
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(Workspace, "empty", anew)
+    assert max(allocations_of(optimizer.step)) >= largest
