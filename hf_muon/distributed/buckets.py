@@ -75,12 +75,15 @@ class Bucket:
 
     @cached_property
     def batches(self) -> list[list[Unit]]:
-        """The units that this rank computes, those of one shape together where that is faster."""
+        """The units that this rank computes, those of one shape together where that is faster.
+
+        Tall ones come last, with the wide ones that they are transposes of.
+        """
         groups: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
         for index, unit in enumerate(self.mine):
             alone = self.device.type == "cpu" and unit.numel > CPU_BATCHED_ELEMENTS
-            groups[(*unit.shape, index if alone else -1)].append(unit)
-        return list(groups.values())
+            groups[(*sorted(unit.shape), index if alone else -1)].append(unit)
+        return [sorted(units, key=lambda unit: unit.shape) for units in groups.values()]
 
     @cached_property
     def is_alone(self) -> bool:

@@ -74,8 +74,8 @@ def exchange(
     batches = _batches(bucket, wire, empty)
     matrices = _by_unit(bucket, batches)
     yield from _gather(bucket, matrices, fill, wire)
-    for batch in batches:
-        apply_to_batch(function, batch)
+    for batch, units in zip(batches, bucket.batches, strict=True):
+        apply_to_batch(function, batch, units)
     return (yield from scatter(bucket, matrices, wire))
 
 
@@ -102,7 +102,7 @@ def scatter(
 
 
 def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
-    """Memory (k, m, n) for each batch of the matrices that this rank owns."""
+    """Memory (k, m, n) for each batch of the matrices that this rank owns, m and n of the first."""
     return [
         empty(f"batch {number}", (len(units), *units[0].shape), wire, bucket.device)
         for number, units in enumerate(bucket.batches)
@@ -110,7 +110,9 @@ def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
 
 
 def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
-    return dict(zip(chain(*bucket.batches), chain(*batches), strict=True))
+    """Each matrix in its memory, row by row whichever way it lies."""
+    places = zip(chain(*bucket.batches), chain(*batches), strict=True)
+    return {unit: place.view(unit.shape) for unit, place in places}
 
 
 def _gather(
@@ -132,10 +134,19 @@ def _gather(
         piece.of_matrix(matrices[unit]).copy_(block)
 
 
-def apply_to_batch(function: MatrixFunction, batch: Tensor) -> None:
-    """Replace the matrices of a batch (k, m, n) by what the function makes of them."""
+def apply_to_batch(function: MatrixFunction, batch: Tensor, units: Sequence[Unit]) -> None:
+    """Replace the matrices of a batch (k, m, n) by what the function makes of them.
+
+    Those of n × m lie behind the others and are transposed for it.
+    """
     if len(batch) > 1:
+        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
+        lying = across.view(-1, *units[-1].shape)
+        if len(across) > 0:
+            across.copy_(lying.mT.contiguous())
         function(batch)
+        if len(across) > 0:
+            lying.copy_(across.mT.contiguous())
     elif batch.device.type == "cpu" and batch.numel() <= CPU_BATCHED_ELEMENTS:
         # A CPU rounds alike in all batches of two or more, but not in a batch of one: that is
         # doubled, so that results do not depend on what else a rank owns.

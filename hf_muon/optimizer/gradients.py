@@ -32,9 +32,10 @@ def agree_on_gradients(entries: Sequence[Entry], members: Sequence[Ranks]) -> li
         FloatingPointError: A gradient holds NaN or infinity on some rank.
     """
     problem = _problem(entries)
-    flags = [problem is not None, *(entry.tensor.grad is not None for entry in entries)]
+    found = [problem is not None, *(entry.tensor.grad is not None for entry in entries)]
     device = compute_device(entries[0].tensor, entries[0].flat is not None)
-    any_problem, *active = agreed(torch.tensor(flags, dtype=torch.int32, device=device), members)
+    flags = torch.tensor(found, dtype=torch.int32, device=device)
+    any_problem, *active = agreed(flags, members).tolist()
     if any_problem:
         raise problem or FloatingPointError(
             "Another rank has a gradient that cannot be used: NaN, infinite, sparse or complex. No "

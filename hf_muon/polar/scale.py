@@ -27,12 +27,13 @@ def prescale(x: Tensor, out: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
         x: floating-point matrices; not modified, but where ``out`` is their memory.
         out: contiguous, of the shape of x and the dtype to compute in.
     """
-    if x.dtype != out.dtype:
-        # To round and to transpose are fast one after the other, and slow together.
-        return out.copy_((x * _suitable_power(x)).to(out.dtype))
+    may_overflow = torch.promote_types(x.dtype, out.dtype) != out.dtype
+    if may_overflow:
+        x = x * _suitable_power(x)
     if x.data_ptr() != out.data_ptr():
-        out.copy_(x)
-    return out.mul_(_suitable_power(out))
+        # To convert and to transpose are fast one after the other, and slow together.
+        out.copy_(x if x.is_contiguous() else x.to(out.dtype))
+    return out if may_overflow else out.mul_(_suitable_power(out))
 
 
 def _suitable_power(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)

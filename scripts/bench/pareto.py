@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from turns import take_turns
 
-from hf_muon.polar import orthogonalize
+from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 
 STEPS = {"quintic": range(3, 8), "polar_express": range(3, 8), "tight": range(3, 7)}
 BASELINE = ("quintic", 5)
@@ -71,12 +71,15 @@ def decompose(matrix: Tensor) -> tuple[Tensor, float]:
 def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list[Row]:
     """Return a row per contender."""
     exact = [decompose(matrix)[0] for matrix in matrices]
+    # As in a step: rounded before, in memory that is there.
+    matrices = [matrix.to(compute_dtype(dtype, matrix.device)) for matrix in matrices]
+    workspace = Workspace()
     runs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {
         (name, steps): partial(
             orthogonalize,
             # The quintic as torch.optim.Muon computes it.
             method="newton_schulz" if name == "quintic" else "auto",
-            coefficients=name, steps=steps, dtype=dtype,
+            coefficients=name, steps=steps, dtype=dtype, workspace=workspace,
         )
         for name, counts in STEPS.items() for steps in counts
     }  # fmt: skip

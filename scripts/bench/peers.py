@@ -128,6 +128,12 @@ def peak_bytes(step: Step) -> int:
     return peak
 
 
+def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory for temporaries that an optimizer keeps from step to step."""
+    workspace = getattr(optimizer, "_workspace", None)
+    return 0 if workspace is None else workspace.nbytes
+
+
 def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     """Rows of the contenders that run here, and what keeps the others from it."""
     shape = MODELS[arguments.model]
@@ -161,7 +167,7 @@ def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
                 error=error_of(entrant.make, given[-CHECKED:]),
                 milliseconds=[1e3 * one[name] for one in rounds],
                 ratios=[one[name] / one[next(iter(entrants))] for one in rounds],
-                peak_bytes=peak_bytes(entrant.step),
+                peak_bytes=kept_bytes(entrant.optimizer) + peak_bytes(entrant.step),
                 state_bytes=state_bytes_per_parameter(entrant.optimizer),
             )
         )

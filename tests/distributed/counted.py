@@ -45,10 +45,10 @@ def count_polar_factors(counts):
     """Count the matrices that the exchange hands over to be orthogonalized."""
     original = exchange.apply_to_batch
 
-    def counted(function, batch):
-        counts["matrices"] += len(batch)
-        counts["operations"] += sum(polar_cost(*matrix.shape) for matrix in batch)
-        return original(function, batch)
+    def counted(function, batch, units):
+        counts["matrices"] += len(units)
+        counts["operations"] += sum(polar_cost(*unit.shape) for unit in units)
+        return original(function, batch, units)
 
     exchange.apply_to_batch = counted
 

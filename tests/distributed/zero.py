@@ -62,9 +62,9 @@ def count_matrices():
     counts = Counter()
     original = hf_muon.distributed.exchange.apply_to_batch
 
-    def counted(function, batch):
-        counts["computed"] += len(batch)
-        return original(function, batch)
+    def counted(function, batch, units):
+        counts["computed"] += len(units)
+        return original(function, batch, units)
 
     hf_muon.distributed.exchange.apply_to_batch = counted
     return counts
