@@ -18,12 +18,9 @@ import torch
 from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
 
-# The bound where nothing travels and no launches are to be saved: what follows on one matrix then
-# happens while it is in the cache, and hardly more memory is held. A megabyte of float32.
-_CPU_CACHED_ELEMENTS = 2**18
-# Up to this many elements a CPU orthogonalizes matrices faster in a batch than one by one: 32 of
-# 8 × 384 by 11 times, of 64 × 256 by 1.3, of 128 × 128 by 0.8 (scripts/bench/step.py --batching).
-CPU_BATCHED_ELEMENTS = 2**14
+# The bound where nothing travels: hardly more memory is held than for one large matrix, and small
+# ones are computed together. Four megabytes of float32.
+_ALONE_ON_CPU_ELEMENTS = 2**20
 
 
 @dataclass(eq=False)
@@ -75,14 +72,10 @@ class Bucket:
 
     @cached_property
     def batches(self) -> list[list[Unit]]:
-        """The units that this rank computes, those of one shape together where that is faster.
-
-        Tall ones come last, with the wide ones that they are transposes of.
-        """
+        """The units that this rank computes by their shape; transposes of the first come last."""
         groups: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
-        for index, unit in enumerate(self.mine):
-            alone = self.device.type == "cpu" and unit.numel > CPU_BATCHED_ELEMENTS
-            groups[(*sorted(unit.shape), index if alone else -1)].append(unit)
+        for unit in self.mine:
+            groups[tuple(sorted(unit.shape))].append(unit)
         return [sorted(units, key=lambda unit: unit.shape) for units in groups.values()]
 
     @cached_property
@@ -141,7 +134,7 @@ def plan_buckets(
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
         limit: Elements of whole matrices per owner and bucket, or the largest team if it has more.
-            A process alone on a CPU has buckets of 2¹⁸ elements, or one team, at most.
+            A process alone on a CPU has buckets of 2²⁰ elements, or one team, at most.
         together: Teams of matrices that one owner needs at the same time, and that lie on the same
             ranks. They follow each other in their bucket. Other matrices are teams of one.
     """
@@ -175,7 +168,7 @@ def _is_alone(shard: Ranks, replicate: Ranks, device: torch.device) -> bool:
 def _elements_of(teams: list[Team], limit: int, *, alone_on_cpu: bool) -> int:
     """How much a bucket holds, if it holds more than one team."""
     if alone_on_cpu:
-        return min(limit, _CPU_CACHED_ELEMENTS)
+        return min(limit, _ALONE_ON_CPU_ELEMENTS)
     # A bucket of the largest team takes this much anyway; with less in the others there would be
     # more of them, and in each some would wait for the owner of a large one.
     return max([limit, *(sum(unit.numel for unit in team) for team in teams)])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.buckets import CPU_BATCHED_ELEMENTS, Bucket, Item, Unit
+from hf_muon.distributed.buckets import Bucket, Item, Unit
 from hf_muon.distributed.layout import Piece, Ranks
 
 Read = Callable[[Unit, Piece], Tensor]
@@ -134,27 +134,33 @@ def _gather(
         piece.of_matrix(matrices[unit]).copy_(block)
 
 
+# In a batch a CPU orthogonalizes smaller matrices than these faster than one by one, to the same
+# bits; larger ones not (scripts/bench/step.py --batching). Elements, by the bytes of one.
+_CPU_BATCHED = {2: 2**18, 4: 2**16, 8: 2**16}
+# But matrices as small as these are rounded alike in batches of two or more only.
+_CPU_NEVER_ALONE = 2**14
+
+
 def apply_to_batch(function: MatrixFunction, batch: Tensor, units: Sequence[Unit]) -> None:
     """Replace the matrices of a batch (k, m, n) by what the function makes of them.
 
-    Those of n × m lie behind the others and are transposed for it.
+    Those of n × m lie behind the others, and are transposed where all are computed together.
     """
-    if len(batch) > 1:
-        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
-        lying = across.view(-1, *units[-1].shape)
-        if len(across) > 0:
-            across.copy_(lying.mT.contiguous())
-        function(batch)
-        if len(across) > 0:
-            lying.copy_(across.mT.contiguous())
-    elif batch.device.type == "cpu" and batch.numel() <= CPU_BATCHED_ELEMENTS:
-        # A CPU rounds alike in all batches of two or more, but not in a batch of one: that is
-        # doubled, so that results do not depend on what else a rank owns.
+    on_cpu, numel = batch.device.type == "cpu", batch[0].numel()
+    if len(batch) == 1 and on_cpu and numel <= _CPU_NEVER_ALONE:
+        # Doubled, so that results do not depend on what else a rank owns.
         twice = batch.repeat(2, 1, 1)
         function(twice)
         batch.copy_(twice[:1])
+    elif len(batch) == 1 or (on_cpu and numel >= _CPU_BATCHED[batch.element_size()]):
+        for unit, matrix in zip(units, batch, strict=True):
+            function(matrix.view(unit.shape))
     else:
-        function(batch[0])
+        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
+        lying = across.view(-1, batch.shape[2], batch.shape[1])
+        across.copy_(lying.mT.contiguous())
+        function(batch)
+        lying.copy_(across.mT.contiguous())
 
 
 def _scattered(

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from turns import LLAMA, Parameters, Step, seconds, state_bytes_per_parameter, summary, take_turns
 
 from hf_muon import Muon
-from hf_muon.polar import compute_dtype, orthogonalize
+from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 
 LR, DECAY = 1e-3, 0.1
 
@@ -67,7 +69,7 @@ def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Step, torch
     shape = LLAMA[arguments.model]
     layers = arguments.layers or shape[2]
     matched = {"coefficients": "quintic", "polar_method": "newton_schulz"}
-    native = compute_dtype("auto", torch.device(arguments.device)) == torch.bfloat16
+    native = natively_bfloat16(arguments)
 
     def fresh() -> Parameters:
         torch.manual_seed(0)
@@ -107,36 +109,41 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
-    """Orthogonalize 32 small matrices in one batch and one by one."""
-    table = Table("shape", "loop / batch", "spread", title="32 matrices, float32")
+    """Orthogonalize 16 smaller matrices in one batch and one by one."""
+    count, workspace = 16, Workspace()
+    table = Table("shape", "dtype", "loop / batch", "quartiles", title=f"{count} matrices")
     results = {}
-    for m, n in ((8, 64), (8, 384), (16, 16), (32, 32), (64, 64), (64, 256), (128, 128)):
-        x = [torch.randn(m, n, device=arguments.device) for _ in range(32)]
+    shapes = [(8, 384), (16, 16), (64, 64), (64, 256), (128, 128), (128, 344), (256, 256)]
+    dtypes = ["float32"] + ["bfloat16"] * (arguments.bfloat16 or natively_bfloat16(arguments))
+    for (m, n), dtype in product([*shapes, (256, 688), (512, 512)], dtypes):
+        x = torch.randn(count, m, n, device=arguments.device).to(getattr(torch, dtype))
+        polar = partial(
+            orthogonalize, method="auto", coefficients="polar_express", steps=5, dtype=dtype,
+            workspace=workspace,
+        )  # fmt: skip
 
-        def polar(batch: Tensor) -> Tensor:
-            return orthogonalize(
-                batch, method="auto", coefficients="polar_express", steps=5, dtype="float32"
-            )
-
-        def loop(x: list[Tensor] = x) -> None:
+        def loop(x: Tensor = x, polar: Callable[..., Tensor] = polar) -> None:
             for matrix in x:
-                polar(matrix)
+                polar(matrix, out=matrix)
 
-        def batch(x: list[Tensor] = x) -> None:
-            polar(torch.stack(x))
+        def batch(x: Tensor = x, polar: Callable[..., Tensor] = polar) -> None:
+            polar(x, out=x)
 
         loop(), batch()
         ratios = [
             seconds(loop, arguments.device) / seconds(batch, arguments.device)
-            for _ in range(10 * arguments.repeats)
+            for _ in range(3 * arguments.repeats)
         ]
-        quartiles = statistics.quantiles(ratios, n=4)
-        table.add_row(
-            f"{m} × {n}", f"{quartiles[1]:.2f}", f"{quartiles[0]:.2f} … {quartiles[2]:.2f}"
-        )
-        results[f"{m}x{n}"] = ratios
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        table.add_row(f"{m} × {n}", dtype, f"{middle:.2f}", f"{low:.2f} … {high:.2f}")
+        results[f"{m}x{n} {dtype}"] = ratios
     Console().print(table)
     return {"arguments": vars(arguments), "loop_over_batch": results}
+
+
+def natively_bfloat16(arguments: argparse.Namespace) -> bool:
+    """Whether the device has instructions for it."""
+    return compute_dtype("auto", torch.device(arguments.device)) == torch.bfloat16
 
 
 def main() -> None:

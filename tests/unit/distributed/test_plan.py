@@ -262,7 +262,7 @@ def test_equal_slices_prefer_no_owner():
 
 
 def test_a_process_alone_on_a_cpu_takes_one_large_matrix_at_a_time():
-    large, small = ((1024, 300),) * 3, ((8, 64),) * 20
+    large, small = ((1024, 1024),) * 3, ((8, 64),) * 20
     parameters = [Parameter(shape, (Matrix.whole(shape),)) for shape in (*large, *small)]
     alone = buckets_of(parameters, World("ddp", 1))
     assert [len(bucket.units) for bucket in alone] == [1, 1, 1, 20]
