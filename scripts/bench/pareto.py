@@ -4,7 +4,8 @@ In: checkpoints of a Trainer that trained with Muon, compute dtype, threads. Out
 for the other matrices a row per family of coefficients and number of steps: error against the
 float64 SVD, and how much faster it is than five steps of the quintic; stable ranks of the momentum;
 a figure, and JSON. Contenders take turns on the same matrices, so that a busy machine slows all of
-them; ratios are taken within each round.
+them; ratios are taken within each round. Smaller matrices of one shape are computed together, as in
+a step, but for the quintic.
 
     python scripts/bench/pareto.py runs/momentum/checkpoint-200 --figure pareto.png
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from turns import take_turns
 
+from hf_muon.distributed.exchange import apply_to_batch
 from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 
 STEPS = {"quintic": range(3, 8), "polar_express": range(3, 8), "tight": range(3, 7)}
@@ -70,35 +72,38 @@ def decompose(matrix: Tensor) -> tuple[Tensor, float]:
 
 def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list[Row]:
     """Return a row per contender."""
+    matrices = sorted(matrices, key=lambda matrix: matrix.shape)
     exact = [decompose(matrix)[0] for matrix in matrices]
-    # As in a step: rounded before, in memory that is there.
-    matrices = [matrix.to(compute_dtype(dtype, matrix.device)) for matrix in matrices]
-    workspace = Workspace()
-    runs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {
-        (name, steps): partial(
-            orthogonalize,
-            # The quintic as torch.optim.Muon computes it.
-            method="newton_schulz" if name == "quintic" else "auto",
-            coefficients=name, steps=steps, dtype=dtype, workspace=workspace,
-        )
-        for name, counts in STEPS.items() for steps in counts
-    }  # fmt: skip
+    # As in a step: rounded before, those of one shape in one memory.
+    rounded = compute_dtype(dtype, matrices[0].device)
+    given = torch.stack([matrix.reshape(matrices[0].shape).to(rounded) for matrix in matrices])
+    batch, workspace = torch.empty_like(given), Workspace()
+
+    def factors(name: str, steps: int) -> Iterator[Tensor]:
+        def polar(x: Tensor) -> None:
+            orthogonalize(
+                x, coefficients=name, steps=steps, dtype=dtype, out=x, workspace=workspace,
+                method="newton_schulz" if name == "quintic" else "auto",
+            )  # fmt: skip
+
+        batch.copy_(given)
+        if name == "quintic":  # one by one, as torch.optim.Muon computes it
+            for place, matrix in zip(batch, matrices, strict=True):
+                polar(place.view(matrix.shape))
+        else:
+            apply_to_batch(polar, batch, matrices)
+        return (place.view(matrix.shape) for place, matrix in zip(batch, matrices, strict=True))
+
+    keys = [(name, steps) for name, counts in STEPS.items() for steps in counts]
     errors = {
         key: [
-            float((run(matrix).double() - oracle).norm() / oracle.norm())
-            for matrix, oracle in zip(matrices, exact, strict=True)
+            float((found.double() - oracle).norm() / oracle.norm())
+            for found, oracle in zip(factors(*key), exact, strict=True)
         ]
-        for key, run in runs.items()
+        for key in keys
     }
-    steps = {key: partial(apply_to_all, run, matrices) for key, run in runs.items()}
-    rounds = take_turns(steps, repeats, "cpu")
-    return [row(kind, key, errors[key], rounds, len(matrices)) for key in runs]
-
-
-def apply_to_all(run: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> None:
-    """Compute all factors, and keep none."""
-    for matrix in matrices:
-        run(matrix)
+    rounds = take_turns({key: partial(factors, *key) for key in keys}, repeats, "cpu")
+    return [row(kind, key, errors[key], rounds, len(matrices)) for key in keys]
 
 
 def row(
