@@ -96,6 +96,8 @@ class Piece(NamedTuple):
 
     def of_matrix(self, matrix: Tensor) -> Tensor:
         """The block as a view of the whole matrix, (rows, cols)."""
+        if tuple(matrix.shape) == (self.rows, self.cols):
+            return matrix
         return matrix[self.row : self.row + self.rows, self.col : self.col + self.cols]
 
     def of_local(self, local: Tensor) -> Tensor:
