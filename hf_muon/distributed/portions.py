@@ -20,9 +20,10 @@ Key = TypeVar("Key", bound=Hashable)
 def portion_elements(device: torch.device) -> int:
     """The most elements of a portion, unless one row has more.
 
-    On a CPU half a megabyte of float32; elsewhere as many as one launch may serve.
+    On a CPU half a megabyte of float32; elsewhere 16, for which a kernel takes longer than its
+    launch.
     """
-    return 2**17 if device.type == "cpu" else 2**24
+    return 2**17 if device.type == "cpu" else 2**22
 
 
 def portions(
