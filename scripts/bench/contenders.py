@@ -145,6 +145,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
     "hf_muon": {"defaults": hf_muon},
     "hf_muon, four tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=4)},
     "hf_muon, five tight steps": {"": partial(hf_muon, coefficients="tight")},
+    "hf_muon, six tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=6)},
     "torch": {"": torchs},
     "deepspeed": {name: partial(deepspeeds, ns_method=name) for name in ("standard", "gram")},
     "timm": {"polar_express": partial(timms, coefficients="polar_express")},
