@@ -38,6 +38,22 @@ def test_contenders_take_turns_and_the_results_are_written(tmp_path, extra):
     assert 4 <= ours["state_bytes"] < 4.2
 
 
+@pytest.mark.full
+def test_shares_are_of_the_passes_and_the_optimizer(tmp_path):
+    config = BENCH.parents[1] / "recipes" / "llama_pretrain" / "configs" / "tiny.yaml"
+    file = tmp_path / "share.json"
+    command = [sys.executable, str(BENCH / "share.py"), str(config), "--tokens", "1024"]
+    command += ["--batch", "4", "--repeats", "2", "--json", str(file)]
+    subprocess.run(command, check=True, timeout=300)
+    passes, *optimizers = json.loads(file.read_text())["rows"]
+    assert [row["name"].partition(",")[0] for row in optimizers] == [
+        "AdamW", "torch.optim.Muon", "hf_muon", "hf_muon",
+    ]  # fmt: skip
+    for row in optimizers:
+        for own, rest, share in zip(row["seconds"], passes["seconds"], row["shares"], strict=True):
+            assert share == own / (own + rest)
+
+
 def test_the_error_is_that_of_the_direction(peers):
     given = peers.gradients([torch.empty(8, 12)])
     exact = peers.error_of(lambda p: peers.hf_muon(p, polar_method="svd"), given)
