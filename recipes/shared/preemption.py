@@ -86,6 +86,8 @@ class StopOnSignal(TrainerCallback):
             return False
         self.stopped_by = signal.Signals(number).name
         control.should_save = control.should_training_stop = True
+        if args.save_total_limit == 1:
+            args.save_total_limit = 2  # or the Trainer would keep the best checkpoint alone
         return True
 
     def _note(self, number: int, _: Any) -> None:

@@ -119,6 +119,15 @@ def test_an_evaluation_that_is_not_the_best_is_saved_too(tmp_path, capsys):
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
 
 
+def test_the_checkpoint_of_the_stop_is_kept_beside_the_best(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    options = {**often, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    train(tmp_path / "parts", *words, callbacks=[Preempt(3)])
+    kept = {folder.name for folder in (tmp_path / "parts").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-3"}
+
+
 def test_a_stop_at_the_end_of_an_epoch_saves_once(tmp_path, monkeypatch):
     saved = []
     original = transformers.Trainer._save_checkpoint
