@@ -58,6 +58,7 @@ def probe(
         _check(asked)
         blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
         network = load(model, device)
+        _check_positions(network, seq_len)
         names = layers or _some(network)
         report = stationary_probe(
             network, _batched(blocks, batch_size, device), layers=names, **asked
@@ -163,6 +164,15 @@ def _check(asked: dict[str, Any]) -> None:
     from hf_muon.diagnostics.readings import ProbeSettings
 
     ProbeSettings(**asked)
+
+
+def _check_positions(network: Any, seq_len: int) -> None:
+    """Refuse sequences for which a model has no positions, or was not made."""
+    most = getattr(network.config, "max_position_embeddings", None)
+    if most is not None and seq_len > most:
+        raise ValueError(
+            f"seq_len={seq_len}: the model takes at most {most} tokens (max_position_embeddings)."
+        )
 
 
 def _check_exists(model: str) -> None:

@@ -89,6 +89,10 @@ def test_no_sequence_comes_twice(folder):
 ERRORS = {
     "no such text": (["--text", "nowhere.txt"], "'nowhere.txt' cannot be read"),
     "short text": (["--batches", "999"], "different ones are needed"),
+    "long sequences": (
+        ["--batches", "4", "--batch-size", "1", "--seq-len", "65"],
+        "takes at most 64 tokens",
+    ),
     "unknown order": ([*SMALL, "--order", "pre"], "order='pre'"),
     "momentum out of range": ([*SMALL, "--momentum", "1.5"], "momentum=1.5"),
     "unknown proxy": ([*SMALL, "--proxy", "buffer"], "held_out, in_buffer, both"),
