@@ -48,7 +48,7 @@ class MuonConfig:
             ``quintic`` (Jordan's).
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32; on
-            a CPU also where one side of a matrix is at most 16.
+            a CPU also for ``gram`` where one side of a matrix is at most 16.
         adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
             ``spectral`` √(m/n), ``none`` 1.
         lr: Learning rate of the matrices.

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from hf_muon.distributed.batches import computed_together
 from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.owners import polar_cost
 from hf_muon.distributed.portions import portion_elements
@@ -98,6 +101,7 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int) -> Cost:
     outgoing, incoming = share.outgoing * itemsize, share.incoming * itemsize
     row, copies = width * itemsize, bucket.replicate.size
     read = sum(unit.numel for unit in share.owned) + share.outgoing - share.incoming
+    iteration = _workspace(share.owned, bucket.device, itemsize)
     filtered = min(read, portion_elements(bucket.device)) * 4
     return Cost(
         matrices=len(share.owned),
@@ -109,20 +113,24 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int) -> Cost:
             owned + outgoing + incoming,  # gathered, scattered
             owned + outgoing + row * (copies + 1),  # replicated
         ),
-        computing=owned + max(_workspace(share.owned) * itemsize, outgoing + incoming + filtered),
+        computing=owned + max(iteration, outgoing + incoming + filtered),
     )
 
 
-def _workspace(owned: Sequence[Unit]) -> int:
-    """Elements that the iteration needs, at most, beside the matrices, which it replaces.
+def _workspace(owned: Sequence[Unit], device: torch.device, itemsize: int) -> int:
+    """Bytes that the iteration needs, at most, beside the matrices, which it replaces.
 
     Another iterate, and two squares; on the Gram matrix, where that is cheaper, four.
     """
     most = 0
-    for (m, n), count in Counter(unit.shape for unit in owned).items():
-        s, l = sorted((m, n))  # noqa: E741
-        most = max(most, count * (s * l + (4 if 2 * l > 3 * s else 2) * s * s))
-    return most
+    for (s, l), count in Counter(_sides(unit) for unit in owned).items():  # noqa: E741
+        k = count if computed_together((s, l), itemsize, device) else 1
+        most = max(most, k * (s * l + (4 if 2 * l > 3 * s else 2) * s * s))
+    return most * itemsize
+
+
+def _sides(unit: Unit) -> tuple[int, int]:
+    return min(unit.shape), max(unit.shape)
 
 
 def in_flight(costs: Sequence[Cost]) -> Cost:

@@ -11,6 +11,7 @@ on every rank; nothing depends on what a rank happens to hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_muon.distributed.batches import computed_together, rounds_alone
 from hf_muon.distributed.buckets import Bucket, Item, Unit
 from hf_muon.distributed.layout import Piece, Ranks
 
@@ -63,8 +65,8 @@ def exchange(
         bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
         fill: Called for the pieces that this rank holds of what its replica computes.
         function: Replaces matrices, alone (m, n) or in a batch (k, m, n), by their results.
-        wire: Dtype of the matrices, on the wire as well: the one that ``function`` computes in, so
-            that nothing is lost.
+        wire: Dtype of the matrices, on the wire as well: with the digits of the one that
+            ``function`` computes in, or fewer where it computes in more.
         empty: Makes the matrices. Their memory must not be used for another bucket before the
             result of this one is.
 
@@ -103,9 +105,14 @@ def scatter(
 
 def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
     """Memory (k, m, n) for each batch of the matrices that this rank owns, m and n of the first."""
+    shapes = [(len(units), *units[0].shape) for units in bucket.batches]
+    # Each begins at a multiple of 64 elements, as if it had been allocated by itself.
+    ends = list(accumulate(-(-math.prod(shape) // 64) * 64 for shape in shapes))
+    flat = empty("matrices", (ends[-1] if ends else 0,), wire, bucket.device)
+    starts = [0, *ends][: len(shapes)]
     return [
-        empty(f"batch {number}", (len(units), *units[0].shape), wire, bucket.device)
-        for number, units in enumerate(bucket.batches)
+        flat[start : start + math.prod(shape)].view(shape)
+        for start, shape in zip(starts, shapes, strict=True)
     ]
 
 
@@ -134,33 +141,27 @@ def _gather(
         piece.of_matrix(matrices[unit]).copy_(block)
 
 
-# In a batch a CPU orthogonalizes smaller matrices than these faster than one by one, to the same
-# bits; larger ones not (scripts/bench/step.py --batching). Elements, by the bytes of one.
-_CPU_BATCHED = {2: 2**18, 4: 2**16, 8: 2**16}
-# But matrices as small as these are rounded alike in batches of two or more only.
-_CPU_NEVER_ALONE = 2**14
-
-
 def apply_to_batch(function: MatrixFunction, batch: Tensor, units: Sequence[Unit]) -> None:
     """Replace the matrices of a batch (k, m, n) by what the function makes of them.
 
     Those of n × m lie behind the others, and are transposed where all are computed together.
     """
-    on_cpu, numel = batch.device.type == "cpu", batch[0].numel()
-    if len(batch) == 1 and on_cpu and numel <= _CPU_NEVER_ALONE:
-        # Doubled, so that results do not depend on what else a rank owns.
+    shape = (batch.shape[1], batch.shape[2])
+    if not computed_together(shape, batch.element_size(), batch.device):
+        for unit, matrix in zip(units, batch, strict=True):
+            function(matrix.view(unit.shape))
+    elif len(batch) > 1:
+        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
+        lying = across.view(-1, *reversed(shape))
+        across.copy_(lying.mT.clone(memory_format=torch.contiguous_format))
+        function(batch)
+        lying.copy_(across.mT.clone(memory_format=torch.contiguous_format))
+    elif rounds_alone(shape, batch.device):
+        function(batch[0])
+    else:
         twice = batch.repeat(2, 1, 1)
         function(twice)
         batch.copy_(twice[:1])
-    elif len(batch) == 1 or (on_cpu and numel >= _CPU_BATCHED[batch.element_size()]):
-        for unit, matrix in zip(units, batch, strict=True):
-            function(matrix.view(unit.shape))
-    else:
-        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
-        lying = across.view(-1, batch.shape[2], batch.shape[1])
-        across.copy_(lying.mT.contiguous())
-        function(batch)
-        lying.copy_(across.mT.contiguous())
 
 
 def _scattered(

@@ -38,4 +38,5 @@ def apply_update(
     elif weight_decay:
         for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype, on a CPU
             weight.mul_(1 - lr * weight_decay)
+    # In one call per tensor where dtypes differ, but without another rounding.
     torch._foreach_add_(weights, updates, alpha=-(lr * scale))

@@ -142,7 +142,9 @@ def orthogonalize(
             mirror=not compile and (name, coefficients) != ("newton_schulz", "quintic"),
         )
         empty = partial((workspace or Workspace()).empty, dtype=target, device=x.device)
-        _iterate(x.reshape(flat), result.view(flat), run, SQUARES[name], empty)
+        into = result.view(flat)
+        squares = 0 if compile else SQUARES[name]
+        _iterate(into if out is x else x.reshape(flat), into, run, squares, empty)
     return result
 
 
@@ -178,7 +180,7 @@ def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty)
     X, spare = (other, here.view_as(other)) if is_tall else (here, other)
     prescale(x.mT if is_tall else x, out=X)
     found = run(X, spare, square)
-    if found.data_ptr() != X.data_ptr():
+    if found is not X:
         X.copy_(found)
     if is_tall:
         here.copy_(X.mT)
@@ -222,14 +224,21 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 @cache
 def _iteration(method: str, compile: bool) -> Iteration:
+    iterate = ITERATIONS[method]
     if not compile:
-        return ITERATIONS[method]
+        return iterate
+
+    def with_own_temporaries(X: Tensor, *_: Tensor, **settings: Any) -> Tensor:
+        # What a compiled function writes to its arguments it copies there in the end.
+        squares = X.new_empty(SQUARES[method], *X.shape[:-1], X.shape[-2])
+        return iterate(X.clone(), torch.empty_like(X), squares, **settings)
+
     # Static shapes: one compilation per shape, and a model has more shapes than torch's default
     # limit of 8, past which it would silently stop compiling. The argument came after torch 2.9.
     options: dict[str, Any] = {"dynamic": False}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = 256
-    compiled: Iteration = torch.compile(ITERATIONS[method], **options)
+    compiled: Iteration = torch.compile(with_own_temporaries, **options)
     return compiled
 
 

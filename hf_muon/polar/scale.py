@@ -24,13 +24,13 @@ def prescale(x: Tensor, out: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
     on with the bits it would have had.
 
     Args:
-        x: floating-point matrices; not modified, but where ``out`` is their memory.
+        x: floating-point matrices; not modified, unless they are ``out``.
         out: contiguous, of the shape of x and the dtype to compute in.
     """
     may_overflow = torch.promote_types(x.dtype, out.dtype) != out.dtype
     if may_overflow:
         x = x * _suitable_power(x)
-    if x.data_ptr() != out.data_ptr():
+    if x is not out:
         # To convert and to transpose are fast one after the other, and slow together.
         out.copy_(x if x.is_contiguous() else x.to(out.dtype))
     return out if may_overflow else out.mul_(_suitable_power(out))

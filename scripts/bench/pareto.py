@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -72,12 +73,16 @@ def decompose(matrix: Tensor) -> tuple[Tensor, float]:
 
 def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list[Row]:
     """Return a row per contender."""
-    matrices = sorted(matrices, key=lambda matrix: matrix.shape)
+    matrices = sorted(matrices, key=lambda matrix: (sorted(matrix.shape), matrix.shape))
     exact = [decompose(matrix)[0] for matrix in matrices]
-    # As in a step: rounded before, those of one shape in one memory.
+    # As in a step: rounded before, those of one shape and its transpose in one memory.
     rounded = compute_dtype(dtype, matrices[0].device)
-    given = torch.stack([matrix.reshape(matrices[0].shape).to(rounded) for matrix in matrices])
-    batch, workspace = torch.empty_like(given), Workspace()
+    groups = [list(same) for _, same in groupby(matrices, key=lambda one: sorted(one.shape))]
+    given = [
+        torch.stack([matrix.reshape(same[0].shape).to(rounded) for matrix in same])
+        for same in groups
+    ]
+    batches, workspace = [torch.empty_like(batch) for batch in given], Workspace()
 
     def factors(name: str, steps: int) -> Iterator[Tensor]:
         def polar(x: Tensor) -> None:
@@ -86,13 +91,15 @@ def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list
                 method="newton_schulz" if name == "quintic" else "auto",
             )  # fmt: skip
 
-        batch.copy_(given)
-        if name == "quintic":  # one by one, as torch.optim.Muon computes it
-            for place, matrix in zip(batch, matrices, strict=True):
-                polar(place.view(matrix.shape))
-        else:
-            apply_to_batch(polar, batch, matrices)
-        return (place.view(matrix.shape) for place, matrix in zip(batch, matrices, strict=True))
+        for batch, same, values in zip(batches, groups, given, strict=True):
+            batch.copy_(values)
+            if name == "quintic":  # one by one, as torch.optim.Muon computes it
+                for place, matrix in zip(batch, same, strict=True):
+                    polar(place.view(matrix.shape))
+            else:
+                apply_to_batch(polar, batch, same)
+        places = zip(chain(*batches), matrices, strict=True)
+        return (place.view(matrix.shape) for place, matrix in places)
 
     keys = [(name, steps) for name, counts in STEPS.items() for steps in counts]
     errors = {

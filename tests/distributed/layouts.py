@@ -32,6 +32,9 @@ SHAPES = {
     "fused": (50, 32),
     "columns": (20, 48),
     "interleaved": (24, 30),
+    # Beside its transpose, as the factors of an adapter of rank one.
+    "line": (1, 36),
+    "column": (36, 1),
     # One row: a rank holds nothing of it.
     **{f"row{i}": (1, 200) for i in range(4)},
     **{f"small{i}": (4, 7 + i % 2) for i in range(6)},

@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 
+from hf_muon.distributed.batches import computed_together
 from hf_muon.distributed.buckets import plan_buckets
 from hf_muon.distributed.exchange import apply_to_batch, exchange, reading
 from hf_muon.distributed.layout import ALONE, Matrix
 from hf_muon.distributed.replicated import replicated_layout
 from hf_muon.polar import Workspace, orthogonalize
+from hf_muon.polar.kernels import strips_of
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,9 @@ def run(shapes, function, wire):
         (torch.bfloat16, [(256, 300), (300, 256)], [(2, 256, 300)]),
         (torch.bfloat16, [(256, 300)], [(256, 300)]),
         (torch.bfloat16, [(512, 512), (512, 512)], [(512, 512), (512, 512)]),
+        (torch.bfloat16, [(384, 640), (384, 640)], [(384, 640), (384, 640)]),
+        (torch.float32, [(1, 64), (64, 1)], [(2, 1, 64)]),
+        (torch.float32, [(4, 5000)], [(2, 4, 5000)]),
     ],
 )
 def test_small_matrices_of_one_shape_are_computed_together(wire, shapes, expected):
@@ -50,13 +55,41 @@ def test_small_matrices_of_one_shape_are_computed_together(wire, shapes, expecte
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coefficients", ["tight", "quintic"])
 def test_together_each_gets_the_bits_that_it_gets_alone(wire, coefficients):
-    shapes = [(130, 260), (260, 130), (24, 24), (130, 260), (24, 24), (40, 30)]
+    shapes = [(130, 260), (260, 130), (40, 420), (130, 260), (40, 420), (90, 200)]
     settings = {"method": "auto", "coefficients": coefficients, "steps": 4, "dtype": wire}
     polar = partial(orthogonalize, **settings, workspace=Workspace())
     inputs, results = run(shapes, lambda x: polar(x, out=x), wire)
     for x, y in zip(inputs, results, strict=True):
         assert torch.equal(y, orthogonalize(x, **settings))
         assert not torch.equal(y, orthogonalize(x, **settings | {"steps": 5}))
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (4, 5120), (16, 3176), (24, 24), (384, 390)])
+def test_what_else_a_rank_owns_changes_no_bit(shape, wire):
+    settings = {"method": "auto", "coefficients": "polar_express", "steps": 5, "dtype": wire}
+    polar = partial(orthogonalize, **settings, workspace=Workspace())
+    for others in [0, 1, 3]:
+        torch.manual_seed(0)
+        _, [result, *_] = run([shape] * (1 + others), lambda x: polar(x, out=x), wire)
+        torch.manual_seed(0)
+        _, [alone] = run([shape], lambda x: polar(x, out=x), wire)
+        assert torch.equal(result, alone)
+    torch.manual_seed(1)
+    assert not torch.equal(run([shape], lambda x: polar(x, out=x), wire)[1][0], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_product_of_matrices_that_are_computed_together_is_mirrored(dtype):
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    mirrored = 0
+    for s in range(1, 513):
+        for l in range(s, 1025, 31):  # noqa: E741
+            if strips_of(torch.empty(s, l, dtype=dtype)) > 1:
+                mirrored += 1
+                assert not computed_together((s, l), itemsize, CPU)
+                assert not computed_together((l, s), itemsize, CPU)
+    assert mirrored > 0
 
 
 def test_matrices_that_lie_across_come_back_as_they_were():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_muon import Muon
+from hf_muon.distributed import portions
 from tests.reference.muon import muon as reference
 
 ORDERS = ("pre_polar", "post_polar", "polar_only")
@@ -124,3 +125,45 @@ def test_low_precision_weights(order, dtype):
     ulp = torch.finfo(dtype).eps * start.abs().max().item() * 2
     assert (trained.double() - expected).abs().max() <= 3 * ulp
     assert not torch.equal(trained, start)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cautious_weight_decay": True}, {"nesterov": False}])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_goes_in_portions_is_what_goes_at_once(order, settings, monkeypatch):
+    def trained(elements):
+        monkeypatch.setattr(portions, "portion_elements", lambda device: elements)
+        torch.manual_seed(0)
+        weights = [
+            torch.nn.Parameter(torch.randn(shape)) for shape in [(9, 14), (4, 6), (4, 6), (1, 40)]
+        ]
+        optimizer = Muon(weights, lr=0.1, order=order, weight_decay=0.1, **settings)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
+
+    assert torch.equal(trained(50), trained(2**17))
+
+
+def test_the_size_of_an_update_is_matched_in_portions_too(monkeypatch):
+    def update(elements):
+        monkeypatch.setattr(portions, "portion_elements", lambda device: elements)
+        weight, other = (
+            torch.nn.Parameter(torch.zeros(9, 14)),
+            torch.nn.Parameter(torch.zeros(14, 9)),
+        )
+        settings = {"order": "post_polar", "match_update_rms": True, "adjust_lr": "none"}
+        optimizer = Muon([weight, other], lr=1.0, **settings)
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            weight.grad, other.grad = torch.randn(9, 14), torch.randn(14, 9)
+            before = weight.detach().clone()
+            optimizer.step()
+        return weight.detach() - before
+
+    cut, whole = update(20), update(2**17)
+    # Sums of squares in float64, in another order.
+    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-7)
+    # RMS 1/√max(m, n), as of a polar factor; float32 sums.
+    assert cut.square().mean().sqrt().item() == pytest.approx(14**-0.5, rel=1e-5)

@@ -86,7 +86,7 @@ def test_a_step_allocates_no_more_than_a_megabyte_at_once_after_the_first(order,
     # The matrix, its successor and four squares; the next matrices are smaller.
     assert optimizer._workspace.nbytes == (2 * 768 * 2048 + 4 * 768 * 768) * 4
     assert max(allocations_of(optimizer.step)) <= 2**20
-    assert optimizer._workspace.nbytes < 4 * largest
+    assert optimizer._workspace.nbytes == (2 * 768 * 2048 + 4 * 768 * 768) * 4
 
     def anew(self, name, shape, dtype, device):
         return torch.empty(*shape, dtype=dtype, device=device)
