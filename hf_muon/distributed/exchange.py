@@ -107,9 +107,9 @@ def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
     """Memory (k, m, n) for each batch of the matrices that this rank owns, m and n of the first."""
     shapes = [(len(units), *units[0].shape) for units in bucket.batches]
     # Each begins at a multiple of 64 elements, as if it had been allocated by itself.
-    ends = list(accumulate(-(-math.prod(shape) // 64) * 64 for shape in shapes))
-    flat = empty("matrices", (ends[-1] if ends else 0,), wire, bucket.device)
-    starts = [0, *ends][: len(shapes)]
+    sizes = (64 * math.ceil(math.prod(shape) / 64) for shape in shapes)
+    *starts, total = accumulate(sizes, initial=0)
+    flat = empty("matrices", (total,), wire, bucket.device)
     return [
         flat[start : start + math.prod(shape)].view(shape)
         for start, shape in zip(starts, shapes, strict=True)
