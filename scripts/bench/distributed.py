@@ -24,14 +24,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from turns import LLAMA, linear_shapes
 
 from hf_muon import Muon, MuonConfig
 from hf_muon.optimizer.momentum import accumulate, filtered
 from hf_muon.optimizer.scaling import match_rms_adamw
 from hf_muon.optimizer.step import polar_function
 
-# hidden size, intermediate size (GaLore, arXiv 2403.03507, table 5)
-LLAMA = {"60m": (512, 1376), "130m": (768, 2048)}
 LR, BETA = 1e-3, 0.95
 
 Step = Callable[[], object]
@@ -42,16 +41,15 @@ class Matrices(nn.Module):
 
     def __init__(self, hidden: int, inner: int, layers: int) -> None:
         super().__init__()
-        sides = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        sides = linear_shapes(hidden, inner) * layers
         torch.manual_seed(0)
-        self.all = nn.ParameterList(
-            nn.Parameter(0.02 * torch.randn(side)) for _ in range(layers) for side in sides
-        )
+        self.all = nn.ParameterList(nn.Parameter(0.02 * torch.randn(side)) for side in sides)
 
 
 def build(kind: str, arguments: argparse.Namespace) -> list[nn.Parameter]:
     """The parameters under a sharding, with random gradients."""
-    model = Matrices(*LLAMA[arguments.model], arguments.layers)
+    hidden, inner, _ = LLAMA[arguments.model]
+    model = Matrices(hidden, inner, arguments.layers)
     if kind == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     for parameter in model.parameters():
