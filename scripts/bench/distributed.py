@@ -2,9 +2,10 @@
 
 In: ``torchrun --nproc_per_node N scripts/bench/distributed.py [--layers 4]``. Out: from rank 0 a
 table (and JSON) of medians and of ratios within each round, for DDP and FSDP2, on the matrices of a
-LLaMA in float32. "redundant" gathers whole gradients where they are sharded, and computes all polar
-factors on every rank. The two take turns, so that a busy machine slows both alike. Where ranks
-outnumber the cores, the ratio is that of the work of all ranks together.
+LLaMA in float32; of the whole step, and of the time in polar factors of the rank that has most.
+"redundant" gathers whole gradients where they are sharded, and computes all polar factors on every
+rank. The two take turns, so that a busy machine slows both alike. Where ranks outnumber the cores,
+the ratio is that of the work of all ranks together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +26,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from turns import LLAMA, linear_shapes
+from turns import LLAMA, linear_shapes, summary
 
 from hf_muon import Muon, MuonConfig
+from hf_muon.optimizer import step as optimizer_step
 from hf_muon.optimizer.momentum import accumulate, filtered
 from hf_muon.optimizer.scaling import match_rms_adamw
 from hf_muon.optimizer.step import polar_function
+from hf_muon.polar import orthogonalize
 
 LR, BETA = 1e-3, 0.95
 
@@ -98,20 +102,47 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
+class PolarWork:
+    """Seconds that this rank spends in polar factors, while it is the optimizer's function."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, *given: Any, **settings: Any) -> torch.Tensor:
+        """Compute, and count."""
+        start = time.perf_counter()
+        factor = orthogonalize(*given, **settings)
+        self.seconds += time.perf_counter() - start
+        return factor
+
+    def of_the_slowest(self) -> float:
+        """The most that any rank spent since the last call."""
+        spent = torch.tensor(self.seconds, dtype=torch.float64)
+        dist.all_reduce(spent, dist.ReduceOp.MAX)
+        self.seconds = 0.0
+        return float(spent)
+
+
 def compare(kind: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Rounds in which both take a turn; the one that begins alternates."""
+    work = optimizer_step.orthogonalize = PolarWork()
     steps = {make.__name__: make(build(kind, arguments), kind) for make in (owner, redundant)}
     rounds = []
     for number in range(-1, arguments.repeats):  # the first round makes state and plans
         order = list(steps) if number % 2 else list(reversed(steps))
-        taken = {name: seconds(steps[name]) for name in order}
+        taken = {}
+        for name in order:
+            taken[name] = seconds(steps[name])
+            taken[f"polar, {name}"] = work.of_the_slowest()
         rounds += [taken] if number >= 0 else []
-    ratios = sorted(taken["redundant"] / taken["owner"] for taken in rounds)
+    ratios = {
+        kind: sorted(taken[f"{kind}redundant"] / taken[f"{kind}owner"] for taken in rounds)
+        for kind in ("", "polar, ")
+    }
     return {
         **{name: statistics.median(taken[name] for taken in rounds) for name in steps},
-        "redundant / owner": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
+        "redundant / owner": ratios[""],
+        "polar factors alone": ratios["polar, "],
     }
 
 
@@ -135,12 +166,13 @@ def main() -> None:
 def report(results: dict[str, dict[str, object]], arguments: argparse.Namespace) -> None:
     """A table of milliseconds and ratios."""
     ranks = dist.get_world_size()
-    table = Table("layout", "ranks", "owner ms", "redundant ms", "redundant / owner", "range")
+    names = ("redundant / owner", "polar factors alone")
+    table = Table("layout", "ranks", "owner ms", "redundant ms", *names)
     for kind, result in results.items():
         times = (f"{1000 * result[name]:.0f}" for name in ("owner", "redundant"))
-        spread = f"{result['least']:.2f} … {result['most']:.2f}"
-        table.add_row(kind, str(ranks), *times, f"{result['redundant / owner']:.2f}", spread)
-    Console().print(table)
+        ratios = ("{} ({})".format(*summary(result[name], ".2f")) for name in names)
+        table.add_row(kind, str(ranks), *times, *ratios)
+    Console(width=100).print(table)
     if arguments.json:
         facts = {"ranks": ranks, **vars(arguments), "json": None, "results": results}
         arguments.json.write_text(json.dumps(facts, indent=2), encoding="utf-8")

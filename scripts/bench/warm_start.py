@@ -1,9 +1,10 @@
-"""Would the last step's inverse square root help this step's polar factor? An experiment.
+"""Would a preconditioner P help the polar factor of X: does PX have the same? An experiment.
 
 In: checkpoints of consecutive steps of a Trainer that trained with Muon. Out: for each kind of
-matrices and some dampings δ, how far the *exact* polar factor of PX is from that of X, with
-P = (YYᵀ)^-½ of the step before, its singular values damped by δσ₁; and the spread of the singular
-values that an iteration would have left to do. The first is an error that no iteration removes.
+matrices how far the *exact* polar factor of PX is from that of X, and the spread of the singular
+values that an iteration would have left to do. The first is an error that no iteration removes. P
+is the inverse norms of the rows, or (YYᵀ)^-½ of the step before, whose singular values are damped
+by δσ₁.
 
     python scripts/bench/warm_start.py runs/momentum/checkpoint-*
 """
@@ -26,13 +27,17 @@ DAMPINGS = (0.0, 0.01, 0.1)
 
 
 def errors(before: Tensor, now: Tensor) -> Iterator[tuple[float, float]]:
-    """Yield error and spread σ₁/median without P, then for every damping; float64, wide."""
-    exact, spread = polar(now), spread_of(now)
-    yield 0.0, spread
+    """Yield error and spread σ₁/median without P and with each; float64, wide."""
+    exact = polar(now)
+
+    def error_and_spread(X: Tensor) -> tuple[float, float]:
+        return float((polar(X) - exact).norm() / exact.norm()), spread_of(X)
+
+    yield error_and_spread(now)
+    yield error_and_spread(now / now.norm(dim=1, keepdim=True))
     U, S, _ = torch.linalg.svd(before, full_matrices=False)
     for damping in DAMPINGS:
-        P = U / (S + damping * S[0]) @ U.mT
-        yield float((polar(P @ now) - exact).norm() / exact.norm()), spread_of(P @ now)
+        yield error_and_spread(U / (S + damping * S[0]) @ U.mT @ now)
 
 
 def polar(X: Tensor) -> Tensor:
@@ -53,17 +58,18 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders of consecutive steps")
     folders = parser.parse_args().checkpoints
     steps = [momentum_of([folder]) for folder in sorted(folders, key=lambda f: int(f.name[11:]))]
-    table = Table("matrices", "damping", "error", "range", "σ₁/median", title="medians")
+    names = ("no P", "row norms", *(f"δ = {damping}" for damping in DAMPINGS))
+    table = Table("matrices", "P", "error", "range", "σ₁/median", title="medians")
     for kind in steps[0]:
         found = [
             list(errors(*(x.double().T if x.shape[0] > x.shape[1] else x.double() for x in two)))
             for before, now in pairwise(steps)
             for two in zip(before[kind], now[kind], strict=True)
         ]
-        for damping, points in zip(("no P", *DAMPINGS), zip(*found, strict=True), strict=True):
+        for name, points in zip(names, zip(*found, strict=True), strict=True):
             off, spreads = zip(*points, strict=True)
             table.add_row(
-                kind, str(damping), f"{statistics.median(off):.2f}",
+                kind, name, f"{statistics.median(off):.2f}",
                 f"{min(off):.2f} … {max(off):.2f}", f"{statistics.median(spreads):.0f}",
             )  # fmt: skip
     Console().print(table)
