@@ -1,8 +1,8 @@
 """Memory for temporaries that one call after the other writes into.
 
 In: a name, a shape, a dtype and a device. Out: a contiguous tensor of that shape, its content
-undefined. Allocators give large blocks on CPUs back to the system and get them anew, page by page:
-up to an eighth of a step. Accelerators have an allocator in torch that keeps them.
+undefined. Allocators give large blocks on CPUs back to the system and get them anew, page by page.
+Accelerators have an allocator in torch that keeps them.
 """
 
 from __future__ import annotations

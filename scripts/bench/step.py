@@ -111,9 +111,22 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
 def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
     """Orthogonalize 16 smaller matrices in one batch and one by one."""
     count, workspace = 16, Workspace()
-    table = Table("shape", "dtype", "loop / batch", "quartiles", title=f"{count} matrices")
+    table = Table(
+        "shape", "dtype", "batch ms", "loop / batch", "quartiles", title=f"{count} matrices"
+    )
     results = {}
-    shapes = [(8, 384), (16, 16), (64, 64), (64, 256), (128, 128), (128, 344), (256, 256)]
+    shapes = [
+        (4, 768),
+        (8, 384),
+        (8, 2048),
+        (16, 768),
+        (16, 16),
+        (64, 64),
+        (64, 256),
+        (128, 128),
+        (128, 344),
+        (256, 256),
+    ]
     dtypes = ["float32"] + ["bfloat16"] * (arguments.bfloat16 or natively_bfloat16(arguments))
     for (m, n), dtype in product([*shapes, (256, 688), (512, 512)], dtypes):
         x = torch.randn(count, m, n, device=arguments.device).to(getattr(torch, dtype))
@@ -130,12 +143,15 @@ def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
             polar(x, out=x)
 
         loop(), batch()
-        ratios = [
-            seconds(loop, arguments.device) / seconds(batch, arguments.device)
+        times = [
+            (seconds(loop, arguments.device), seconds(batch, arguments.device))
             for _ in range(3 * arguments.repeats)
         ]
+        together = 1e3 * statistics.median(batched for _, batched in times)
+        ratios = [alone / batched for alone, batched in times]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        table.add_row(f"{m} × {n}", dtype, f"{middle:.2f}", f"{low:.2f} … {high:.2f}")
+        summarized = (f"{together:.2f}", f"{middle:.2f}", f"{low:.2f} … {high:.2f}")
+        table.add_row(f"{m} × {n}", dtype, *summarized)
         results[f"{m}x{n} {dtype}"] = ratios
     Console().print(table)
     return {"arguments": vars(arguments), "loop_over_batch": results}

@@ -12,7 +12,6 @@ from hf_muon.polar import (
     cheapest_iteration,
     orthogonalize,
     polar_factor,
-    precision,
 )
 from hf_muon.polar.coefficients import QUINTIC, greedy_composition
 from tests.reference import polar as reference
@@ -334,24 +333,6 @@ def test_auto_takes_the_iteration_with_fewer_operations(shape, steps, expected):
         x = torch.randn(*shape[:-2], shape[-2] // 4, shape[-1] // 4)
         named = polar_factor(x, method=expected)
         assert torch.equal(polar_factor(x), named)
-
-
-@pytest.mark.parametrize(
-    ("shape", "method", "dtype", "computed"),
-    [
-        ((16, 64), "auto", None, torch.float32),
-        ((3, 64, 8), "gram", "auto", torch.float32),
-        ((17, 64), "auto", None, torch.bfloat16),
-        ((16, 64), "auto", "bfloat16", torch.bfloat16),
-        ((16, 16), "auto", None, torch.bfloat16),
-    ],
-)
-def test_few_rows_are_computed_in_float32_on_a_cpu(shape, method, dtype, computed, monkeypatch):
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda *_: True)
-    chosen = settings(method=method, dtype=dtype)
-    assert orthogonalize(torch.randn(shape), **chosen).dtype == computed
-    elsewhere = orthogonalize(torch.empty(shape, device="meta"), **chosen)
-    assert elsewhere.dtype == torch.bfloat16
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_muon.polar import precision
+from hf_muon.polar import orthogonalize, precision
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +52,21 @@ def test_float16_is_for_accelerators():
     assert precision.compute_dtype("float16", torch.device("cuda", 0)) == torch.float16
     with pytest.raises(ValueError, match="slower"):
         precision.compute_dtype("float16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "dtype", "computed"),
+    [
+        ((16, 64), "auto", None, torch.float32),
+        ((3, 64, 8), "gram", "auto", torch.float32),
+        ((17, 64), "auto", None, torch.bfloat16),
+        ((16, 64), "auto", "bfloat16", torch.bfloat16),
+        ((16, 16), "auto", None, torch.bfloat16),
+    ],
+)
+def test_few_rows_are_computed_in_float32_on_a_cpu(shape, method, dtype, computed, monkeypatch):
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda *_: True)
+    chosen = {"method": method, "coefficients": "quintic", "steps": 5, "dtype": dtype}
+    assert orthogonalize(torch.randn(shape), **chosen).dtype == computed
+    elsewhere = orthogonalize(torch.empty(shape, device="meta"), **chosen)
+    assert elsewhere.dtype == torch.bfloat16
