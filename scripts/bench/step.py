@@ -115,20 +115,10 @@ def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
         "shape", "dtype", "batch ms", "loop / batch", "quartiles", title=f"{count} matrices"
     )
     results = {}
-    shapes = [
-        (4, 768),
-        (8, 384),
-        (8, 2048),
-        (16, 768),
-        (16, 16),
-        (64, 64),
-        (64, 256),
-        (128, 128),
-        (128, 344),
-        (256, 256),
-    ]
+    shapes = [(4, 768), (8, 384), (8, 2048), (16, 768), (16, 16), (64, 64), (64, 256)]
+    shapes += [(128, 128), (128, 344), (256, 256), (256, 688), (512, 512)]
     dtypes = ["float32"] + ["bfloat16"] * (arguments.bfloat16 or natively_bfloat16(arguments))
-    for (m, n), dtype in product([*shapes, (256, 688), (512, 512)], dtypes):
+    for (m, n), dtype in product(shapes, dtypes):
         x = torch.randn(count, m, n, device=arguments.device).to(getattr(torch, dtype))
         polar = partial(
             orthogonalize, method="auto", coefficients="polar_express", steps=5, dtype=dtype,
