@@ -33,8 +33,8 @@ ITERATIONS: dict[str, Iteration] = {"newton_schulz": newton_schulz, "gram": gram
 SQUARES = {"newton_schulz": 2, "gram": 4}
 """How many temporaries (…, s, s) each needs."""
 CPU_FLOAT32_SIDE = 16
-"""Up to this shorter side ``gram`` takes a CPU longer in bfloat16 than in float32, whose products of
-small squares have less to prepare (scripts/bench/step.py --batching)."""
+"""Up to this shorter side ``gram`` takes a CPU longer in bfloat16 than in float32, whose products
+of small squares have less to prepare (scripts/bench/step.py --batching)."""
 
 
 def polar_factor(
