@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from hf_muon.rules import FILTERS, MAPS, RESCALES
 from hf_muon.values import parsed, read_json, require_known, typed
 
-Order = Literal["pre_polar", "post_polar", "polar_only"]
+Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
 Coefficients = Literal["polar_express", "tight", "quintic"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -40,6 +41,12 @@ class MuonConfig:
             the orthogonalized gradient (Orthogonal-SGDM), ``polar_only`` filters nothing.
         momentum: β in [0, 1).
         nesterov: Feed (1−β)G + βM instead of M. ``polar_only`` has no filter and ignores both.
+        filter: What filters, before or after the polar factor: ``ema``, or a name registered with
+            :func:`hf_muon.rules.register_filter`.
+        matrix_map: What is made of a matrix: ``polar``, its polar factor, or a name registered with
+            :func:`hf_muon.rules.register_map`.
+        rescale: What happens to the size of an update: ``none``, ``frobenius`` (U·√min(m, n)/‖U‖_F)
+            or a name registered with :func:`hf_muon.rules.register_rescale`.
         match_update_rms: ``post_polar`` only: rescale each update to the RMS of a polar factor,
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
@@ -84,6 +91,9 @@ class MuonConfig:
     order: Order = "pre_polar"
     momentum: float = 0.95
     nesterov: bool = True
+    filter: str = "ema"
+    matrix_map: str = "polar"
+    rescale: str = "none"
     match_update_rms: bool = False
     polar_method: PolarMethod = "auto"
     coefficients: Coefficients = "polar_express"
@@ -213,6 +223,9 @@ _MUON_FIELDS = (
     "order",
     "momentum",
     "nesterov",
+    "filter",
+    "matrix_map",
+    "rescale",
     "match_update_rms",
     "momentum_warmup_steps",
     "polar_method",
@@ -270,6 +283,13 @@ def _check_ranges(config: MuonConfig) -> None:
 
 
 def _check_combinations(config: MuonConfig) -> None:
+    for name, table in (("filter", FILTERS), ("matrix_map", MAPS), ("rescale", RESCALES)):
+        require_known(getattr(config, name), table, name)
+    if config.match_update_rms and config.rescale != "none":
+        raise ValueError(
+            f"match_update_rms=True and rescale={config.rescale!r} both set the size of the update: "
+            "choose one."
+        )
     if config.match_update_rms and config.order != "post_polar":
         raise ValueError(
             f"match_update_rms=True needs order='post_polar', not {config.order!r}: only there "
@@ -289,6 +309,11 @@ def _check_combinations(config: MuonConfig) -> None:
         raise ValueError(
             f"lora_update={config.lora_update!r} needs order='pre_polar', not {config.order!r}: it "
             "orthogonalizes what the filter gives. Use lora_update='factor' with this order."
+        )
+    if config.lora_update != "factor" and (config.matrix_map, config.rescale) != ("polar", "none"):
+        raise ValueError(
+            f"matrix_map={config.matrix_map!r} and rescale={config.rescale!r} with lora_update="
+            f"{config.lora_update!r}, which has a map of its own: leave them at 'polar' and 'none'."
         )
     if config.lora_update != "factor" and config.cautious_weight_decay:
         raise ValueError(

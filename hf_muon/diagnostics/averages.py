@@ -19,6 +19,7 @@ from hf_muon.distributed.layout import Piece
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.momentum import accumulate, momentum_at
+from hf_muon.rules import FILTERS, rule_of
 
 # How much of an average's weight may lie on gradients that it has not seen: three windows.
 _MAY_MISS = 0.05
@@ -26,7 +27,7 @@ _MAY_MISS = 0.05
 
 def is_kept_by_optimizer(group: dict[str, Any]) -> bool:
     """Whether the optimizer keeps the average of a group's gradients."""
-    return bool(group["algorithm"] != "muon" or group["order"] == "pre_polar")
+    return group["algorithm"] != "muon" or rule_of(group).before == (FILTERS["ema"],)
 
 
 class Averages:

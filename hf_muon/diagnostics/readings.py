@@ -24,6 +24,7 @@ from hf_muon.config import MuonConfig, Order
 from hf_muon.diagnostics import metrics
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
 from hf_muon.diagnostics.report import ProbeReport, Reading, Statistic
+from hf_muon.rules import rule_of
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -71,20 +72,22 @@ class ProbeSettings:
 
     @cached_property
     def configs(self) -> list[MuonConfig]:
-        """One for each order and momentum; ``polar_only`` has no momentum and comes once."""
+        """One for each order and momentum; an order without a filter comes once."""
         chosen = []
         for order, momentum in product(self.orders, self.momenta):
-            if order == "polar_only" and momentum != self.momenta[0]:
-                continue
-            chosen.append(
-                MuonConfig(
-                    order=order,  # type: ignore[arg-type]  # checked by the constructor
-                    momentum=momentum,
-                    nesterov=self.nesterov,
-                    polar_method="svd",
-                )
+            config = MuonConfig(
+                order=order,  # type: ignore[arg-type]  # checked by the constructor
+                momentum=momentum,
+                nesterov=self.nesterov,
+                polar_method="svd",
             )
+            if momentum == self.momenta[0] or _filters(config):
+                chosen.append(config)
         return chosen
+
+
+def _filters(config: MuonConfig) -> bool:
+    return bool(rule_of(vars(config)).buffers)
 
 
 def probe_buffers(
@@ -133,7 +136,7 @@ def _readings(settings: ProbeSettings, name: str, buffer: Tensor, others: Tensor
                     layer=name,
                     shape=(buffer.shape[-2], buffer.shape[-1]),
                     order=config.order,
-                    momentum=0.0 if config.order == "polar_only" else config.momentum,
+                    momentum=config.momentum if _filters(config) else 0.0,
                     proxy=proxy,
                     statistics={key: _calibrated(value) for key, value in statistics.items()},
                 )

@@ -7,7 +7,7 @@ the optimizer's own functions; filters of one's own may stand before and after t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_muon.config import MuonConfig
-from hf_muon.optimizer.momentum import accumulate, filtered
-from hf_muon.optimizer.scaling import match_update_rms
-from hf_muon.polar import orthogonalize
+from hf_muon.optimizer.step import polar_function
+from hf_muon.rules import FILTERS, Given, Stage, rule_of
 
 Filter = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """From a stream of tensors to a stream of tensors, one for each step. Its memory lives in the call,
@@ -32,17 +31,27 @@ def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = Non
         nesterov: Whether to look ahead.
         dtype: Of the buffer M. Default: that of the first tensor.
     """
+    return streamed(FILTERS["ema"], {"momentum": momentum, "nesterov": nesterov}, dtype)
 
-    def smooth(stream: Iterable[Tensor]) -> Iterator[Tensor]:
-        exp_avg = None
+
+def streamed(stage: Stage, settings: Mapping[str, Any], dtype: torch.dtype | None = None) -> Filter:
+    """A stage of the optimizer's rules as a filter of streams; ``dtype`` is that of its buffers."""
+
+    def run(stream: Iterable[Tensor]) -> Iterator[Tensor]:
+        buffers = None
         for x in stream:
-            if exp_avg is None:
-                exp_avg = torch.zeros_like(x, dtype=dtype)
-            accumulate([x], [exp_avg], momentum)
-            [smoothed] = filtered([x], [exp_avg], momentum, nesterov)
-            yield smoothed.clone() if smoothed is exp_avg else smoothed
+            if buffers is None:
+                sides = {"entries": x.shape, "rows": (*x.shape[:-1], 1)}
+                buffers = tuple(
+                    [torch.zeros(sides[b.kind], dtype=b.dtype or dtype or x.dtype, device=x.device)]
+                    for b in stage.buffers
+                )
+            norms = x.double().norm(dim=(-2, -1), keepdim=True) if stage.needs == "norms" else x
+            shape = (x.shape[-2], x.shape[-1])
+            [y] = stage.run([x], buffers, Given(settings, settings["momentum"], [shape], [norms]))
+            yield y.clone() if any(y is buffer for [buffer] in buffers) else y
 
-    return smooth
+    return run
 
 
 class Stages(NamedTuple):
@@ -80,28 +89,22 @@ def stages(
     """The stages of an order.
 
     Args:
-        config: Gives order, momentum, Nesterov, RMS matching and the polar method.
+        config: Gives the rule and its settings.
         dtype: Of the momentum buffer. Default: that of what is filtered.
         before: A filter of the raw gradients, ahead of everything.
         after: A filter of the updates, behind everything.
     """
-    smooth = ema(config.momentum, config.nesterov, dtype)
-    first = [before] if before else []
-    then: list[Filter] = []
-    if config.order == "pre_polar":
-        first.append(smooth)
-    elif config.order == "post_polar":
-        then.append(smooth)
-    if config.match_update_rms:
-        then.append(partial(map, _with_matched_rms))
-    polar = partial(
-        orthogonalize,
-        method=config.polar_method,
-        coefficients=config.coefficients,
-        steps=config.polar_steps,
-        dtype=config.polar_dtype,
+    settings = vars(config)
+    rule = rule_of(settings)
+
+    def streams(of: Sequence[Stage]) -> list[Filter]:
+        return [streamed(stage, settings, dtype) for stage in of]
+
+    return Stages(
+        before=(*([before] if before else ()), *streams(rule.before)),
+        polar=partial(rule.whole.run, polar=polar_function(settings), settings=settings),
+        after=(*streams(rule.after), *([after] if after else ())),
     )
-    return Stages(tuple(first), polar, (*then, after) if after else tuple(then))
 
 
 def replay(
@@ -134,8 +137,8 @@ def replay(
             ``partial(map, clip)``. It takes the stream of all steps and gives a stream of as many.
             With ``polar_only`` it is the only one, in place of the momentum.
         after: A filter of the updates in addition.
-        **settings: ``match_update_rms``, ``coefficients``, ``polar_steps``, ``polar_dtype`` of
-            :class:`~hf_muon.MuonConfig`.
+        **settings: Further fields of :class:`~hf_muon.MuonConfig`, such as ``filter``,
+            ``matrix_map``, ``rescale``, ``match_update_rms``, ``coefficients``, ``polar_steps``.
 
     Returns:
         Updates, (K, …, m, n).
@@ -165,11 +168,3 @@ def replay(
             "each that it takes."
         )
     return torch.stack(updates)
-
-
-def _with_matched_rms(update: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
-    """The update with the RMS of a polar factor, 1/√max(m, n)."""
-    sums = update.double().square().sum((-2, -1))  # (…)
-    shapes = [(update.shape[-2], update.shape[-1])] * sums.numel()
-    factors = match_update_rms(sums.flatten(), shapes).reshape(sums.shape)
-    return update * factors[..., None, None].to(update.dtype)

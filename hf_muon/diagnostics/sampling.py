@@ -30,6 +30,7 @@ from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.momentum import filtered
 from hf_muon.optimizer.pairs import moves_pairs
 from hf_muon.optimizer.step import polar_function
+from hf_muon.rules import MAPS, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +138,12 @@ class Sampler:
         zero would hide it.
         """
         group, dtype = entry.group, self._averages.dtype(entry)
+        rule = rule_of(group)
         X = G
         if dtype is not None:
             momentum = self._averages.momentum(entry)
             [X] = filtered([G.to(dtype)], [M.to(dtype)], momentum, group["nesterov"])
-        if moves_pairs(group):
+        if rule.whole is not MAPS["polar"] or (rule.before and dtype is None):
             return X.to(G.dtype), None
         return X.to(G.dtype), polar_function(group)(X).to(G.dtype)
 
@@ -177,7 +179,7 @@ def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str
             f"begins three windows 3/(1-momentum) from here: order={groups[0]['order']!r} keeps no "
             "average of gradients, and a checkpoint has none of the monitor's, which must run in."
         )
-    if any(group["algorithm"] == "muon" and moves_pairs(group) for group in groups):
+    if any(map(moves_pairs, groups)):
         yield (
             "leaves out orthogonality_error, factor_smallest and factor_largest of adapters: "
             f"lora_update={groups[0]['lora_update']!r} applies no polar factor of one matrix."

@@ -15,7 +15,7 @@ from hf_muon.diagnostics.gradients import matching, spread_evenly
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
-from hf_muon.distributed.whole import read_pieces, some_of
+from hf_muon.distributed.whole import some_of
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
 
@@ -89,7 +89,7 @@ class Watched:
     def pieces(self) -> Iterator[tuple[Unit, Piece]]:
         """What this rank reads."""
         for bucket in self.buckets:
-            yield from read_pieces(bucket)
+            yield from bucket.reads
 
 
 class Watch:

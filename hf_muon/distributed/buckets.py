@@ -9,9 +9,10 @@ it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import torch
 
@@ -58,7 +59,13 @@ class Bucket:
     shard: Ranks
     replicate: Ranks
     device: torch.device
+    wire: torch.dtype = torch.float32
     units: list[Unit] = field(default_factory=list)
+
+    def only(self, parameters: Container[int]) -> Bucket:
+        """The bucket without the matrices of other parameters, each with the owner it has."""
+        units = [unit for unit in self.units if unit.parameter in parameters]
+        return Bucket(self.shard, self.replicate, self.device, self.wire, units)
 
     @cached_property
     def row(self) -> list[Unit]:
@@ -87,6 +94,16 @@ class Bucket:
     def held(self) -> list[Item]:
         """This rank's pieces of all units."""
         return [(unit, piece) for unit in self.units for piece in unit.pieces[self.shard.index]]
+
+    @cached_property
+    def own(self) -> list[Item]:
+        """This rank's pieces of the units that it computes."""
+        return [(unit, piece) for unit in self.mine for piece in unit.pieces[self.shard.index]]
+
+    @cached_property
+    def reads(self) -> list[Item]:
+        """What this rank hands over: its pieces of what its replica computes, its own first."""
+        return [*self.own, *chain.from_iterable(self.outgoing)]
 
     @cached_property
     def outgoing(self) -> list[list[Item]]:
@@ -127,6 +144,7 @@ def plan_buckets(
     devices: Sequence[torch.device],
     limit: int,
     together: Sequence[tuple[Place, ...]] = (),
+    wires: Sequence[torch.dtype] | None = None,
 ) -> list[Bucket]:
     """Assign owners and fill buckets.
 
@@ -137,6 +155,7 @@ def plan_buckets(
             A process alone on a CPU has buckets of 2²⁰ elements, or one team, at most.
         together: Teams of matrices that one owner needs at the same time, and that lie on the same
             ranks. They follow each other in their bucket. Other matrices are teams of one.
+        wires: The dtype in which each parameter travels; a bucket has one. Default: float32.
     """
     units = {
         (index, number): Unit(
@@ -147,13 +166,14 @@ def plan_buckets(
     }
     teams = [[units.pop(place) for place in team] for team in together]
     teams += [[unit] for unit in units.values()]
-    contexts: dict[tuple[Ranks, Ranks, torch.device], list[Team]] = defaultdict(list)
+    contexts: dict[tuple[Ranks, Ranks, torch.device, torch.dtype], list[Team]] = defaultdict(list)
     for team in teams:
-        layout, device = layouts[team[0].parameter], devices[team[0].parameter]
-        contexts[layout.shard, layout.replicate, device].append(team)
+        first = team[0].parameter
+        layout, wire = layouts[first], torch.float32 if wires is None else wires[first]
+        contexts[layout.shard, layout.replicate, devices[first], wire].append(team)
     return [
-        Bucket(shard, replicate, device, bucketful)
-        for (shard, replicate, device), members in contexts.items()
+        Bucket(shard, replicate, device, wire, bucketful)
+        for (shard, replicate, device, wire), members in contexts.items()
         for bucketful in _bucketfuls(
             _with_owners(members, shard.size, replicate.size),
             _elements_of(members, limit, alone_on_cpu=_is_alone(shard, replicate, device)),

@@ -24,19 +24,20 @@ from hf_muon.distributed.buckets import Bucket, Item, Unit
 from hf_muon.distributed.layout import Piece, Ranks
 
 Read = Callable[[Unit, Piece], Tensor]
-Fill = Callable[[Sequence[Item], Sequence[Tensor]], None]
-"""Writes the inputs of pieces that this rank holds into blocks, (rows, cols), of any dtype."""
+Fill = Callable[[Sequence[Tensor]], None]
+"""Writes what a rank hands over of a bucket, :attr:`Bucket.reads`, into blocks, (rows, cols), of
+any dtype."""
 Empty = Callable[[str, Sequence[int], torch.dtype, torch.device], Tensor]
 """Makes a tensor, from a name that no other tensor of the bucket has."""
 MatrixFunction = Callable[[Tensor], object]
 Result = dict[Item, Tensor]
 
 
-def reading(read: Read) -> Fill:
+def reading(bucket: Bucket, read: Read) -> Fill:
     """A :data:`Fill` from a function that gives one piece, (rows, cols)."""
 
-    def fill(items: Sequence[Item], blocks: Sequence[Tensor]) -> None:
-        for item, block in zip(items, blocks, strict=True):
+    def fill(blocks: Sequence[Tensor]) -> None:
+        for item, block in zip(bucket.reads, blocks, strict=True):
             block.copy_(read(*item))
 
     return fill
@@ -63,7 +64,7 @@ def exchange(
 
     Args:
         bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
-        fill: Called for the pieces that this rank holds of what its replica computes.
+        fill: Writes the pieces that this rank holds of what its replica computes.
         function: Replaces matrices, alone (m, n) or in a batch (k, m, n), by their results.
         wire: Dtype of the matrices, on the wire as well: with the digits of the one that
             ``function`` computes in, or fewer where it computes in more.
@@ -94,8 +95,7 @@ def scatter(
     bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
 ) -> Generator[None, None, Result]:
     """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all."""
-    me = bucket.shard.index
-    results = {(u, p): p.of_matrix(outputs[u]) for u in bucket.mine for p in u.pieces[me]}
+    results = {item: item[1].of_matrix(outputs[item[0]]) for item in bucket.own}
     if bucket.gathers:
         yield from _scattered(bucket, outputs, results, wire)
     if bucket.replicate.size > 1:
@@ -129,11 +129,12 @@ def _gather(
 
     A function of its own, so that no name keeps the buffers through the polar factors.
     """
-    own = [(unit, p) for unit in matrices for p in unit.pieces[bucket.shard.index]]
-    fill(own, [piece.of_matrix(matrices[unit]) for unit, piece in own])
+    own = [piece.of_matrix(matrices[unit]) for unit, piece in bucket.own]
     if not bucket.gathers:
+        fill(own)
         return
-    packed = _packed(bucket.outgoing, fill, wire, bucket.device)
+    packed = _flat(bucket.outgoing, wire, bucket.device)
+    fill([*own, *(block for _, block in _unpacked(bucket.outgoing, packed))])
     received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
     yield
     work.wait()
@@ -168,8 +169,9 @@ def _scattered(
     bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
 ) -> Generator[None, None, None]:
     """Add what the other members of the shard group computed."""
-    fill = reading(lambda unit, piece: piece.of_matrix(outputs[unit]))
-    packed = _packed(bucket.incoming, fill, wire, bucket.device)
+    packed = _flat(bucket.incoming, wire, bucket.device)
+    for (unit, piece), block in _unpacked(bucket.incoming, packed):
+        block.copy_(piece.of_matrix(outputs[unit]))
     received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
     yield
     work.wait()
@@ -211,14 +213,9 @@ def _counts(lists: Iterable[list[Item]]) -> list[int]:
     return [sum(piece.numel for _, piece in items) for items in lists]
 
 
-def _packed(
-    lists: Iterable[list[Item]], fill: Fill, wire: torch.dtype, device: torch.device
-) -> Tensor:
-    """The blocks of all items in one flat tensor."""
-    items = [item for items in lists for item in items]
-    flat = torch.empty(sum(piece.numel for _, piece in items), dtype=wire, device=device)
-    fill(items, [block for _, block in _unpacked([items], flat)])
-    return flat
+def _flat(lists: Iterable[list[Item]], wire: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the blocks of all items, one after the other."""
+    return torch.empty(sum(_counts(lists)), dtype=wire, device=device)
 
 
 def _unpacked(lists: Iterable[list[Item]], flat: Tensor) -> Iterator[tuple[Item, Tensor]]:

@@ -1,20 +1,18 @@
 """Elementwise work in portions: whatever happens to some entries happens while they are cached.
 
-In: rows of tensors of one shape. Out: the same entries as lists of tensors; large matrices are cut
-between their rows, small ones share a portion, so that a call on a list serves many of them.
+In: the shapes of tensors, each with a key. Out: portions; large tensors are cut between their rows,
+small ones with one key share a portion, so that a call on a list serves many of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
-from typing import TypeVar
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-Key = TypeVar("Key", bound=Hashable)
+_T = TypeVar("_T")
 
 
 def portion_elements(device: torch.device) -> int:
@@ -26,37 +24,64 @@ def portion_elements(device: torch.device) -> int:
     return 2**17 if device.type == "cpu" else 2**22
 
 
+class Portion(NamedTuple):
+    """Some tensors of a list, or rows of one.
+
+    Attributes:
+        key: What they have in common.
+        places: Their places in the list.
+        rows: Which rows of the only tensor; None for all of each.
+    """
+
+    key: Hashable
+    places: tuple[int, ...]
+    rows: slice | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The portion of a list of tensors."""
+        if self.rows is None:
+            return [tensors[place] for place in self.places]
+        return [tensors[self.places[0]][self.rows]]
+
+    def each(self, values: Sequence[_T]) -> list[_T]:
+        """What belongs to each of its tensors, from a list that is aligned with theirs."""
+        return [values[place] for place in self.places]
+
+
 def portions(
-    rows: Iterable[tuple[Key, Sequence[Tensor]]],
-) -> Iterator[tuple[Key, list[list[Tensor]]]]:
+    keys: Sequence[Hashable],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    *,
+    cut: bool = True,
+) -> list[Portion]:
     """Cut and join.
 
     Args:
-        rows: Each with a key, and tensors (m, n) that belong together, entry by entry.
-
-    Yields:
-        A key, and a list of tensors for each place in its rows, in their order. Only rows that
-        follow each other with the same key are in one portion.
+        keys: One for each tensor; only tensors with the same key share a portion.
+        shapes: (rows, cols) of each.
+        device: Where they are.
+        cut: Whether large tensors are cut.
     """
-    for key, alike in groupby(rows, key=itemgetter(0)):
-        portion: list[Sequence[Tensor]] = []
+    limit, found = portion_elements(device), []
+    alike: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        alike.setdefault(key, []).append(place)
+    for key, places in alike.items():
+        joined: list[int] = []
         filled = 0
-        for _, tensors in alike:
-            numel = tensors[0].numel()
-            limit = portion_elements(tensors[0].device)
-            if numel > limit:
-                height = max(1, limit // tensors[0].shape[-1])
-                for parts in zip(*(torch.split(one, height) for one in tensors), strict=True):
-                    yield key, _columns([parts])
+        for place in places:
+            rows, cols = shapes[place]
+            if cut and rows * cols > limit:
+                height = max(1, limit // cols)
+                slices = [slice(start, start + height) for start in range(0, rows, height)]
+                found += [Portion(key, (place,), rows) for rows in slices]
                 continue
-            if portion and filled + numel > limit:
-                yield key, _columns(portion)
-                portion, filled = [], 0
-            portion.append(tensors)
-            filled += numel
-        if portion:
-            yield key, _columns(portion)
-
-
-def _columns(portion: list[Sequence[Tensor]]) -> list[list[Tensor]]:
-    return [list(column) for column in zip(*portion, strict=True)]
+            if joined and filled + rows * cols > limit:
+                found.append(Portion(key, tuple(joined)))
+                joined, filled = [], 0
+            joined.append(place)
+            filled += rows * cols
+        if joined:
+            found.append(Portion(key, tuple(joined)))
+    return found

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Bucket, Item, Unit
+from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.exchange import Read, gather, reading
 from hf_muon.distributed.layout import Layout
 
@@ -42,14 +42,9 @@ def whole_matrices(
         The units that this rank owns, with a whole (m, n) matrix for each of ``reads``.
     """
     for bucket in buckets:
-        gathered = [_result_of(gather(bucket, reading(read), dtype)) for read in reads]
+        gathered = [_result_of(gather(bucket, reading(bucket, read), dtype)) for read in reads]
         for unit in bucket.mine:
             yield unit, [whole[unit] for whole in gathered]
-
-
-def read_pieces(bucket: Bucket) -> list[Item]:
-    """The pieces of this rank that :func:`whole_matrices` reads."""
-    return [(unit, piece) for unit in bucket.row for piece in unit.pieces[bucket.shard.index]]
 
 
 def _result_of(steps: Generator[None, None, _T]) -> _T:

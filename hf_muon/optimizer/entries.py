@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -83,7 +84,7 @@ class Origins:
         self._groups: list[list[TensorWeakRef]] = []
         # By the id of a tensor, which its entry keeps alive.
         self._flats: dict[int, Entry] = {}
-        self._entries: dict[int, list[Entry]] = {}
+        self._entries: dict[int, tuple[list[Entry], Group | None]] = {}
 
     def add_group(self, parameters: Iterable[Tensor]) -> None:
         """Remember the parameters of one more group, whose ``group_id`` counts the earlier ones."""
@@ -110,13 +111,13 @@ class Origins:
         return [self._of_group(group) for group in groups]
 
     def _of_group(self, group: Group) -> list[Entry]:
-        known, tensors = self._entries.get(group["group_id"], []), group["params"]
-        if len(known) == len(tensors) and all(
-            entry.tensor is tensor and entry.group is group
-            for entry, tensor in zip(known, tensors, strict=True)
-        ):
-            return known
-        self._entries[group["group_id"]] = found = self._found(group)
+        known, tensors = self._entries.get(group["group_id"], ([], None)), group["params"]
+        entries, of_group = known
+        same = of_group is group and len(entries) == len(tensors)
+        if same and all(map(is_, [entry.tensor for entry in entries], tensors)):
+            return entries
+        found = self._found(group)
+        self._entries[group["group_id"]] = found, group
         return found
 
     def _found(self, group: Group) -> list[Entry]:

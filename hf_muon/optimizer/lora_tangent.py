@@ -7,6 +7,8 @@ whole factors, and every rank rescales its own pieces after the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def balance_factor(squares_a: Tensor, squares_b: Tensor) -> Tensor:
     return torch.where((squares_a > 0) & (squares_b > 0), exponent.exp2(), 1.0).float()
 
 
-def rescale(weight: Tensor, exp_avg: Tensor, factor: Tensor) -> None:
+def rescale(weight: Tensor, kept: Iterable[Tensor], factor: Tensor) -> None:
     """W ← f·W and M ← M/f in place: momenta are gradients, which scale inversely.
 
     Elementwise, on whatever piece of a weight a rank holds: f for A, 1/f for B. To be called after
@@ -137,8 +139,9 @@ def rescale(weight: Tensor, exp_avg: Tensor, factor: Tensor) -> None:
 
     Args:
         weight: W, of any shape; written.
-        exp_avg: M, of the same shape; written.
+        kept: Each M, of the same shape; written.
         factor: A number, from :func:`balance_factor`.
     """
     weight.mul_(factor.to(weight))
-    exp_avg.div_(factor.to(exp_avg))
+    for average in kept:
+        average.div_(factor.to(average))

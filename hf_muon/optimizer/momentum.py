@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_muon.rules import FILTERS, Buffer, Given, Stage
+
 
 def accumulate(x: list[Tensor], exp_avg: list[Tensor], momentum: float) -> None:
     """M ← βM + (1−β)X in place, without bias correction.
@@ -30,6 +32,16 @@ def filtered(
 ) -> list[Tensor]:
     """What the filter gives after :func:`accumulate`: M itself, or (1−β)X + βM (Nesterov)."""
     return list(torch._foreach_lerp(_like(x, exp_avg), exp_avg, momentum)) if nesterov else exp_avg
+
+
+def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """The filter of ``torch.optim.Muon`` as a stage: M ← βM + (1−β)X; M, or (1−β)X + βM."""
+    [exp_avg] = buffers
+    accumulate(x, exp_avg, given.momentum)
+    return filtered(x, exp_avg, given.momentum, given.settings["nesterov"])
+
+
+FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),))
 
 
 def _like(x: list[Tensor], exp_avg: list[Tensor]) -> list[Tensor]:

@@ -20,27 +20,27 @@ from hf_muon.config import MuonConfig
 from hf_muon.distributed.exchange import run_overlapped
 from hf_muon.distributed.find import (
     is_dtensor,
-    local,
-    local_gradient,
     replicate_ranks,
     sharing_ranks,
 )
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
+from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_placement
 from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
-from hf_muon.optimizer.deepspeed import complete_state, settings_of, with_own_settings
-from hf_muon.optimizer.entries import Entry, Origins
-from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
+from hf_muon.optimizer.entries import Entry, Group, Origins
 from hf_muon.optimizer.groups import complete_group, named_groups
-from hf_muon.optimizer.momentum import momentum_at
-from hf_muon.optimizer.pair_step import pair_step
-from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
-from hf_muon.optimizer.plans import Plans
-from hf_muon.optimizer.step import Member, bucket_step
+from hf_muon.optimizer.launcher import (
+    complete_state,
+    is_rehearsal,
+    settings_of,
+    with_own_settings,
+)
+from hf_muon.optimizer.pairs import check_decay, taking_part
+from hf_muon.optimizer.plans import Plan, Plans
+from hf_muon.optimizer.step import bucket_step
 from hf_muon.polar import Workspace
-
-Group = dict[str, Any]
+from hf_muon.rules import rule_of
 
 
 class Muon(Optimizer):
@@ -91,7 +91,7 @@ class Muon(Optimizer):
         self.replicate_group = replicate_group
         self._origins = Origins()
         self._settings: list[Group] = []
-        self._plans, self._workspace = Plans(), Workspace()
+        self._forget()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
@@ -100,7 +100,7 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or load: what was planned for other parameters is forgotten."""
         super().__setstate__(state)
-        self._plans, self._workspace = Plans(), Workspace()
+        self._forget()
         self.__dict__.setdefault("replicate_group", None)
         self._every_group = self.param_groups
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
@@ -109,6 +109,10 @@ class Muon(Optimizer):
                 group["group_id"] = number
                 self._remember(group)
         self._origins.forget_flats()
+
+    def _forget(self) -> None:
+        """Plan anew, and agree anew, before the next step."""
+        self._plans, self._workspace, self._agreement = Plans(), Workspace(), Agreement()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
@@ -136,65 +140,72 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Train every parameter that has a gradient on any rank by one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        groups = self._entries()
+        if groups:
+            members = self._members(groups)
+            plans, problem = self._prepared(groups)
+            active = self._agreement.reach(groups, members, problem, lambda: _facts(plans))
+            trained = [taking_part(entries, active) for entries in groups]
+            self._train_matrices(plans, trained, members)
+            for entries in trained:
+                if entries and entries[0].group["algorithm"] == "adamw":
+                    adamw_step(entries[0].group, self.state, [entry.tensor for entry in entries])
+        return loss
 
-        check_decay(self.param_groups)
+    def _entries(self) -> list[list[Entry]]:
+        """What each group has; nothing where the call only rehearses."""
         if self._origins.are_flattened:
             self._settings = with_own_settings(self.param_groups, self._settings)
         groups = self._origins.entries(self.param_groups)
-        entries = [entry for group in groups for entry in group]
-        if self._is_rehearsal(entries):
-            return loss
-        self._create_state()
-        replicate = self._replicate(entries)
-        active = set(agree_on_gradients(entries, _sharing(entries, replicate)))
-        trained = [taking_part(of_group, active) for of_group in groups]
-        for group, members in zip(self.param_groups, trained, strict=True):
-            if group["algorithm"] == "muon":
-                self._muon_step(group, members, replicate)
-            else:
-                adamw_step(group, self.state, [entry.tensor for entry in members])
-        return loss
+        return [] if is_rehearsal(list(chain(*groups)), self.state) else groups
 
-    def _muon_step(self, group: Group, entries: list[Entry], replicate: Ranks) -> None:
-        """One step on some matrices of a group, a few buckets at a time."""
-        if not entries:
-            return
-        members = [self._member(entry) for entry in entries]
-        buckets = self._plans.buckets(group, entries, replicate)
-        one_step = pair_step if moves_pairs(group) else bucket_step
-        run_overlapped(one_step(group, members, bucket, self._workspace) for bucket in buckets)
-        for entry in entries:
-            state = self.state[entry.tensor]
-            state["step"] = state["step"] + 1  # not in place: loaders may share one tensor
+    def _prepared(self, groups: list[list[Entry]]) -> tuple[list[Plan | None], Exception | None]:
+        """The plan of each Muon group, its state made and checked; or why there is none."""
+        plans: list[Plan | None] = []
+        try:
+            check_decay(self.param_groups)
+            self._create_state()
+            for entries in groups:
+                muon = bool(entries) and entries[0].group["algorithm"] == "muon"
+                plans.append(self._plan(entries) if muon else None)
+        except (ValueError, TypeError) as error:
+            return plans, error
+        return plans, None
 
-    def _member(self, entry: Entry) -> Member:
-        """What a step reads and writes of one tensor, on this rank."""
-        group, state = entry.group, self.state[entry.tensor]
-        beta, warmup = group["momentum"], group["momentum_warmup_steps"]
-        if warmup:
-            beta = momentum_at(int(state["step"]), beta, group["momentum_start"], warmup)
-        gradient = local_gradient(entry.tensor)
-        return Member(
-            weight=local(entry.tensor),
-            gradient=gradient,
-            # polar_only has no buffer and reads none.
-            exp_avg=gradient if group["order"] == "polar_only" else local(state["exp_avg"]),
-            momentum=beta,
-            matrices=entry.matrices,
-            scalings=entry.scalings,
-            step=state["step"],
-        )
+    def _plan(self, entries: list[Entry]) -> Plan:
+        plan = self._plans.of(entries[0].group, entries, replicate_ranks(self.replicate_group))
+        states = [self.state[entry.tensor] for entry in entries]
+        if plan.refresh(states):
+            for entry, state in zip(entries, states, strict=True):
+                check_placement(entry, state.get("exp_avg"))
+        return plan
 
-    def _replicate(self, entries: list[Entry]) -> Ranks:
-        """The ranks that hold copies of plain tensors.
+    def _train_matrices(
+        self, plans: list[Plan | None], trained: list[list[Entry]], members: list[Ranks]
+    ) -> None:
+        """One step of the Muon groups: all of it, or, where a map fails, nothing."""
+        chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
+        copies = [pair for plan, _ in chosen if plan.may_fail for pair in plan.copies()]
+        failures: list[Exception] = []
+        for plan, entries in chosen:
+            step = plan.step(entries, self._workspace)
+            run_overlapped(bucket_step(held, step) for held in plan.held(entries))
+            failures += step.failures
+        if copies and (error := agree_on_failure(failures, members)):
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+            raise error
+        for plan, entries in chosen:
+            plan.count(entries)
+
+    def _members(self, groups: list[list[Entry]]) -> list[Ranks]:
+        """The groups of ranks that must agree on a step.
 
         Raises:
             ValueError: Several ranks hold plain tensors and nobody said whether they are copies.
         """
+        entries = [entry for of_group in groups for entry in of_group]
         if self.replicate_group is None and _several_ranks():
             for entry in entries:
                 plain = entry.flat is None and not is_dtensor(entry.tensor)
@@ -205,7 +216,9 @@ class Muon(Optimizer):
                         "replicate_group=torch.distributed.group.WORLD, so that they share the "
                         "work; if not, distribute='redundant', so that each does its own."
                     )
-        return replicate_ranks(self.replicate_group)
+        flats = {entry.flat.ranks: None for entry in entries if entry.flat is not None}
+        replicate = replicate_ranks(self.replicate_group)
+        return [*sharing_ranks((entry.tensor for entry in entries), replicate), *flats]
 
     def _create_state(self) -> None:
         """State of every tensor, with or without a gradient, at the first step.
@@ -217,22 +230,10 @@ class Muon(Optimizer):
         groups = self._every_group if self._origins.are_flattened else self.param_groups
         for entry in chain.from_iterable(self._origins.entries(groups)):
             state = self.state[entry.tensor]
-            if entry.group["algorithm"] == "muon":
-                check_placement(entry, state)
             if not state:
-                state.update(_new_state(entry.group, entry.tensor))
+                state.update(_new_state(entry))
             if entry.flat is not None:
                 complete_state(entry.group, state, entry.tensor)
-
-    def _is_rehearsal(self, entries: list[Entry]) -> bool:
-        """Whether DeepSpeed only wants to see memory allocated; such a step must do nothing.
-
-        Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that
-        would decay the weights and count a step.
-        """
-        copies = [entry for entry in entries if entry.is_copy]
-        fresh = bool(copies) and not any(self.state[entry.tensor] for entry in entries)
-        return fresh and not any(_is_nonzero(entry.tensor.grad) for entry in entries)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer.
@@ -256,29 +257,28 @@ class Muon(Optimizer):
                 state["step"] = state["step"].clone()
 
 
-def _sharing(entries: list[Entry], replicate: Ranks) -> list[Ranks]:
-    """The groups of ranks that must agree on a step."""
-    flats = {entry.flat.ranks: None for entry in entries if entry.flat is not None}
-    return [*sharing_ranks((entry.tensor for entry in entries), replicate), *flats]
-
-
-def _is_nonzero(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.any())
+def _facts(plans: Iterable[Plan | None]) -> dict[str, Any]:
+    return {key: value for plan in plans if plan for key, value in plan.facts().items()}
 
 
 def _several_ranks() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _new_state(group: Group, parameter: Tensor) -> dict[str, Tensor]:
-    """Step count and, where the order has one, the momentum buffer M₀ = 0."""
+def _new_state(entry: Entry) -> dict[str, Tensor]:
+    """Step count and the buffers of the rule, which begin with zeros."""
+    group, parameter = entry.group, entry.tensor
     if group["algorithm"] == "adamw":
         return new_adamw_state(parameter, group["fused"])
+    chosen = group["momentum_dtype"]
+    dtype = parameter.dtype if chosen == "parameter" else getattr(torch, chosen)
     state = {"step": torch.zeros((), dtype=torch.float32)}
-    if group["order"] != "polar_only":
-        name = group["momentum_dtype"]
-        dtype = parameter.dtype if name == "parameter" else getattr(torch, name)
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+    for buffer in rule_of(group).buffers:
+        if buffer.kind == "rows":
+            rows = sum(matrix.rows for matrix in entry.matrices)
+            state[buffer.name] = parameter.new_zeros(rows, dtype=buffer.dtype or torch.float32)
+        else:
+            state[buffer.name] = torch.zeros_like(parameter, dtype=buffer.dtype or dtype)
     return state
 
 
@@ -288,7 +288,7 @@ def _warn_of_bfloat16_momentum(groups: list[Group]) -> None:
         for group in groups
         if group["algorithm"] == "muon"
         and group["momentum_dtype"] == "parameter"
-        and group["order"] != "polar_only"
+        and rule_of(group).buffers
         for p in group["params"]
     }
     if torch.bfloat16 in dtypes:

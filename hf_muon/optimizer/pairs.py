@@ -8,19 +8,17 @@ the teams of matrices for its plan.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
 
 from hf_muon.distributed.buckets import Place
 from hf_muon.distributed.layout import Matrix
-from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.entries import Entry, Group
 from hf_muon.optimizer.lora import pair_step_size
-
-Group = dict[str, Any]
+from hf_muon.rules import rule_of
 
 
 def moves_pairs(group: Group) -> bool:
     """Whether the factors of a Muon group are updated through their product."""
-    return bool(group["lora_update"] != "factor")
+    return group["algorithm"] == "muon" and rule_of(group).whole.of_pairs
 
 
 def partners(group: Group) -> list[int]:
@@ -74,7 +72,7 @@ def check_decay(groups: Iterable[Group]) -> None:
         ValueError: lr·weight_decay of a group that moves pairs is 1 or more.
     """
     for group in groups:
-        if group["algorithm"] == "muon" and moves_pairs(group):
+        if moves_pairs(group):
             decay = group["lr"] * group["weight_decay"]
             if decay >= 1:
                 raise ValueError(
@@ -93,7 +91,7 @@ def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entr
     Raises:
         ValueError: The partner of a factor was not given.
     """
-    if not entries or entries[0].group["algorithm"] != "muon" or not moves_pairs(entries[0].group):
+    if not entries or not moves_pairs(entries[0].group):
         return [entry for entry in entries if entry in active]
     holder = {index: entry for entry in entries for index in entry.indices}
     chosen = set()

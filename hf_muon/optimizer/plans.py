@@ -1,58 +1,196 @@
-"""Where the matrices of a group are, and the buckets in which they are trained; found once.
+"""Where the matrices of a group are, the buckets in which they are trained, and views of them.
 
-In: a param group and its entries. Out: the plan of a step. What is found is kept, since shapes and
-places stay the same from step to step.
+In: a param group, its entries and their state. Out: what a step walks. What is found is kept, since
+shapes and places stay the same from step to step: a plan is made for all tensors of a group once,
+and a step that trains some of them leaves the others out of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
 from typing import Any
 
-from hf_muon.distributed.buckets import Bucket, plan_buckets
-from hf_muon.distributed.find import compute_device, find_layout, is_dtensor
+import torch
+from torch import Tensor
+
+from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
+from hf_muon.distributed.find import (
+    compute_device,
+    find_layout,
+    is_dtensor,
+    local_gradient,
+    locals_of,
+)
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
-from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.agreement import check_placement
+from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.optimizer.lora import pair_step_size
+from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
-from hf_muon.optimizer.step import wire_dtype
+from hf_muon.optimizer.scaling import step_size
+from hf_muon.optimizer.step import Held, Step, may_fail, wire_dtype
+from hf_muon.polar import Workspace
+from hf_muon.rules import Rule, rule_of
 
-Group = dict[str, Any]
+State = dict[str, Any]
 
 # The settings of a group that a plan follows from.
 _PLANNED_BY = (
-    "bucket_mb",
-    "distribute",
-    "polar_method",
-    "polar_dtype",
-    "polar_steps",
-    "lora_update",
-)
+    "order", "filter", "matrix_map", "rescale", "match_update_rms", "bucket_mb", "distribute",
+    "polar_method", "polar_dtype", "polar_steps", "lora_update", "adjust_lr",
+)  # fmt: skip
+# Plans of other tensors that are kept: more than DeepSpeed's third stage has sub-groups.
+_MOST = 64
+
+
+class Plan:
+    """What the steps of a group have in common, as long as nobody moves its tensors.
+
+    Attributes:
+        group: The param group.
+        rule: Its update rule.
+        entries: All that the optimizer was given of it.
+        buckets: Of all their matrices.
+    """
+
+    def __init__(self, group: Group, entries: Sequence[Entry], buckets: list[Bucket]) -> None:
+        self.group, self.rule = group, rule_of(group)
+        self.entries, self.buckets = entries, buckets
+        self._number = {entry: number for number, entry in enumerate(entries)}
+        self._sizes = _step_sizes(group, entries, buckets)
+        self._states: Sequence[State] = ()
+        self._weights: list[Tensor] = []
+        self._kept: dict[str, list[Tensor]] = {}
+        self._seen: Any = None
+        self._held: tuple[frozenset[int], list[Held]] = frozenset(), []
+        _check_whole(self.rule, entries, buckets)
+
+    def refresh(self, states: Sequence[State]) -> bool:
+        """Take note of the tensors and their state; whether they are others than before.
+
+        Raises:
+            ValueError: A state lacks a buffer.
+        """
+        names = [buffer.name for buffer in self.rule.buffers]
+        for name in ["step", *names]:
+            for entry, state in zip(self.entries, states, strict=True):
+                if name not in state:
+                    raise ValueError(
+                        f"The state of {entry.name} has no {name!r}. Load a checkpoint that holds "
+                        "it, or delete the whole state of the parameter to start it afresh."
+                    )
+        self._states = states
+        self._weights = locals_of([entry.tensor for entry in self.entries])
+        self._kept = {name: locals_of([state[name] for state in states]) for name in names}
+        # A view keeps its storage alive, so that another one cannot have its address.
+        seen = [
+            (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
+            for t in (*self._weights, *chain.from_iterable(self._kept.values()))
+        ]
+        is_new = seen != self._seen
+        if is_new:
+            self._seen, self._held = seen, (frozenset(), [])
+        return is_new
+
+    def held(self, trained: Sequence[Entry]) -> list[Held]:
+        """What a step on some of the entries walks; that of the last step is kept."""
+        numbers = frozenset(self._number[entry] for entry in trained)
+        if self._held[0] != numbers:
+            every = len(numbers) == len(self.entries)
+            buckets = self.buckets if every else [one.only(numbers) for one in self.buckets]
+            self._held = (
+                numbers,
+                [
+                    Held(bucket, self._weights, self._kept, self._sizes)
+                    for bucket in buckets
+                    if bucket.units
+                ],
+            )
+        return self._held[1]
+
+    def step(self, trained: Sequence[Entry], workspace: Workspace) -> Step:
+        """What the step has of the group; what is not trained has no gradient in it."""
+        gradients, group = list(self._weights), self.group
+        for entry in trained:
+            gradients[self._number[entry]] = local_gradient(entry.tensor)
+        counts = [state["step"] for state in self._states]
+        momenta = [group["momentum"]] * len(counts)
+        if warmup := group["momentum_warmup_steps"]:
+            start = group["momentum_start"]
+            momenta = [momentum_at(int(n), group["momentum"], start, warmup) for n in counts]
+        return Step(group, self.rule, gradients, momenta, counts, workspace)
+
+    def count(self, trained: Sequence[Entry]) -> None:
+        """Count a step of some entries; not in place, because loaders may share one tensor."""
+        states = [self._states[self._number[entry]] for entry in trained]
+        counted = torch._foreach_add([state["step"] for state in states], 1)
+        for state, step in zip(states, counted, strict=True):
+            state["step"] = step
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether a step may have to be taken back."""
+        return may_fail(self.rule, self.group)
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """What a step writes, each with a copy."""
+        written = [*self._weights, *chain.from_iterable(self._kept.values())]
+        return [(tensor, tensor.clone()) for tensor in written]
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks, beside the settings."""
+        where = f"of muon group {self.group['group_id']}"
+        names = [(entry.name, tuple(entry.tensor.shape)) for entry in self.entries]
+        owners = [
+            (unit.parameter, unit.matrix, unit.shape, unit.owner)
+            for bucket in self.buckets
+            for unit in bucket.units
+        ]
+        return {
+            f"parameters {where}": len(names),
+            f"wire dtype {where}": sorted({str(bucket.wire)[6:] for bucket in self.buckets}),
+            **{f"shape of {name}": shape for name, shape in names},
+            f"matrices and owners {where}": zlib.crc32(repr(owners).encode()),
+        }
 
 
 class Plans:
-    """Layouts and buckets of the sets of tensors that were trained so far."""
+    """The plans of the groups of an optimizer."""
 
     def __init__(self) -> None:
         self._layouts: dict[Any, Layout] = {}
-        self._buckets: dict[Any, list[Bucket]] = {}
+        self._plans: dict[Any, Plan] = {}
 
-    def buckets(self, group: Group, entries: list[Entry], replicate: Ranks) -> list[Bucket]:
-        """The buckets of a step on some tensors of a group; ``replicate`` holds copies."""
+    def of(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> Plan:
+        """The plan of a group; ``replicate`` holds copies of plain tensors."""
         settings = tuple(group[name] for name in _PLANNED_BY)
         key = (tuple(entries), replicate, id(replicate.group), settings)
-        if key not in self._buckets:
-            self._buckets[key] = self._planned(group, entries, replicate)
-        return self._buckets[key]
+        if key not in self._plans:
+            while len(self._plans) >= _MOST:
+                self._plans.pop(next(iter(self._plans)))
+            for entry in entries:
+                check_placement(entry)
+            self._plans[key] = Plan(group, entries, self._buckets(group, entries, replicate))
+        return self._plans[key]
 
-    def _planned(self, group: Group, entries: list[Entry], replicate: Ranks) -> list[Bucket]:
+    def _buckets(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> list[Bucket]:
         layouts = [self._layout(entry, replicate) for entry in entries]
         devices = [compute_device(entry.tensor, entry.flat is not None) for entry in entries]
-        together = teams(group, entries) if moves_pairs(group) else ()
-        wire = wire_dtype(group, entries[0].tensor.dtype, devices[0])
+        dtypes = [entry.tensor.dtype for entry in entries]
+        together: Any = ()
+        if moves_pairs(group):
+            together = teams(group, entries)
+            dtypes = [reduce(torch.promote_types, dtypes)] * len(entries)
+        wires = [wire_dtype(group, *of) for of in zip(dtypes, devices, strict=True)]
         copies = 2 if together else 1  # of pairs, the owner gets the weights as well
-        limit = int(group["bucket_mb"] * 2**20 / (copies * wire.itemsize))
-        return plan_buckets(layouts, devices, limit, together)
+        largest = max(wire.itemsize for wire in wires)
+        limit = int(group["bucket_mb"] * 2**20 / (copies * largest))
+        return plan_buckets(layouts, devices, limit, together, wires)
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Where the matrices of a tensor are; found once for each kind of tensor."""
@@ -71,6 +209,35 @@ class Plans:
             found = find_layout(tensor, entry.matrices, entry.name, replicate)
             self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
         return self._layouts[key]
+
+
+def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]) -> None:
+    """Raise where a stage needs whole matrices and this rank, or another, holds parts of them."""
+    if all(stage.needs != "matrices" for stage in (*rule.before, *rule.after)):
+        return
+    for unit in (unit for bucket in buckets for unit in bucket.units):
+        if any((p.rows, p.cols) != unit.shape for of_rank in unit.pieces for p in of_rank):
+            raise ValueError(
+                f"{entries[unit.parameter].name} is sharded, and a stage of the update rule needs "
+                "whole matrices. Train in one process or under DDP, or register the stage with "
+                "needs='norms' or 'entries'."
+            )
+
+
+def _step_sizes(
+    group: Group, entries: Sequence[Entry], buckets: Sequence[Bucket]
+) -> dict[Unit, float]:
+    """The step-size factor of every matrix; of pairs that of their product."""
+    rule = group["adjust_lr"]
+    units = [unit for bucket in buckets for unit in bucket.units]
+    matrices = {unit: entries[unit.parameter].matrices[unit.matrix] for unit in units}
+    if not moves_pairs(group):
+        return {unit: step_size(rule, matrices[unit]) for unit in units}
+    sizes = {}
+    for a, b in zip(units[::2], units[1::2], strict=True):
+        scaling = entries[a.parameter].scalings[a.matrix]
+        sizes[a] = sizes[b] = pair_step_size(rule, matrices[a], matrices[b], scaling)
+    return sizes
 
 
 def _divides(entry: Entry) -> bool:

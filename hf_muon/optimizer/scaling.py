@@ -8,10 +8,7 @@ hence RMS 1/√max(m, n); each rule says which norm of the update it fixes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
 from hf_muon.distributed.layout import Matrix
 
@@ -59,18 +56,3 @@ def step_size(rule: str, matrix: Matrix) -> float:
         )
     m, n = (cols, rows) if matrix.fan_out_dim == 1 else (rows, cols)
     return STEP_SIZES[rule](m, n)
-
-
-def match_update_rms(sums_of_squares: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """Factors that bring updates to the RMS of a polar factor, 1/√max(m, n).
-
-    Args:
-        sums_of_squares: Σu² over each whole matrix, (k,), float64.
-        shapes: Their (m, n).
-
-    Returns:
-        √min(m, n)/‖U‖_F for each, (k,); zero for a zero update.
-    """
-    sides = torch.tensor([min(shape) for shape in shapes], dtype=torch.float64)
-    norms = sums_of_squares.sqrt()
-    return torch.where(norms > 0, sides.to(norms.device).sqrt() / norms, 0.0)

@@ -1,197 +1,301 @@
-"""One step on a bucket of matrices: the algorithm, in the order of the paper.
+"""One step on a bucket of matrices: the walk through a rule, in the order of the paper.
 
-In: a group's settings, what this rank holds of its parameters, and a bucket of the plan. Out: the
-weights and momentum buffers, changed in place. The order only says whether the momentum filter
-stands before or after the polar factor; only the polar factor needs whole matrices, everything else
-works on the pieces that this rank holds::
+In: what this rank holds of a bucket, and what the step has of its group. Out: the weights and the
+buffers of the rule's stages, changed in place. Only the map in the middle needs whole matrices,
+everything else works on the pieces that this rank holds::
 
-    gradient ── filter ──► exchange: gather ── polar ── scatter ── filter ──► decay, scale, write
+    gradient ── before ──► gather ── whole ── scatter ── after ──► decay, scale, write
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Bucket, Item, Unit
-from hf_muon.distributed.exchange import Fill, exchange, newly_allocated, reading, summed
-from hf_muon.distributed.layout import Matrix, Piece
-from hf_muon.distributed.portions import portions
+from hf_muon.distributed.buckets import Bucket, Unit
+from hf_muon.distributed.exchange import (
+    Fill,
+    Result,
+    exchange,
+    gather,
+    newly_allocated,
+    reading,
+    scatter,
+    summed,
+)
+from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.apply import apply_update
-from hf_muon.optimizer.momentum import accumulate, filtered
-from hf_muon.optimizer.scaling import match_update_rms, step_size
+from hf_muon.optimizer.lora_tangent import rescale
+from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
 from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 from hf_muon.polar.precision import svd_dtype
+from hf_muon.rules import MAPS, Given, Rule, Stage, WholeMap
 
-Group = dict[str, Any]
+Settings = Mapping[str, Any]
+Lists = Iterable[list[Tensor]]
+Mapped = tuple[Result, list[Unit], dict[Unit, Tensor]]
 
 
 @dataclass
-class Member:
-    """A parameter in a step: the tensors that this rank holds.
+class Step:
+    """What a step has of a param group.
 
-    ``scalings`` are those of LoRA factors, one for each matrix; ``step`` counts the steps before.
+    ``gradients`` are this rank's parts, ``momenta`` and ``counts`` the β and the steps before, of
+    each parameter. What a map that may fail raised is in ``failures``.
     """
 
-    weight: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    momentum: float
-    matrices: list[Matrix]
-    scalings: list[float]
-    step: Tensor
+    settings: Settings
+    rule: Rule
+    gradients: list[Tensor]
+    momenta: list[float]
+    counts: list[Tensor]
+    workspace: Workspace
+    failures: list[Exception] = field(default_factory=list)
 
 
-@dataclass
-class Block:
-    """A piece of a matrix in a step: views, (rows, cols), of what this rank holds."""
+class Held:
+    """What this rank holds of a bucket: views of weights and buffers, kept from step to step.
 
-    weight: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    momentum: float
-    matrix: Matrix
+    Attributes:
+        bucket: Of the plan.
+        items: Its pieces on this rank; the lists below are aligned with them.
+        weights: (rows, cols) each.
+        buffers: The same for each buffer of the rule, by name.
+        scales: Step-size factors.
+        sizes: Step-size factors of all units of the bucket.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        weights: Sequence[Tensor],
+        buffers: Mapping[str, Sequence[Tensor]],
+        sizes: Mapping[Unit, float],
+    ) -> None:
+        """Find the views in the tensors of all parameters, as this rank holds them."""
+        self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
+        self.weights = self.views(weights)
+        self.buffers = {name: self.views(of_all) for name, of_all in buffers.items()}
+        self.scales = [sizes[unit] for unit, _ in self.items]
+        self.device = self.weights[0].device if self.weights else bucket.device
+        self._shapes = [unit.shape for unit, _ in self.items]
+        place = {item: number for number, item in enumerate(self.items)}
+        self._read = [place[item] for item in bucket.reads]
+        self._kept: dict[bool, tuple[list[Hashable], list[Portion]]] = {}
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces, (rows, cols), of what belongs to the parameters."""
+        return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
+
+    def portions(self, keys: list[Hashable], stages: Sequence[Stage]) -> list[Portion]:
+        """Portions of the pieces as some stages may have them; those of the last keys are kept."""
+        whole = any(stage.needs == "matrices" for stage in stages)
+        if whole not in self._kept or self._kept[whole][0] != keys:
+            shapes = [(piece.rows, piece.cols) for _, piece in self.items]
+            self._kept[whole] = keys, portions(keys, shapes, self.device, cut=not whole)
+        return self._kept[whole][1]
+
+    def passed(
+        self,
+        step: Step,
+        stages: Sequence[Stage],
+        parts: Sequence[Portion],
+        momenta: Sequence[float],
+        lists: Lists,
+    ) -> Generator[None, None, Lists]:
+        """What stages make of the portions of some tensors, computed when it is asked for."""
+        for stage in stages:
+            norms: Sequence[Tensor] = ()
+            if stage.needs == "norms":
+                lists = list(lists)
+                norms = yield from self._norms(parts, lists)
+            lists = self._through(step, stage, parts, momenta, lists, norms)
+        return lists
+
+    def _through(
+        self,
+        step: Step,
+        stage: Stage,
+        parts: Sequence[Portion],
+        momenta: Sequence[float],
+        lists: Lists,
+        norms: Sequence[Tensor],
+    ) -> Iterator[list[Tensor]]:
+        kept = [self.buffers[buffer.name] for buffer in stage.buffers]
+        for part, x in zip(parts, lists, strict=True):
+            given = Given(
+                step.settings,
+                momenta[part.places[0]],
+                part.each(self._shapes),
+                part.each(norms) if norms else (),
+            )
+            yield stage.run(x, tuple(part.of(buffer) for buffer in kept), given)
+
+    def _norms(
+        self, parts: Sequence[Portion], lists: Iterable[list[Tensor]]
+    ) -> Generator[None, None, list[Tensor]]:
+        """Frobenius norms, float64, of the whole matrix of each piece: one all-reduce."""
+        number = {unit: place for place, unit in enumerate(self.bucket.units)}
+        sums = torch.zeros(len(number), dtype=torch.float64, device=self.bucket.device)
+        for part, x in zip(parts, lists, strict=True):
+            for (unit, _), one in zip(part.each(self.items), x, strict=True):
+                sums[number[unit]] += one.double().square().sum()
+        yield from summed(sums, self.bucket.shard)
+        norms = sums.sqrt().unbind()
+        return [norms[number[unit]] for unit, _ in self.items]
+
+    def fill(self, parts: Sequence[Portion], lists: Lists, places: Sequence[Tensor]) -> None:
+        """Write what is read of the pieces to its places; the rest is computed for its buffers."""
+        at = dict(zip(self._read, places, strict=True))
+        for part, x in zip(parts, lists, strict=True):
+            wanted = [
+                (at[place], one) for place, one in zip(part.places, x, strict=True) if place in at
+            ]
+            if wanted:
+                into, given = zip(*wanted, strict=True)
+                rows = part.rows
+                torch._foreach_copy_(into if rows is None else [into[0][rows]], given)
+
+    def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
+        """Multiply the weights of some matrices, and divide what their stages keep."""
+        for number, (unit, _) in enumerate(self.items):
+            if unit in factors:
+                kept = [buffer[number] for buffer in self.buffers.values()]
+                rescale(self.weights[number], kept, factors[unit])
 
 
-def blocks_of(members: Sequence[Member], items: Iterable[Item]) -> dict[Item, Block]:
-    """The blocks of some pieces of the members' matrices."""
-    return {item: _block(members[item[0].parameter], *item) for item in items}
+def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
+    """Walk through the rule; yields while others communicate.
+
+    Args:
+        held: A bucket, and what this rank holds of it.
+        step: What the step has of its group.
+    """
+    bucket, rule = held.bucket, step.rule
+    momenta = [step.momenta[unit.parameter] for unit, _ in held.items]
+    parts = held.portions([*momenta], rule.before)
+    gradients = held.views(step.gradients)
+    lists = (part.of(gradients) for part in parts)
+    filtered = yield from held.passed(step, rule.before, parts, momenta, lists)
+    fill = partial(held.fill, parts, filtered)
+
+    whole = _map_pairs if rule.whole.of_pairs else _map_matrices
+    results, due, balance = yield from whole(held, step, fill)
+    factors = [results[item].to(held.device) for item in held.items]  # weights may be offloaded
+
+    parts = held.portions(list(zip(held.scales, momenta, strict=True)), rule.after)
+    lists = (part.of(factors) for part in parts)
+    updates = yield from held.passed(step, rule.after, parts, momenta, lists)
+    for part, update in zip(parts, updates, strict=True):
+        _write(part.of(held.weights), update, held.scales[part.places[0]], step)
+    if due:
+        held.rescale((yield from agreed_balance(bucket, due, balance)))
 
 
-def _block(member: Member, unit: Unit, piece: Piece) -> Block:
-    return Block(
-        piece.of_local(member.weight),
-        piece.of_local(member.gradient),
-        piece.of_local(member.exp_avg),
-        member.momentum,
-        member.matrices[unit.matrix],
+def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
+    """Map each matrix on its owner."""
+    # Where others communicate, the matrices of several buckets are there at the same time.
+    bucket = held.bucket
+    empty = step.workspace.empty if bucket.is_alone else newly_allocated
+    results = yield from exchange(bucket, fill, _replacing(step), bucket.wire, empty)
+    return results, [], {}
+
+
+def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
+    """Map each A and its B, with their weights, on their owner; and what balances them, if due."""
+    bucket, settings, rule = held.bucket, step.settings, step.rule
+    every = settings["tangent_balance_every"] if rule.whole.balances else 0
+    due = due_for_balance(bucket, step.counts, every)
+    read = dict(zip(held.items, held.weights, strict=True))
+    weights = yield from gather(bucket, reading(bucket, lambda *item: read[item]), bucket.wire)
+    gradients = yield from gather(bucket, fill, bucket.wire)
+    polar = polar_function(settings, step.workspace)
+    update = partial(rule.whole.run, polar=polar, settings=settings)
+    changes, balance = map_pairs(bucket, weights, gradients, held.sizes, update, due)
+    weights.clear()
+    gradients.clear()
+    return (yield from scatter(bucket, changes, bucket.wire)), due, balance
+
+
+def _write(weights: list[Tensor], updates: list[Tensor], scale: float, step: Step) -> None:
+    """Decay, scale, add; the change of a pair has everything in it."""
+    settings, moved = step.settings, step.rule.whole.of_pairs
+    apply_update(
+        weights,
+        updates,
+        lr=1.0 if moved else settings["lr"],
+        scale=-1.0 if moved else scale,
+        weight_decay=0.0 if moved else settings["weight_decay"],
+        cautious=settings["cautious_weight_decay"],
     )
 
 
-def bucket_step(
-    group: Group, members: Sequence[Member], bucket: Bucket, workspace: Workspace
-) -> Generator[None, None, None]:
-    """Filter, orthogonalize and apply, in the order of the group; yields while others communicate.
+def _polar(X: Tensor, polar: Callable[..., Tensor], settings: Settings) -> Tensor:
+    return polar(X)
 
-    Args:
-        group: Settings of the param group.
-        members: The parameters that the plan was made for.
-        bucket: Some of their matrices.
-        workspace: Memory for temporaries.
+
+MAPS["polar"] = WholeMap(_polar, replaces=True, may_fail=False)
+
+
+def may_fail(rule: Rule, settings: Settings) -> bool:
+    """Whether a map may raise for finite input; a decomposition may not converge."""
+    return rule.whole.may_fail or settings["polar_method"] == "svd"
+
+
+def _replacing(step: Step) -> Callable[[Tensor], None]:
+    """A map as a function that replaces matrices, (m, n) or (k, m, n), by what it makes of them.
+
+    An error is kept and gives zeros: it may be of one rank alone, and others wait for its result.
     """
-    blocks = blocks_of(members, bucket.held)
-    polar = polar_function(group, workspace)
-    wire = wire_dtype(group, members[bucket.units[0].parameter].weight.dtype, bucket.device)
-    # Where others communicate, the matrices of several buckets are there at the same time.
-    empty = workspace.empty if bucket.is_alone else newly_allocated
+    whole, settings = step.rule.whole, step.settings
+    polar = polar_function(settings, step.workspace)
 
-    inputs = reading(lambda *item: blocks[item].gradient)
-    if group["order"] == "pre_polar":
-        # Also pieces whose factor another replica computes: their buffers stay copies.
-        accumulate_all((block, block.gradient) for block in blocks.values())
-        inputs = filtered_gradients(blocks, group["nesterov"])
-    factors = yield from exchange(bucket, inputs, lambda X: polar(X, out=X), wire, empty)
-    factors = {item: factor.to(blocks[item].weight.device) for item, factor in factors.items()}
-    if group["order"] == "post_polar":
-        accumulate_all((blocks[item], factor) for item, factor in factors.items())
+    def replace(X: Tensor) -> None:
+        try:
+            found = whole.run(X, partial(polar, out=X) if whole.replaces else polar, settings)
+            if found is not X:
+                X.copy_(found)
+        except Exception as error:  # whatever a decomposition or a stranger's function raises
+            if not may_fail(step.rule, settings):
+                raise
+            step.failures.append(error)
+            X.zero_()
 
-    found = None
-    if group["match_update_rms"]:
-        found = yield from _matching(bucket, _updates(group, bucket, blocks, factors))
-    for number, scale, weights, updates in _updates(group, bucket, blocks, factors):
-        if found is not None:
-            updates = [update * found[number].to(update) for update in updates]
-        apply_update(
-            weights,
-            updates,
-            lr=group["lr"],
-            scale=scale,
-            weight_decay=group["weight_decay"],
-            cautious=group["cautious_weight_decay"],
-        )
+    return replace
 
 
-def accumulate_all(inputs: Iterable[tuple[Block, Tensor]]) -> None:
-    """Average an input into the buffer of each block."""
-    rows = ((block.momentum, (x, block.exp_avg)) for block, x in inputs)
-    for momentum, (x, exp_avg) in portions(rows):
-        accumulate(x, exp_avg, momentum)
-
-
-def filtered_gradients(blocks: Mapping[Item, Block], nesterov: bool) -> Fill:
-    """Write what the filter makes of the gradients of some blocks, once they are accumulated."""
-
-    def fill(items: Sequence[Item], places: Sequence[Tensor]) -> None:
-        chosen = zip((blocks[item] for item in items), places, strict=True)
-        rows = ((block.momentum, (block.gradient, block.exp_avg, at)) for block, at in chosen)
-        for momentum, (gradients, exp_avg, into) in portions(rows):
-            torch._foreach_copy_(into, filtered(gradients, exp_avg, momentum, nesterov))
-
-    return fill
-
-
-Updates = Iterator[tuple[int, float, list[Tensor], list[Tensor]]]
-
-
-def _updates(
-    group: Group, bucket: Bucket, blocks: Mapping[Item, Block], factors: Mapping[Item, Tensor]
-) -> Updates:
-    """Weights with their directions: of one unit, whose number comes first, if RMS is matched."""
-    numbers = {unit: i for i, unit in enumerate(bucket.units)} if group["match_update_rms"] else {}
-    rows = []
-    for item, factor in factors.items():
-        block = blocks[item]
-        scale = step_size(group["adjust_lr"], block.matrix)
-        key = (numbers.get(item[0], 0), scale, block.momentum)
-        rows.append((key, (block.weight, block.exp_avg, factor)))
-    for (number, scale, momentum), (weights, exp_avg, updates) in portions(rows):
-        if group["order"] == "post_polar":
-            updates = filtered(updates, exp_avg, momentum, group["nesterov"])
-        yield number, scale, weights, updates
-
-
-def _matching(bucket: Bucket, updates: Updates) -> Generator[None, None, Tensor]:
-    """What brings each unit to the RMS of a polar factor; norms of the whole: one all-reduce."""
-    sums = torch.zeros(len(bucket.units), dtype=torch.float64, device=bucket.device)
-    for number, _, _, parts in updates:
-        for part in parts:
-            sums[number] += part.double().square().sum()
-    yield from summed(sums, bucket.shard)
-    return match_update_rms(sums, [unit.shape for unit in bucket.units])
-
-
-def polar_function(group: Group, workspace: Workspace | None = None) -> Callable[..., Tensor]:
+def polar_function(settings: Settings, workspace: Workspace | None = None) -> Callable[..., Tensor]:
     """The polar factor with the settings of a group, in its compute dtype."""
     return partial(
         orthogonalize,
-        method=group["polar_method"],
-        coefficients=group["coefficients"],
-        steps=group["polar_steps"],
-        dtype=group["polar_dtype"],
-        compile=group["compile"],
+        method=settings["polar_method"],
+        coefficients=settings["coefficients"],
+        steps=settings["polar_steps"],
+        dtype=settings["polar_dtype"],
+        compile=settings["compile"],
         workspace=workspace,
     )
 
 
-def wire_dtype(group: Group, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that polar factors are computed in; float16 has too small a range to travel in.
 
     Pairs of LoRA factors travel with their weights, in full precision.
 
     Args:
-        group: Settings of the param group.
+        settings: Of the param group.
         dtype: Of the parameters.
         device: Where their polar factors are computed.
     """
-    if group["lora_update"] != "factor":
+    if settings["lora_update"] != "factor":
         return torch.promote_types(dtype, torch.float32)
-    requested = group["polar_dtype"]
-    if group["polar_method"] == "svd":
+    requested = settings["polar_dtype"]
+    if settings["polar_method"] == "svd":
         return svd_dtype(requested, dtype)
     computed = compute_dtype(requested, device)
     return torch.float32 if computed == torch.float16 else computed

@@ -29,6 +29,7 @@ from hf_muon.routing.groups import param_groups, plain
 from hf_muon.routing.rules import Algorithm, Context, Decision, Overrides, decide
 from hf_muon.routing.survey import Candidate, Survey, survey
 from hf_muon.routing.table import render
+from hf_muon.rules import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -338,8 +339,8 @@ def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
     """Bytes of optimizer state under the plan, and under AdamW alone.
 
-    Muon keeps one buffer per matrix (none in ``polar_only``), AdamW two; both a step counter of
-    four bytes per tensor.
+    Muon keeps what its rule does: one buffer per matrix, none in ``polar_only``; AdamW two; both a
+    step counter of four bytes per tensor.
     """
     muon, adamw, reference = 0, 0, 0
     for one, parameter in zip(plan.routes, plan.parameters, strict=True):
@@ -348,9 +349,13 @@ def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
         if one.algorithm == "adamw":
             adamw += both + 4
             continue
-        dtype = parameter.dtype
-        if config.momentum_dtype is not None:
-            dtype = getattr(torch, config.momentum_dtype)
-        buffers = 0 if config.order == "polar_only" else 1
-        muon += buffers * one.numel * dtype.itemsize + 4
+        chosen = config.momentum_dtype
+        dtype = parameter.dtype if chosen is None else getattr(torch, chosen)
+        rows = sum(matrix.rows for matrix in one.matrices)
+        muon += 4 + sum(
+            rows * (buffer.dtype or torch.float32).itemsize
+            if buffer.kind == "rows"
+            else one.numel * (buffer.dtype or dtype).itemsize
+            for buffer in rule_of(vars(config)).buffers
+        )
     return {"muon": muon, "adamw": adamw, "total": muon + adamw, "adamw_only": reference}

@@ -8,13 +8,14 @@ group to all groups, and one step count to all tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hf_muon.optimizer.checkpoint import check_overwritten
-
-Group = dict[str, Any]
+from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.rules import rule_of
 
 
 def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None:
@@ -34,7 +35,20 @@ def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None
 def _unused(group: Group) -> tuple[str, ...]:
     if group["algorithm"] == "adamw":
         return ()
-    return ("exp_avg", "exp_avg_sq") if group["order"] == "polar_only" else ("exp_avg_sq",)
+    used = {buffer.name for buffer in rule_of(group).buffers}
+    return tuple(name for name in ("exp_avg", "exp_avg_sq") if name not in used)
+
+
+def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
+    """Whether DeepSpeed only wants to see memory allocated; such a step must do nothing.
+
+    Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that would
+    decay the weights and count a step.
+    """
+    copies = any(entry.is_copy for entry in entries)
+    fresh = copies and not any(state[entry.tensor] for entry in entries)
+    gradients = (entry.tensor.grad for entry in entries)
+    return fresh and not any(g is not None and bool(g.any()) for g in gradients)
 
 
 def settings_of(group: Group) -> Group:

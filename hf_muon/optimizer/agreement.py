@@ -1,0 +1,228 @@
+"""What the ranks must agree on before a step writes anything: one all-reduce.
+
+In: the entries of all param groups, and what went wrong in preparing the step. Out: the entries
+that have a gradient on any rank; or an error on all of them. It is one message for the gradients
+that exist, for those that cannot be used, and for settings: a number that follows from them is
+compared at every step, and the settings themselves at the first one and where the numbers differ.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of
+from hf_muon.distributed.layout import Ranks
+from hf_muon.optimizer.entries import Entry
+
+Facts = dict[str, Any]
+"""What must be the same on all ranks, by a name that a user knows."""
+
+
+class Agreement:
+    """What ranks that train together have agreed on so far."""
+
+    def __init__(self) -> None:
+        self._compared: set[tuple[Entry, ...]] = set()
+
+    def reach(
+        self,
+        groups: Sequence[Sequence[Entry]],
+        members: Sequence[Ranks],
+        problem: Exception | None,
+        facts: Callable[[], Facts],
+    ) -> set[Entry]:
+        """The entries that have a gradient on any rank.
+
+        Args:
+            groups: The entries of each group of this call.
+            members: The groups of ranks that must agree.
+            problem: What this rank could not prepare, if anything.
+            facts: What must be the same on all ranks beside the settings; asked for once.
+
+        Raises:
+            ValueError: Settings differ, or a gradient is sparse or complex.
+            FloatingPointError: A gradient holds NaN or infinity, or is out of range, on some rank.
+        """
+        entries = [entry for of_group in groups for entry in of_group]
+        gradients = [entry.tensor.grad for entry in entries]
+        members = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
+        problem = problem or _problem(groups)
+        if not members:
+            if problem is not None:
+                raise problem
+            pairs = zip(entries, gradients, strict=True)
+            return {entry for entry, gradient in pairs if gradient is not None}
+
+        settings = _settings(groups)
+        if tuple(entries) not in self._compared:
+            # Before the first message whose length follows from them.
+            _compare({**settings, **facts()}, members)
+        number = zlib.crc32(repr(settings).encode()) >> 1
+        flags = [problem is not None, number, -number, *(g is not None for g in gradients)]
+        device = compute_device(entries[0].tensor, entries[0].flat is not None)
+        sent = torch.tensor(flags, dtype=torch.int32, device=device)
+        any_problem, most, least, *active = agreed(sent, members).tolist()
+        if most != -least:
+            _compare(settings, members)
+        if any_problem:
+            raise problem or FloatingPointError(
+                "Another rank could not prepare this step, or has a gradient that cannot be used: "
+                "NaN, infinite, sparse or complex. No parameter and no state was changed; that "
+                "rank's error names the parameter."
+            )
+        self._compared.add(tuple(entries))
+        return {entry for entry, flag in zip(entries, active, strict=True) if flag}
+
+
+def agree_on_failure(failures: Sequence[Exception], members: Sequence[Ranks]) -> Exception | None:
+    """What stopped some rank's maps in a step, known to all ranks."""
+    found = torch.tensor([len(failures)], dtype=torch.int32)
+    others = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
+    if others and not agreed(found, others).item():
+        return None
+    if failures:
+        return failures[0]
+    if others:
+        return RuntimeError(
+            "A matrix could not be mapped on another rank, whose error says why. No parameter and "
+            "no state was changed."
+        )
+    return None
+
+
+# What ranks may hold of their own, and what is compared as a number.
+_NOT_SETTINGS = {"params", "param_names", "matrices", "pairs", "factors", "scalings", "fused"}
+
+
+def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:
+    return {
+        f"{key} of {group['algorithm']} group {group['group_id']}": value
+        for group in (of_group[0].group for of_group in groups if of_group)
+        for key, value in group.items()
+        if key not in _NOT_SETTINGS
+    }
+
+
+def _compare(said: Facts, members: Sequence[Ranks]) -> None:
+    """Raise, on all ranks, where they do not say the same; all of them must call."""
+    found: dict[str, str] = {}
+    for ranks in members:
+        everyone: list[Any] = [None] * ranks.size
+        dist.all_gather_object(everyone, said, group=ranks.group)
+        for key in dict.fromkeys(chain.from_iterable(everyone)):
+            values: dict[str, int] = {}
+            for rank, one in zip(ranks.ranks, everyone, strict=True):
+                values.setdefault(repr(one.get(key))[:80], rank)
+            if len(values) > 1:
+                listed = ", ".join(f"{value} on rank {rank}" for value, rank in values.items())
+                found[key] = f"{key}: {listed}"
+    if found:
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        raise ValueError(
+            f"The ranks do not train the same: {'; '.join(list(found.values())[:4])}{more}. Give "
+            "every rank the same model and settings; where the wire dtype differs, name a "
+            "polar_dtype, since 'auto' follows the hardware. No parameter and no state was changed."
+        )
+
+
+def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
+    """What is wrong with the gradients of this rank, if anything is.
+
+    A norm of all gradients within the limits proves that every entry is, at the cost of one read; a
+    norm that is not may also have overflowed, and only then are the entries looked at.
+    """
+    given = [
+        (entry, entry.tensor.grad)
+        for of_group in groups
+        for entry in of_group
+        if entry.tensor.grad is not None
+    ]
+    for entry, gradient in given:
+        if gradient.layout is not torch.strided or gradient.is_complex():
+            kind = "complex" if gradient.is_complex() else "sparse"
+            return ValueError(
+                f"The gradient of {entry.name} is {kind}; Muon and AdamW need dense real gradients "
+                "(an embedding: sparse=False)."
+            )
+    norm = torch.nn.utils.get_total_norm(locals_of([gradient for _, gradient in given]))
+    if norm <= min((_limit(of_group[0]) for of_group in groups if of_group), default=math.inf):
+        return None
+    bad: list[str] = []
+    large: list[str] = []
+    for entry, gradient in given:
+        for name, part in entry.parts(local(gradient)):
+            most = float(part.abs().max()) if part.numel() else 0.0
+            if not math.isfinite(most):
+                bad.append(name)
+            elif most > _limit(entry):
+                large.append(f"{name} ({most:.2g}; {_limit(entry):.2g} is allowed)")
+    if bad:
+        return FloatingPointError(
+            f"The gradient holds NaN or infinity in {_listed(bad)}. No parameter and no state was "
+            "changed. Lower the learning rate, clip gradients (max_grad_norm), or look for a "
+            "division by zero in the loss; under float16, train with a gradient scaler (fp16=True)."
+            + (" Clipping by a norm that is NaN spoils every gradient." if len(bad) > 1 else "")
+        )
+    if large:
+        return FloatingPointError(
+            f"The gradient is too large for what is kept of it in {_listed(large)}. No parameter "
+            "and no state was changed. Clip gradients (max_grad_norm), or keep momentum in a wider "
+            "dtype (momentum_dtype='float32')."
+        )
+    return None
+
+
+def _limit(entry: Entry) -> float:
+    """The largest gradient with which nothing that is kept of it can overflow."""
+    group, dtype = entry.group, entry.tensor.dtype
+    if group["algorithm"] == "adamw":  # which keeps squares
+        return math.sqrt(torch.finfo(dtype).max) / 2
+    if group["momentum_dtype"] != "parameter":
+        dtype = getattr(torch, group["momentum_dtype"])
+    return torch.finfo(dtype).max / 4  # of differences, too
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_placement(entry: Entry, buffer: Tensor | None = None) -> None:
+    """Raise for a Muon parameter whose matrices cannot be found, or whose state lies elsewhere.
+
+    Launchers swap parameters for shards after the optimizer is built, so every step asks. A polar
+    factor of a shard would be another algorithm.
+
+    Raises:
+        ValueError: Names the parameter and what to do.
+    """
+    if entry.flat is not None:
+        return
+    tensor, matrices = entry.tensor, entry.matrices
+    expected = sum(matrix.numel for matrix in matrices)
+    if tensor.ndim < 2 or tensor.numel() != expected:
+        raise ValueError(
+            f"{entry.name} is a flat shard: {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)}, where matrices of {expected} elements in all are expected. "
+            "Muon trains whole tensors (one process, DDP), DTensors (FSDP2, tensor and expert "
+            "parallelism) and the flat tensors of DeepSpeed ZeRO, not those of FSDP1: use FSDP2 "
+            "(fsdp_version: 2)."
+        )
+    if len(matrices) > 1 and not local(tensor).is_contiguous():
+        raise ValueError(
+            f"{entry.name} holds several matrices and is not contiguous in memory: make it "
+            "contiguous before training."
+        )
+    if buffer is not None and is_dtensor(buffer) != is_dtensor(tensor):
+        raise ValueError(
+            f"The momentum of {entry.name} is a {type(buffer).__name__} and the parameter a "
+            f"{type(tensor).__name__}: load optimizer state after the model is sharded, through "
+            "torch.distributed.checkpoint."
+        )
