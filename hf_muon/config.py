@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from hf_muon.rules import FILTERS, MAPS, RESCALES
+from hf_muon.rules import FILTERS, MAPS, RESCALES, Rule, rule_of
 from hf_muon.values import parsed, read_json, require_known, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
@@ -77,6 +77,9 @@ class MuonConfig:
         lora_damping: Their δ: S + δ·(tr S/r)·I is inverted for the Gram matrix S of a factor.
         tangent_iterations: τ of ``tangent``: how often a step is orthogonalized and projected.
         tangent_balance_every: Steps after which ``tangent`` brings ‖A‖ and ‖B‖ together; 0: never.
+        skip_zero_gradients: Leave a matrix, and what is kept of it, as it is in a step in which its
+            gradient is exactly zero on all ranks. A polar factor has no scale, so that otherwise
+            momentum moves it on at full speed: an expert that gets no tokens like one that does.
         distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
             ``redundant`` lets each compute all; ``auto`` takes what should be faster.
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. A process
@@ -117,6 +120,7 @@ class MuonConfig:
     lora_damping: float = 1e-2
     tangent_iterations: int = 3
     tangent_balance_every: int = 100
+    skip_zero_gradients: bool = False
     distribute: Distribute = "auto"
     bucket_mb: float = 32.0
     compile: bool = False
@@ -132,6 +136,7 @@ class MuonConfig:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         _check_ranges(self)
+        _check_rule(self)
         _check_combinations(self)
 
     @classmethod
@@ -179,6 +184,11 @@ class MuonConfig:
         """Build from settings whose values may still be strings, as some launchers pass them."""
         strings = {name: value for name, value in settings.items() if isinstance(value, str)}
         return cls(**{**settings, **parsed(cls, strings)})
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule that the settings ask for."""
+        return rule_of(vars(self))
 
     def to_dict(self) -> dict[str, Plain]:
         """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""
@@ -238,6 +248,7 @@ _MUON_FIELDS = (
     "lora_damping",
     "tangent_iterations",
     "tangent_balance_every",
+    "skip_zero_gradients",
     "distribute",
     "bucket_mb",
     "compile",
@@ -282,28 +293,18 @@ def _check_ranges(config: MuonConfig) -> None:
                 ) from error
 
 
-def _check_combinations(config: MuonConfig) -> None:
+def _check_rule(config: MuonConfig) -> None:
     for name, table in (("filter", FILTERS), ("matrix_map", MAPS), ("rescale", RESCALES)):
         require_known(getattr(config, name), table, name)
     if config.match_update_rms and config.rescale != "none":
         raise ValueError(
-            f"match_update_rms=True and rescale={config.rescale!r} both set the size of the update: "
+            f"match_update_rms=True and rescale={config.rescale!r} both set the size of an update: "
             "choose one."
         )
     if config.match_update_rms and config.order != "post_polar":
         raise ValueError(
             f"match_update_rms=True needs order='post_polar', not {config.order!r}: only there "
             "does the size of the update differ from a polar factor's."
-        )
-    if (config.momentum_start is None) != (config.momentum_warmup_steps == 0):
-        raise ValueError(
-            f"momentum_start={config.momentum_start!r} and momentum_warmup_steps="
-            f"{config.momentum_warmup_steps!r} go together: set both, or neither."
-        )
-    if config.momentum_start is not None and config.order == "polar_only":
-        raise ValueError(
-            "momentum_start has no effect under order='polar_only', which has no momentum: "
-            "remove it, or choose 'pre_polar' or 'post_polar'."
         )
     if config.lora_update != "factor" and config.order != "pre_polar":
         raise ValueError(
@@ -314,6 +315,19 @@ def _check_combinations(config: MuonConfig) -> None:
         raise ValueError(
             f"matrix_map={config.matrix_map!r} and rescale={config.rescale!r} with lora_update="
             f"{config.lora_update!r}, which has a map of its own: leave them at 'polar' and 'none'."
+        )
+
+
+def _check_combinations(config: MuonConfig) -> None:
+    if (config.momentum_start is None) != (config.momentum_warmup_steps == 0):
+        raise ValueError(
+            f"momentum_start={config.momentum_start!r} and momentum_warmup_steps="
+            f"{config.momentum_warmup_steps!r} go together: set both, or neither."
+        )
+    if config.momentum_start is not None and config.order == "polar_only":
+        raise ValueError(
+            "momentum_start has no effect under order='polar_only', which has no momentum: "
+            "remove it, or choose 'pre_polar' or 'post_polar'."
         )
     if config.lora_update != "factor" and config.cautious_weight_decay:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The update rule as a table: what stands before the polar factor, in its place, and after it.
 
-In: settings. Out: a :class:`Rule`, which the step walks, and from which states, checkpoints, replays
-and reports learn what there is. A filter F, a map S and a rescaling R are entries by name, and
-``order`` composes them::
+In: settings. Out: a :class:`Rule`, which the step walks, and from which states, checkpoints,
+replays and reports learn what there is. A filter F, a map S and a rescaling R are entries by name,
+and ``order`` composes them::
 
     pre_polar    before = F    whole = S    after = R
     post_polar   before = –    whole = S    after = F, R
@@ -82,7 +82,7 @@ class WholeMap(NamedTuple):
     """What is made of whole matrices by their owner.
 
     Attributes:
-        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n) or (k, m, n), where
+        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n) or (k, m, n);
             ``polar(X)`` is the polar factor as the settings ask for it. Of pairs:
             ``run(weights, gradients, size, polar, settings)`` gives the changes of both factors.
         of_pairs: Whether it moves LoRA factors in pairs.
@@ -204,3 +204,48 @@ def _registered(setting: str, name: str, table: dict[str, _Entry]) -> _Entry:
             "Register it (hf_muon.rules) before the optimizer is built."
         )
     return table[name]
+
+
+def check_rule(settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor]) -> None:
+    """Try what users have registered on small matrices, so that faults show before training.
+
+    Args:
+        settings: Of the param group.
+        polar: The polar factor as it asks for it.
+
+    Raises:
+        ValueError: A stage or map gives other shapes, no floating-point numbers, or changes its
+            input.
+    """
+    rule = rule_of(settings)
+    for stage in (*rule.before, *rule.after):
+        x = [torch.ones(4, 6), torch.ones(6, 4)]
+        sides = [{"entries": (4, 6), "rows": (4, 1)}, {"entries": (6, 4), "rows": (6, 1)}]
+        kept = tuple([torch.zeros(side[buffer.kind]) for side in sides] for buffer in stage.buffers)
+        norms = [one.double().norm() for one in x]
+        given = Given(settings, settings["momentum"], [(4, 6), (6, 4)], norms)
+        _check_result(stage.run, x, stage.run(x, kept, given), [torch.ones_like(one) for one in x])
+    if not rule.whole.of_pairs:
+        x = [torch.ones(4, 6), torch.ones(2, 6, 4)]
+        copies = [one.clone() for one in x]
+        _check_result(
+            rule.whole.run, x, [rule.whole.run(one, polar, settings) for one in x], copies
+        )
+
+
+def _check_result(run: Callable[..., Any], x: Tensors, found: Any, before: Tensors) -> None:
+    name = getattr(run, "__name__", repr(run))
+    fits = isinstance(found, list) and len(found) == len(x)
+    for one, result in zip(x, found, strict=True) if fits else ():
+        fits &= isinstance(result, Tensor) and result.shape == one.shape
+        fits = fits and result.is_floating_point()
+    if not fits:
+        raise ValueError(
+            f"{name}, which is registered for the update rule, does not give a floating-point "
+            "tensor of the same shape for each that it gets."
+        )
+    if not all(map(torch.equal, x, before)):
+        raise ValueError(
+            f"{name}, which is registered for the update rule, changes its input: it may write its "
+            "buffers only."
+        )

@@ -211,7 +211,9 @@ def compare(before: Path, after: Path) -> int:
                 continue
             names = {
                 f"rank {rank} {name}"
-                for rank, (one, other) in enumerate(zip(expected["ranks"], found["ranks"]))
+                for rank, (one, other) in enumerate(
+                    zip(expected["ranks"], found["ranks"], strict=True)
+                )
                 for name in one
                 if one[name] != other.get(name)
             }

@@ -24,7 +24,6 @@ from hf_muon.config import MuonConfig, Order
 from hf_muon.diagnostics import metrics
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
 from hf_muon.diagnostics.report import ProbeReport, Reading, Statistic
-from hf_muon.rules import rule_of
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -87,7 +86,7 @@ class ProbeSettings:
 
 
 def _filters(config: MuonConfig) -> bool:
-    return bool(rule_of(vars(config)).buffers)
+    return bool(config.rule.buffers)
 
 
 def probe_buffers(

@@ -21,10 +21,10 @@ from hf_muon.diagnostics.advice import advise, is_far_enough
 from hf_muon.diagnostics.averages import Averages, is_kept_by_optimizer
 from hf_muon.diagnostics.spectra import Leading, StepMatrices, measure, turned
 from hf_muon.diagnostics.watched import Watch, Watched
+from hf_muon.diagnostics.whole import whole_matrices
 from hf_muon.distributed.buckets import Unit
 from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
-from hf_muon.distributed.whole import whole_matrices
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.momentum import filtered

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_muon.diagnostics.gradients import matching, spread_evenly
+from hf_muon.diagnostics.whole import some_of
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
-from hf_muon.distributed.whole import some_of
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
 

@@ -9,7 +9,7 @@ it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -62,9 +62,8 @@ class Bucket:
     wire: torch.dtype = torch.float32
     units: list[Unit] = field(default_factory=list)
 
-    def only(self, parameters: Container[int]) -> Bucket:
-        """The bucket without the matrices of other parameters, each with the owner it has."""
-        units = [unit for unit in self.units if unit.parameter in parameters]
+    def only(self, units: list[Unit]) -> Bucket:
+        """The bucket with some of its units, each with the owner it has."""
         return Bucket(self.shard, self.replicate, self.device, self.wire, units)
 
     @cached_property

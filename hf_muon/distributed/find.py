@@ -38,7 +38,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+def locals_of(tensors: Iterable[Any]) -> list[Tensor]:
     """The same for many, without a call for each."""
     return [t.to_local() if hasattr(t, "placements") else t for t in tensors]
 

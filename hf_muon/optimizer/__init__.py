@@ -1,6 +1,5 @@
 """One optimizer step on matrices, and AdamW for everything else."""
 
-from hf_muon.optimizer import rescale as _rescale  # its entries of the table of rules
 from hf_muon.optimizer.importer import import_state
 from hf_muon.optimizer.muon import Muon
 

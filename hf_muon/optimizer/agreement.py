@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.entries import Entry
+from hf_muon.rules import rule_of
 
 Facts = dict[str, Any]
 """What must be the same on all ranks, by a name that a user knows."""
@@ -169,7 +170,7 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
             f"The gradient holds NaN or infinity in {_listed(bad)}. No parameter and no state was "
             "changed. Lower the learning rate, clip gradients (max_grad_norm), or look for a "
             "division by zero in the loss; under float16, train with a gradient scaler (fp16=True)."
-            + (" Clipping by a norm that is NaN spoils every gradient." if len(bad) > 1 else "")
+            + (_ALL_BAD if len(bad) == len(given) > 1 else "")
         )
     if large:
         return FloatingPointError(
@@ -180,6 +181,12 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
     return None
 
 
+_ALL_BAD = (
+    " Every gradient holds it: clipping by a norm that is NaN makes all of them so, whichever was "
+    "the first."
+)
+
+
 def _limit(entry: Entry) -> float:
     """The largest gradient with which nothing that is kept of it can overflow."""
     group, dtype = entry.group, entry.tensor.dtype
@@ -187,7 +194,8 @@ def _limit(entry: Entry) -> float:
         return math.sqrt(torch.finfo(dtype).max) / 2
     if group["momentum_dtype"] != "parameter":
         dtype = getattr(torch, group["momentum_dtype"])
-    return torch.finfo(dtype).max / 4  # of differences, too
+    largest = torch.finfo(dtype).max
+    return largest / 4 if rule_of(group).buffers else largest  # differences, too
 
 
 def _listed(names: list[str]) -> str:

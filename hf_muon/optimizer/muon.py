@@ -38,9 +38,9 @@ from hf_muon.optimizer.launcher import (
 )
 from hf_muon.optimizer.pairs import check_decay, taking_part
 from hf_muon.optimizer.plans import Plan, Plans
-from hf_muon.optimizer.step import bucket_step
+from hf_muon.optimizer.step import bucket_step, polar_function
 from hf_muon.polar import Workspace
-from hf_muon.rules import rule_of
+from hf_muon.rules import check_rule, rule_of
 
 
 class Muon(Optimizer):
@@ -95,7 +95,7 @@ class Muon(Optimizer):
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
         super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
-        _warn_of_bfloat16_momentum(self.param_groups)
+        _warn_of_low_precision(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or load: what was planned for other parameters is forgotten."""
@@ -124,6 +124,8 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
+        if group["algorithm"] == "muon":
+            check_rule(group, polar_function(group))
         super().add_param_group(group)
         self._remember(self.param_groups[-1])
 
@@ -169,7 +171,7 @@ class Muon(Optimizer):
             for entries in groups:
                 muon = bool(entries) and entries[0].group["algorithm"] == "muon"
                 plans.append(self._plan(entries) if muon else None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             return plans, error
         return plans, None
 
@@ -275,26 +277,28 @@ def _new_state(entry: Entry) -> dict[str, Tensor]:
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for buffer in rule_of(group).buffers:
         if buffer.kind == "rows":
-            rows = sum(matrix.rows for matrix in entry.matrices)
+            rows = len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
             state[buffer.name] = parameter.new_zeros(rows, dtype=buffer.dtype or torch.float32)
         else:
             state[buffer.name] = torch.zeros_like(parameter, dtype=buffer.dtype or dtype)
     return state
 
 
-def _warn_of_bfloat16_momentum(groups: list[Group]) -> None:
+def _warn_of_low_precision(groups: list[Group]) -> None:
     dtypes = {
-        p.dtype
+        str(p.dtype).removeprefix("torch.")
         for group in groups
         if group["algorithm"] == "muon"
         and group["momentum_dtype"] == "parameter"
         and rule_of(group).buffers
         for p in group["params"]
     }
-    if torch.bfloat16 in dtypes:
+    for name in sorted(dtypes & {"bfloat16", "float16"}):
+        parts = {"bfloat16": 256, "float16": 2048}[name]
         warnings.warn(
-            "Weights in pure bfloat16 get a bfloat16 momentum buffer, which drops contributions "
-            "below 1/256 of its entries. Set momentum_dtype='float32' to keep them, or "
-            "momentum_dtype='bfloat16' to silence this warning.",
+            f"Weights in pure {name} get a {name} momentum buffer, which drops contributions below "
+            f"1/{parts} of its entries; in the weights themselves, decay of less than that a step "
+            "rounds away. Set momentum_dtype='float32' to keep momentum, train weights in float32 "
+            f"with mixed precision to keep decay, or set momentum_dtype='{name}' to silence this.",
             stacklevel=3,
         )

@@ -92,7 +92,7 @@ class Plan:
             (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
             for t in (*self._weights, *chain.from_iterable(self._kept.values()))
         ]
-        is_new = seen != self._seen
+        is_new = bool(seen != self._seen)
         if is_new:
             self._seen, self._held = seen, (frozenset(), [])
         return is_new
@@ -101,16 +101,12 @@ class Plan:
         """What a step on some of the entries walks; that of the last step is kept."""
         numbers = frozenset(self._number[entry] for entry in trained)
         if self._held[0] != numbers:
-            every = len(numbers) == len(self.entries)
-            buckets = self.buckets if every else [one.only(numbers) for one in self.buckets]
-            self._held = (
-                numbers,
-                [
-                    Held(bucket, self._weights, self._kept, self._sizes)
-                    for bucket in buckets
-                    if bucket.units
-                ],
-            )
+            buckets = self.buckets
+            if len(numbers) < len(self.entries):
+                some = [[u for u in one.units if u.parameter in numbers] for one in buckets]
+                buckets = [b.only(units) for b, units in zip(buckets, some, strict=True) if units]
+            found = [Held(one, self._weights, self._kept, self._sizes) for one in buckets]
+            self._held = numbers, found
         return self._held[1]
 
     def step(self, trained: Sequence[Entry], workspace: Workspace) -> Step:
@@ -218,8 +214,9 @@ def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]
     for unit in (unit for bucket in buckets for unit in bucket.units):
         if any((p.rows, p.cols) != unit.shape for of_rank in unit.pieces for p in of_rank):
             raise ValueError(
-                f"{entries[unit.parameter].name} is sharded, and a stage of the update rule needs "
-                "whole matrices. Train in one process or under DDP, or register the stage with "
+                f"A matrix of {entries[unit.parameter].name} is not in one piece on each rank, and "
+                "a stage of the update rule needs whole matrices. Train in one process or under "
+                "DDP, without fused projections that are interleaved, or register the stage with "
                 "needs='norms' or 'entries'."
             )
 

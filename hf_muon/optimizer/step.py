@@ -78,9 +78,10 @@ class Held:
         sizes: Mapping[Unit, float],
     ) -> None:
         """Find the views in the tensors of all parameters, as this rank holds them."""
+        self._tensors = weights, buffers
         self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
         self.weights = self.views(weights)
-        self.buffers = {name: self.views(of_all) for name, of_all in buffers.items()}
+        self.buffers = {name: self._kept_of(of_all) for name, of_all in buffers.items()}
         self.scales = [sizes[unit] for unit, _ in self.items]
         self.device = self.weights[0].device if self.weights else bucket.device
         self._shapes = [unit.shape for unit, _ in self.items]
@@ -91,6 +92,21 @@ class Held:
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The pieces, (rows, cols), of what belongs to the parameters."""
         return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
+
+    def _kept_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of a buffer: of entries, or a row of numbers for each matrix."""
+        if tensors and tensors[0].shape == self._tensors[0][0].shape:
+            return self.views(tensors)
+        of_rows = [(tensors[unit.parameter][unit.matrix], unit) for unit, _ in self.items]
+        return [numbers[: unit.shape[0], None] for numbers, unit in of_rows]
+
+    def moving(self, gradients: Sequence[Tensor]) -> Generator[None, None, Held]:
+        """The same without the matrices whose gradients are exactly zero on all ranks."""
+        parts = self.portions([0] * len(self.items), ())
+        views = self.views(gradients)
+        norms = yield from self._norms(parts, (part.of(views) for part in parts))
+        units = [unit for unit, norm in zip(self.bucket.units, norms.tolist(), strict=True) if norm]
+        return Held(self.bucket.only(units), *self._tensors, self.sizes)
 
     def portions(self, keys: list[Hashable], stages: Sequence[Stage]) -> list[Portion]:
         """Portions of the pieces as some stages may have them; those of the last keys are kept."""
@@ -113,7 +129,10 @@ class Held:
             norms: Sequence[Tensor] = ()
             if stage.needs == "norms":
                 lists = list(lists)
-                norms = yield from self._norms(parts, lists)
+                of_units = dict(
+                    zip(self.bucket.units, (yield from self._norms(parts, lists)), strict=True)
+                )
+                norms = [of_units[unit] for unit, _ in self.items]
             lists = self._through(step, stage, parts, momenta, lists, norms)
         return lists
 
@@ -136,18 +155,15 @@ class Held:
             )
             yield stage.run(x, tuple(part.of(buffer) for buffer in kept), given)
 
-    def _norms(
-        self, parts: Sequence[Portion], lists: Iterable[list[Tensor]]
-    ) -> Generator[None, None, list[Tensor]]:
-        """Frobenius norms, float64, of the whole matrix of each piece: one all-reduce."""
+    def _norms(self, parts: Sequence[Portion], lists: Lists) -> Generator[None, None, Tensor]:
+        """Frobenius norms, float64, of what belongs to each unit: one all-reduce."""
         number = {unit: place for place, unit in enumerate(self.bucket.units)}
         sums = torch.zeros(len(number), dtype=torch.float64, device=self.bucket.device)
         for part, x in zip(parts, lists, strict=True):
             for (unit, _), one in zip(part.each(self.items), x, strict=True):
                 sums[number[unit]] += one.double().square().sum()
         yield from summed(sums, self.bucket.shard)
-        norms = sums.sqrt().unbind()
-        return [norms[number[unit]] for unit, _ in self.items]
+        return sums.sqrt()
 
     def fill(self, parts: Sequence[Portion], lists: Lists, places: Sequence[Tensor]) -> None:
         """Write what is read of the pieces to its places; the rest is computed for its buffers."""
@@ -176,6 +192,8 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
         held: A bucket, and what this rank holds of it.
         step: What the step has of its group.
     """
+    if step.settings["skip_zero_gradients"]:
+        held = yield from held.moving(step.gradients)
     bucket, rule = held.bucket, step.rule
     momenta = [step.momenta[unit.parameter] for unit, _ in held.items]
     parts = held.portions([*momenta], rule.before)

@@ -29,7 +29,6 @@ from hf_muon.routing.groups import param_groups, plain
 from hf_muon.routing.rules import Algorithm, Context, Decision, Overrides, decide
 from hf_muon.routing.survey import Candidate, Survey, survey
 from hf_muon.routing.table import render
-from hf_muon.rules import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -351,11 +350,11 @@ def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
             continue
         chosen = config.momentum_dtype
         dtype = parameter.dtype if chosen is None else getattr(torch, chosen)
-        rows = sum(matrix.rows for matrix in one.matrices)
+        rows = len(one.matrices) * max(matrix.rows for matrix in one.matrices)
         muon += 4 + sum(
             rows * (buffer.dtype or torch.float32).itemsize
             if buffer.kind == "rows"
             else one.numel * (buffer.dtype or dtype).itemsize
-            for buffer in rule_of(vars(config)).buffers
+            for buffer in config.rule.buffers
         )
     return {"muon": muon, "adamw": adamw, "total": muon + adamw, "adamw_only": reference}

@@ -14,12 +14,13 @@ ROOT = Path(hf_muon.__file__).parent
 # room -> the rooms of the package that it may import, besides itself.
 ALLOWED = {
     "values": set(),
-    "config": {"values"},
+    "rules": set(),
+    "config": {"rules", "values"},
     "polar": set(),
     "distributed": set(),
-    "optimizer": {"config", "distributed", "polar", "values"},
-    "routing": {"config", "distributed"},
-    "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
+    "optimizer": {"config", "distributed", "polar", "rules", "values"},
+    "routing": {"config", "distributed", "rules"},
+    "diagnostics": {"config", "distributed", "optimizer", "polar", "routing", "rules"},
     "integrations": {"config", "optimizer", "routing"},
     "forecast": {"config", "distributed", "optimizer", "routing"},
     "model_probe": {"diagnostics"},
@@ -33,6 +34,7 @@ ENTRY_POINTS = {"diagnostics/monitor.py": {"integrations"}}
 # Files that work elementwise or on whole matrices, and know nothing of processes or trainers.
 PURE = [
     "polar",
+    "rules.py",
     "optimizer/momentum.py",
     "optimizer/scaling.py",
     "optimizer/apply.py",

@@ -23,7 +23,7 @@ def run(shapes, function, wire):
     layouts = [replicated_layout(shape, [Matrix.whole(shape)], ALONE) for shape in shapes]
     [bucket] = plan_buckets(layouts, [CPU] * len(shapes), 2**30)
     inputs = [torch.randn(shape).to(wire) for shape in shapes]
-    steps = exchange(bucket, reading(lambda unit, _: inputs[unit.parameter]), function, wire)
+    steps = exchange(bucket, reading(bucket, lambda u, _: inputs[u.parameter]), function, wire)
     with pytest.raises(StopIteration) as end:
         next(steps)
     results = {unit.parameter: block.clone() for (unit, _), block in end.value.value.items()}

@@ -150,7 +150,7 @@ def balanced(weights, momenta, factor):
     """Copies of both, rescaled as a step rescales them: f for A, 1/f for B."""
     weights, momenta = (Pair(*(t.clone() for t in pair)) for pair in (weights, momenta))
     for side, by in enumerate((factor[..., None, None], 1 / factor[..., None, None])):
-        rescale(weights[side], momenta[side], by)
+        rescale(weights[side], [momenta[side]], by)
     return weights, momenta
 
 

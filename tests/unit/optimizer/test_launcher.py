@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_muon import Muon
-from hf_muon.optimizer.deepspeed import complete_state, settings_of, with_own_settings
+from hf_muon.optimizer.launcher import complete_state, settings_of, with_own_settings
 
 
 def build(order="pre_polar", matrices=("q", "k"), **settings):
