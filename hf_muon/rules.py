@@ -82,12 +82,13 @@ class WholeMap(NamedTuple):
     """What is made of whole matrices by their owner.
 
     Attributes:
-        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n) or (k, m, n);
-            ``polar(X)`` is the polar factor as the settings ask for it. Of pairs:
+        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n), where ``polar(X)``
+            is the polar factor as the settings ask for it. Of pairs:
             ``run(weights, gradients, size, polar, settings)`` gives the changes of both factors.
         of_pairs: Whether it moves LoRA factors in pairs.
         balances: Whether the factors of a pair are brought to one norm now and then.
-        replaces: Whether ``run`` has no use for X after ``polar(X)``, which then is in its place.
+        replaces: Whether it is the polar factor: ``polar`` may then write over X, and X may be a
+            batch (k, m, n), with transposes among them.
         may_fail: Whether it may raise for finite input. The step then keeps copies of what it
             writes, so that it is all or nothing.
     """
@@ -226,7 +227,7 @@ def check_rule(settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor]) -
         given = Given(settings, settings["momentum"], [(4, 6), (6, 4)], norms)
         _check_result(stage.run, x, stage.run(x, kept, given), [torch.ones_like(one) for one in x])
     if not rule.whole.of_pairs:
-        x = [torch.ones(4, 6), torch.ones(2, 6, 4)]
+        x = [torch.ones(4, 6), torch.ones(6, 4)]
         copies = [one.clone() for one in x]
         _check_result(
             rule.whole.run, x, [rule.whole.run(one, polar, settings) for one in x], copies

@@ -56,6 +56,7 @@ def exchange(
     function: MatrixFunction,
     wire: torch.dtype,
     empty: Empty = newly_allocated,
+    together: bool = True,
 ) -> Generator[None, None, Result]:
     """Apply ``function`` to every matrix of a bucket.
 
@@ -70,6 +71,7 @@ def exchange(
             ``function`` computes in, or fewer where it computes in more.
         empty: Makes the matrices. Their memory must not be used for another bucket before the
             result of this one is.
+        together: Whether ``function`` also takes batches and transposes.
 
     Returns:
         This rank's pieces of all units, each with its part of the result.
@@ -77,8 +79,10 @@ def exchange(
     batches = _batches(bucket, wire, empty)
     matrices = _by_unit(bucket, batches)
     yield from _gather(bucket, matrices, fill, wire)
-    for batch, units in zip(batches, bucket.batches, strict=True):
+    for batch, units in zip(batches, bucket.batches, strict=True) if together else ():
         apply_to_batch(function, batch, units)
+    for matrix in () if together else matrices.values():
+        function(matrix)
     return (yield from scatter(bucket, matrices, wire))
 
 

@@ -220,7 +220,8 @@ def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, M
     # Where others communicate, the matrices of several buckets are there at the same time.
     bucket = held.bucket
     empty = step.workspace.empty if bucket.is_alone else newly_allocated
-    results = yield from exchange(bucket, fill, _replacing(step), bucket.wire, empty)
+    together = step.rule.whole.replaces
+    results = yield from exchange(bucket, fill, _replacing(step), bucket.wire, empty, together)
     return results, [], {}
 
 
@@ -266,7 +267,7 @@ def may_fail(rule: Rule, settings: Settings) -> bool:
 
 
 def _replacing(step: Step) -> Callable[[Tensor], None]:
-    """A map as a function that replaces matrices, (m, n) or (k, m, n), by what it makes of them.
+    """A map as a function that replaces matrices by what it makes of them.
 
     An error is kept and gives zeros: it may be of one rank alone, and others wait for its result.
     """
