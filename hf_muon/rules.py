@@ -82,8 +82,8 @@ class WholeMap(NamedTuple):
     """What is made of whole matrices by their owner.
 
     Attributes:
-        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n), where ``polar(X)``
-            is the polar factor as the settings ask for it. Of pairs:
+        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n); ``polar(X)`` is
+            the polar factor as the settings ask for it. Of pairs:
             ``run(weights, gradients, size, polar, settings)`` gives the changes of both factors.
         of_pairs: Whether it moves LoRA factors in pairs.
         balances: Whether the factors of a pair are brought to one norm now and then.

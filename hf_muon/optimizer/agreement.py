@@ -67,20 +67,31 @@ class Agreement:
             # Before the first message whose length follows from them.
             _compare({**settings, **facts()}, members)
         number = zlib.crc32(repr(settings).encode()) >> 1
-        flags = [problem is not None, number, -number, *(g is not None for g in gradients)]
+        flags = [_kind(problem), number, -number, *(g is not None for g in gradients)]
         device = compute_device(entries[0].tensor, entries[0].flat is not None)
         sent = torch.tensor(flags, dtype=torch.int32, device=device)
-        any_problem, most, least, *active = agreed(sent, members).tolist()
+        kind, most, least, *active = agreed(sent, members).tolist()
         if most != -least:
             _compare(settings, members)
-        if any_problem:
-            raise problem or FloatingPointError(
-                "Another rank could not prepare this step, or has a gradient that cannot be used: "
-                "NaN, infinite, sparse or complex. No parameter and no state was changed; that "
-                "rank's error names the parameter."
-            )
+        if kind:
+            raise problem or _OF_OTHERS[kind - 1]
         self._compared.add(tuple(entries))
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
+
+
+_OF_OTHERS = (
+    FloatingPointError(
+        "Another rank has a gradient that cannot be used: NaN, infinite, or out of range. No "
+        "parameter and no state was changed; that rank's error names the parameter."
+    ),
+    ValueError(
+        "Another rank cannot step: its error says why. No parameter and no state was changed."
+    ),
+)
+
+
+def _kind(problem: Exception | None) -> int:
+    return 0 if problem is None else 1 if isinstance(problem, FloatingPointError) else 2
 
 
 def agree_on_failure(failures: Sequence[Exception], members: Sequence[Ranks]) -> Exception | None:
