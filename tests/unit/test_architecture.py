@@ -14,9 +14,9 @@ ROOT = Path(hf_muon.__file__).parent
 # room -> the rooms of the package that it may import, besides itself.
 ALLOWED = {
     "values": set(),
-    "config": {"values"},
+    "config": {"polar", "values"},
     "polar": set(),
-    "distributed": set(),
+    "distributed": {"polar"},
     "optimizer": {"config", "distributed", "polar", "values"},
     "routing": {"config", "distributed"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
