@@ -119,7 +119,7 @@ FAMILIES = {
     "tight": Family(_TIGHT, fewest=3, start="schatten", safety=1.01),
 }
 """Families by name."""
-# What a composition may leave of singular values in [1e-3, 1]: 1.20 is the most of those above.
+# What a composition may make of singular values in [1e-3, 1]; five steps of those above, 1.20.
 _LARGEST = 1.5
 _GRID = [10 ** (-3 * i / 1000) for i in range(1001)]
 
@@ -190,8 +190,8 @@ def register_coefficients(
             singular value in [0.001, 1] does not end in (0, 1.5].
 
     Example:
-        >>> register_coefficients("cubic", [(1.5, -0.5, 0.0)] * 8)
-        >>> polar_factor(x, coefficients="cubic", steps=8)
+        >>> register_coefficients("cubic", [(1.5, -0.5, 0.0)] * 12)
+        >>> polar_factor(x, coefficients="cubic", steps=12)
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name={name!r}: give a string of letters, digits and underscores.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -46,8 +46,9 @@ def compute_dtype(requested: str | torch.dtype | None, device: torch.device) -> 
         return torch.bfloat16 if has_native_bfloat16(device.type, device.index) else torch.float32
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError(
-            "polar_dtype (dtype of polar_factor) is float16 on a CPU, where matrix products of it "
-            "are 60 to 110 times slower than bfloat16's: use 'auto', 'bfloat16' or 'float32'."
+            "polar_dtype (dtype of polar_factor) is float16 on a CPU: "
+            "its matrix products there are 60 to 110 times slower than bfloat16's; "
+            "use 'auto', 'bfloat16' or 'float32'."
         )
     return dtype
 
@@ -98,25 +99,24 @@ def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {list(allowed)}.{hint}")
 
 
-@contextmanager
-def in_own_dtype(device_type: str) -> Iterator[None]:
+def in_own_dtype(device_type: str) -> AbstractContextManager[object]:
     """Keep products of float32 in float32, whatever autocast and TF32 are set to outside.
 
     Args:
         device_type: as in ``torch.device.type``, of the matrices.
     """
-    with ExitStack() as stack:
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        # A function that somebody compiles whole cannot change settings: the caller's hold there.
-        products = None if torch.compiler.is_compiling() else _float32_products().get(device_type)
-        if products and products.fp32_precision not in ("ieee", "none"):
-            stack.enter_context(_without_tf32())
-        yield
+    context: AbstractContextManager[object] = nullcontext()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        context = torch.autocast(device_type, enabled=False)
+    # A function that somebody compiles whole cannot change settings: the caller's hold there.
+    products = None if torch.compiler.is_compiling() else _float32_products().get(device_type)
+    if products and products.fp32_precision not in ("ieee", "none"):
+        context = _without_tf32(context)
+    return context
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def _without_tf32(inner: AbstractContextManager[object]) -> Iterator[None]:
     # torch (2.9 to 2.13) has an old setting and new ones, for CUDA and for oneDNN, and raises where
     # one is read while they contradict each other, as torch.compile does: so all are set at once.
     before = {products: products.fp32_precision for products in _float32_products().values()}
@@ -128,7 +128,8 @@ def _without_tf32() -> Iterator[None]:
     try:
         for products in before:
             products.fp32_precision = "ieee"
-        yield
+        with inner:
+            yield
     finally:
         torch.set_float32_matmul_precision(old)
         for products, precision in before.items():
