@@ -73,20 +73,12 @@ def svd_dtype(requested: str | torch.dtype | None, given: torch.dtype) -> torch.
 
 def _explicit_dtype(requested: str | torch.dtype | None) -> torch.dtype | None:
     """Turn a name or dtype into an allowed dtype, and None or ``auto`` into None."""
-    allowed = ["auto", *COMPUTE_DTYPES]
-    if requested is None or requested == "auto":
+    if requested is None:
         return None
-    if isinstance(requested, str):
-        check_name("dtype", requested, allowed)
-        return COMPUTE_DTYPES[requested]
-    if not isinstance(requested, torch.dtype):
-        raise TypeError(
-            f"dtype={requested!r} is a {type(requested).__name__}; give None, a torch.dtype or one "
-            f"of {allowed}."
-        )
-    if requested not in COMPUTE_DTYPES.values():
-        raise ValueError(f"dtype={requested} is not supported; choose one of {allowed}.")
-    return requested
+    is_dtype = isinstance(requested, torch.dtype)
+    name = str(requested).removeprefix("torch.") if is_dtype else requested
+    check_name("dtype", name, ("auto", *COMPUTE_DTYPES))
+    return COMPUTE_DTYPES.get(str(name))
 
 
 def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
