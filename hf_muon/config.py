@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from hf_muon.polar import FAMILIES, check_steps
 from hf_muon.rules import FILTERS, MAPS, RESCALES, Rule, rule_of
 from hf_muon.values import parsed, read_json, require_known, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
-Coefficients = Literal["polar_express", "tight", "quintic"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -99,7 +99,7 @@ class MuonConfig:
     rescale: str = "none"
     match_update_rms: bool = False
     polar_method: PolarMethod = "auto"
-    coefficients: Coefficients = "polar_express"
+    coefficients: str = "polar_express"
     polar_steps: int = 5
     polar_dtype: PolarDtype = "auto"
     adjust_lr: AdjustLr = "match_rms_adamw"
@@ -293,8 +293,17 @@ def _check_ranges(config: MuonConfig) -> None:
                 ) from error
 
 
+# The settings whose values are the names in a table, to which users may add theirs.
+_TABLES = (
+    ("filter", FILTERS),
+    ("matrix_map", MAPS),
+    ("rescale", RESCALES),
+    ("coefficients", FAMILIES),
+)
+
+
 def _check_rule(config: MuonConfig) -> None:
-    for name, table in (("filter", FILTERS), ("matrix_map", MAPS), ("rescale", RESCALES)):
+    for name, table in _TABLES:
         require_known(getattr(config, name), table, name)
     if config.match_update_rms and config.rescale != "none":
         raise ValueError(
@@ -334,13 +343,9 @@ def _check_combinations(config: MuonConfig) -> None:
             f"cautious_weight_decay=True with lora_update={config.lora_update!r}, which decays the "
             "product of two factors and not their entries: remove one of them."
         )
-    iterates = config.polar_method != "svd"
-    if iterates and config.coefficients != "quintic" and not 3 <= config.polar_steps <= 8:
-        raise ValueError(
-            f"polar_steps={config.polar_steps} with coefficients={config.coefficients!r}: 3 to 8 "
-            "steps are allowed; 'quintic' takes any number."
-        )
-    if not iterates and config.polar_dtype in ("bfloat16", "float16"):
+    if config.polar_method != "svd":
+        check_steps(config.coefficients, config.polar_steps, "polar_steps")
+    elif config.polar_dtype in ("bfloat16", "float16"):
         raise ValueError(
             f"polar_dtype={config.polar_dtype!r} with polar_method='svd': an SVD needs 'float32', "
             "'float64' or 'auto'."

@@ -18,6 +18,7 @@ import torch
 
 from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
+from hf_muon.polar import batched
 
 # The bound where nothing travels: hardly more memory is held than for one large matrix, and small
 # ones are computed together. Four megabytes of float32.
@@ -79,10 +80,8 @@ class Bucket:
     @cached_property
     def batches(self) -> list[list[Unit]]:
         """The units that this rank computes by their shape; transposes of the first come last."""
-        groups: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
-        for unit in self.mine:
-            groups[tuple(sorted(unit.shape))].append(unit)
-        return [sorted(units, key=lambda unit: unit.shape) for units in groups.values()]
+        batches = batched([unit.shape for unit in self.mine])
+        return [[self.mine[index] for index in batch] for batch in batches]
 
     @cached_property
     def is_alone(self) -> bool:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_muon.distributed.batches import computed_together
 from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.owners import polar_cost
 from hf_muon.distributed.portions import portion_elements
+from hf_muon.polar.together import computed_together
 
 
 @dataclass(frozen=True)

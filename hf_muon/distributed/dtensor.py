@@ -54,7 +54,7 @@ def dtensor_layout(parameter: DTensor, matrices: Sequence[Matrix], name: str) ->
 
 def _held(size: int, splits: Sequence[tuple[Placement, int, int]], dim: int) -> Tensor:
     """Global indices along one tensor dimension that a rank holds, in local order."""
-    indices = torch.arange(size)
+    indices = torch.arange(size, device="cpu")
     for placement, parts, part in splits:
         assert isinstance(placement, Shard | _StridedShard)
         if placement.dim == dim:

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.batches import computed_together, rounds_alone
 from hf_muon.distributed.buckets import Bucket, Item, Unit
 from hf_muon.distributed.layout import Piece, Ranks
+from hf_muon.polar import apply_together
 
 Read = Callable[[Unit, Piece], Tensor]
 Fill = Callable[[Sequence[Tensor]], None]
@@ -80,7 +80,7 @@ def exchange(
     matrices = _by_unit(bucket, batches)
     yield from _gather(bucket, matrices, fill, wire)
     for batch, units in zip(batches, bucket.batches, strict=True) if together else ():
-        apply_to_batch(function, batch, units)
+        apply_together(function, batch, [unit.shape for unit in units])
     for matrix in () if together else matrices.values():
         function(matrix)
     return (yield from scatter(bucket, matrices, wire))
@@ -144,29 +144,6 @@ def _gather(
     work.wait()
     for (unit, piece), block in _unpacked(bucket.incoming, received):
         piece.of_matrix(matrices[unit]).copy_(block)
-
-
-def apply_to_batch(function: MatrixFunction, batch: Tensor, units: Sequence[Unit]) -> None:
-    """Replace the matrices of a batch (k, m, n) by what the function makes of them.
-
-    Those of n × m lie behind the others, and are transposed where all are computed together.
-    """
-    shape = (batch.shape[1], batch.shape[2])
-    if not computed_together(shape, batch.element_size(), batch.device):
-        for unit, matrix in zip(units, batch, strict=True):
-            function(matrix.view(unit.shape))
-    elif len(batch) > 1:
-        across = batch[sum(unit.shape == units[0].shape for unit in units) :]
-        lying = across.view(-1, *reversed(shape))
-        across.copy_(lying.mT.clone(memory_format=torch.contiguous_format))
-        function(batch)
-        lying.copy_(across.mT.clone(memory_format=torch.contiguous_format))
-    elif rounds_alone(shape, batch.device):
-        function(batch[0])
-    else:
-        twice = batch.repeat(2, 1, 1)
-        function(twice)
-        batch.copy_(twice[:1])
 
 
 def _scattered(

@@ -116,7 +116,8 @@ def _rows_of_a_mesh(parameter: Parameter, replicas: int, shards: int) -> Layout:
     pieces = []
     for member in range(shards):
         start, stop = (min(rows, place * chunk) for place in (member, member + 1))
-        held = [torch.arange(start, stop), *map(torch.arange, others)]
+        ranges = [(start, stop), *((0, size) for size in others)]
+        held = [torch.arange(*ends, device="cpu") for ends in ranges]
         pieces.append(
             tuple(pieces_in_box(matrix, parameter.shape, held) for matrix in parameter.matrices)
         )

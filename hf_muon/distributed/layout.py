@@ -64,14 +64,14 @@ class Matrix(NamedTuple):
 
     def row_indices(self) -> Tensor:
         """Index in the parameter of the first element of each row, (rows,)."""
-        indices = torch.tensor(self.offset)
+        indices = torch.tensor(self.offset, device="cpu")
         for size, stride in zip(self.shape[:-1], self.strides[:-1], strict=True):
-            indices = indices[..., None] + torch.arange(size) * stride
+            indices = indices[..., None] + torch.arange(size, device="cpu") * stride
         return indices.reshape(-1)
 
     def col_indices(self) -> Tensor:
         """Distance of each column from the first one, (cols,)."""
-        return torch.arange(self.cols) * self.strides[-1]
+        return torch.arange(self.cols, device="cpu") * self.strides[-1]
 
 
 class Piece(NamedTuple):
@@ -244,8 +244,8 @@ def pieces_in_box(
 
 def _inverse(indices: Tensor, size: int) -> Tensor:
     """Local index of each global one, -1 where it is not held."""
-    places = torch.full((size,), -1)
-    places[indices] = torch.arange(len(indices))
+    places = torch.full((size,), -1, device="cpu")
+    places[indices] = torch.arange(len(indices), device="cpu")
     return places
 
 

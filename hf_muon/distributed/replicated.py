@@ -15,7 +15,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_b
 
 def replicated_layout(shape: Sequence[int], matrices: Sequence[Matrix], replicate: Ranks) -> Layout:
     """Every member of ``replicate`` holds every matrix."""
-    held = [torch.arange(size) for size in shape]
+    held = [torch.arange(size, device="cpu") for size in shape]
     return Layout(
         shapes=tuple((matrix.rows, matrix.cols) for matrix in matrices),
         pieces=(tuple(pieces_in_box(matrix, shape, held) for matrix in matrices),),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.scaling import step_size
+from hf_muon.polar import in_own_dtype
 
 PolarFunction = Callable[[Tensor], Tensor]
 
@@ -72,7 +73,7 @@ def product_update(
     """
     weights, gradients = full_precision(weights), full_precision(gradients)
     dtype = weights.a.dtype
-    with without_autocast(weights):
+    with in_own_dtype(weights.a.device.type):
         whiten_a = whitening(weights.a, damping).to(dtype)  # (…, r, r)
         whiten_b = whitening(weights.b.mT, damping).to(dtype)
         along_a = whiten_b.mT @ polar(whiten_b @ gradients.a).to(dtype)  # (…, r, n)
@@ -164,8 +165,3 @@ def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r
 def full_precision(pair: Pair) -> Pair:
     """The pair in float32, or as it is in float64."""
     return Pair(*(t if t.dtype == torch.float64 else t.float() for t in pair))
-
-
-def without_autocast(pair: Pair) -> torch.autocast:
-    """Autocast would send products of float32 back to half precision."""
-    return torch.autocast(pair.a.device.type, enabled=False)

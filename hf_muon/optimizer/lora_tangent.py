@@ -18,8 +18,8 @@ from hf_muon.optimizer.lora import (
     full_precision,
     whitening,
     with_split_decay,
-    without_autocast,
 )
+from hf_muon.polar import in_own_dtype
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def tangent_update(
         raise ValueError(f"tangent_update got iterations={iterations}; at least 1 is needed.")
     weights, gradients = full_precision(weights), full_precision(gradients)
     dtype = weights.a.dtype
-    with without_autocast(weights):
+    with in_own_dtype(weights.a.device.type):
         whiten_a = whitening(weights.a, damping).to(dtype)  # (…, r, r)
         whiten_b = whitening(weights.b.mT, damping).to(dtype)
         # Bases V of the rows of A and U of the columns of B: P_A = VᵀV and P_B = UUᵀ. In them

@@ -4,18 +4,25 @@
 returns the compute dtype. Needs torch alone.
 """
 
-from .coefficients import COEFFICIENTS
+from .coefficients import FAMILIES, check_steps, register_coefficients
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
-from .precision import COMPUTE_DTYPES, compute_dtype
+from .precision import COMPUTE_DTYPES, compute_dtype, in_own_dtype
+from .together import apply_together, batched, batched_alike
 from .workspace import Workspace
 
 __all__ = [
-    "COEFFICIENTS",
     "COMPUTE_DTYPES",
+    "FAMILIES",
     "METHODS",
     "Workspace",
+    "apply_together",
+    "batched",
+    "batched_alike",
     "cheapest_iteration",
+    "check_steps",
     "compute_dtype",
+    "in_own_dtype",
     "orthogonalize",
     "polar_factor",
+    "register_coefficients",
 ]

@@ -2,186 +2,205 @@
 
 In: the name of a family and a number of steps.
 Out: one triple (a, b, c) per step, for p(x) = a·x + b·x³ + c·x⁵ applied to every singular value.
-``quintic`` repeats one published triple; ``polar_express`` is computed here from its definition,
-in plain Python floats, and is the same on every machine.
+A family is one entry of ``FAMILIES``, to which ``register_coefficients`` adds. The tables here are
+what ``scripts/coefficients.py`` computes from their definitions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
-from math import sqrt
+from typing import NamedTuple
+
+from .precision import check_name
+from .scale import STARTS
 
 Triple = tuple[float, float, float]
 
 # Keller Jordan, https://kellerjordan.github.io/posts/muon/, and torch.optim.Muon: the steepest
-# slope at zero for which the composition still stays near one. It does not converge: singular
-# values end in [0.68, 1.13].
+# slope at zero for which the composition still stays near one. It does not converge: five steps
+# take singular values from 0.0055 on into [0.68, 1.13], and some below that to 1.20.
 QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
 
-# Amsel, Persson, Musco and Gower, "The Polar Express", arXiv 2505.16932, section 3.
-LOWEST_SINGULAR_VALUE = 1e-3
-"""The composition is optimal on [1e-3, 1]; smaller singular values grow but stop short of one."""
-CUSHION = 0.02407327
-"""No step is fitted to more than [0.024·u, u], which keeps it tame in low precision."""
-SAFETY = 1.01
-"""Every step but the last expects an input 1 % too large, so that rounding cannot push it out."""
-HALF_GRAM_SAFETY = 1.05
-"""Safety of every step for the ``gram`` method in half precision, where whole products of steps are
-rounded: at 1.01 some rank-deficient matrices diverge there. Costs up to 0.03 of accuracy."""
-TIGHT_LOWEST = 3e-3
-"""The lower end for four steps of ``tight``, which then come as close as five of the quintic on the
-momentum of trained models, and closer on Gaussian matrices (docs/polar.md)."""
-COMPOSED_STEPS = range(3, 9)
-"""Fewer steps do not reach one, more change nothing: the ninth triple would repeat the eighth."""
+# Amsel, Persson, Musco and Gower, "The Polar Express", arXiv 2505.16932, algorithm 1: each step is
+# the best quintic on the interval that the last one left behind; at first [1e-3, 1].
+# fmt: off
+_POLAR_EXPRESS = (
+    (8.287212051987673, -23.59588679274243, 17.300387552298638),
+    (4.107059127880434, -2.9478499507133797, 0.5448431158232068),
+    (3.9486908669697063, -2.9089021485665327, 0.551819147024149),
+    (3.3184196490566853, -2.4884880181180957, 0.5100489394218686),
+    (2.300652012746072, -1.6689039781067914, 0.4188073112535428),
+    (1.8913014070584915, -1.2679958263950382, 0.3768040894048989),
+    (1.8750014808325797, -1.250001645358357, 0.3750001645267014),
+    (1.8749999980503396, -1.2499999961006791, 0.37499999805033957),
+)
+# Composed likewise, for matrices that are scaled by their Schatten 4-norm. That is closer to the
+# largest singular value than Frobenius' norm, so that the others begin higher and fewer steps take
+# them to one: from [0.003, 1] in four steps, from half the lower end with each step more.
+_TIGHT = (
+    ((8.119022493172265, -23.11700658977021, 16.949274954780538),
+     (3.861068853996014, -2.882749832246281, 0.5548508474020348),
+     (3.0552860457233995, -2.28936483809237, 0.4875537052244666)),
+    ((8.219101139134468, -23.401956991145386, 17.158199180442185),
+     (4.0048760741544545, -2.92234680771019, 0.5491185342626974),
+     (3.5235614314665, -2.639803525607799, 0.5272128337990574),
+     (2.511527160645601, -1.8524483512513423, 0.43883263504863534)),
+    ((8.270078310554224, -23.54710249463788, 17.264619146089164),
+     (4.0808525839314935, -2.941189347531449, 0.5458668716324538),
+     (3.8469976946225803, -2.8727517280891655, 0.5537120510612809),
+     (3.026031670705986, -2.2668210882517354, 0.48501536908727083),
+     (2.099198879986519, -1.4814080286821059, 0.3987930849942996)),
+    ((8.29580563295744, -23.62035499295679, 17.318327515739465),
+     (4.120332524243438, -2.9512530690001935, 0.5443425869759654),
+     (3.998933580351357, -2.9209041966886113, 0.5493917208929237),
+     (3.5005952529976887, -2.623013391170933, 0.5253060101485412),
+     (2.4843036750004854, -1.829325512405006, 0.4362910823362846),
+     (1.9167304991289764, -1.2956249409394025, 0.3795909509691122)),
+    ((8.308729522705306, -23.657152728733248, 17.345307433704473),
+     (4.14045846355324, -2.9564498123624143, 0.5436060301569688),
+     (4.0777215245275045, -2.940398871233231, 0.5459924119235328),
+     (3.8324948574642943, -2.862435843973859, 0.5525371596163925),
+     (2.9965964263802816, -2.244047001636485, 0.4824531504590627),
+     (2.0838510901988423, -1.4664746172042384, 0.39722342928279664),
+     (1.8773896756828092, -1.252652639557263, 0.3752653628584302)),
+    ((8.31520659340217, -23.675594663844, 17.358828969361632),
+     (4.150619618129517, -2.9590899596325766, 0.5432441750531798),
+     (4.118725216891352, -2.950839940667716, 0.5444025659923388),
+     (3.99277779469467, -2.91941481787833, 0.5496777405625096),
+     (3.477133744044658, -2.6058237266627753, 0.5233543544743151),
+     (2.457516186707119, -1.8064215766504612, 0.43377846632242373),
+     (1.912113396115176, -1.2906467267290849, 0.37908733072254835),
+     (1.8750169058804005, -1.250018784182148, 0.3750018784221845)),
+)
+# fmt: on
 
-# Below this relative width of the interval the alternation system is singular to rounding and the
-# best quintic equals the Taylor one to the same accuracy.
-_NARROW = 5e-6
-# Remez' exchange converges quadratically; these intervals settle in fewer than ten.
-_EXCHANGES = 20
+
+class Family(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        rows: Triples of rising numbers of steps. k steps are the first k of the shortest row that
+            has as many.
+        fewest: The smallest number of steps; the largest is the length of the longest row.
+        start: How matrices are scaled first, a key of ``STARTS``.
+        safety: All steps but the last expect an input larger by this factor, so that rounding
+            cannot push it out of the interval that they are composed for.
+        half_gram_safety: The same, of every step, for the ``gram`` method in half precision, where
+            whole products of steps are rounded: at 1.01 some rank-deficient matrices diverge there.
+            Costs up to 0.03 of accuracy.
+        mirrors: Whether ``newton_schulz`` may compute symmetric products by halves, which rounds
+            otherwise than torch.optim.Muon.
+    """
+
+    rows: tuple[tuple[Triple, ...], ...]
+    fewest: int = 1
+    start: str = "frobenius"
+    safety: float = 1.0
+    half_gram_safety: float = 1.05
+    mirrors: bool = True
 
 
+FAMILIES = {
+    "quintic": Family(((QUINTIC,) * 99,), half_gram_safety=1.0, mirrors=False),
+    "polar_express": Family((_POLAR_EXPRESS,), fewest=3, safety=1.01),
+    "tight": Family(_TIGHT, fewest=3, start="schatten", safety=1.01),
+}
+"""Families by name."""
+# What a composition may make of singular values in [1e-3, 1]; five steps of those above, 1.20.
+_LARGEST = 1.5
+_GRID = [10 ** (-3 * i / 1000) for i in range(1001)]
+
+
+@cache
 def coefficients(name: str, steps: int, *, half_gram: bool = False) -> tuple[Triple, ...]:
     """Return the triples (a, b, c) of ``steps`` iterations, in the order they are applied.
 
-    Args:
-        name: ``"quintic"`` or ``"polar_express"`` (the keys of ``COEFFICIENTS``).
-        steps: number of iterations; at least 1 for ``quintic``, 3 to 8 for ``polar_express``.
-        half_gram: ask for the table that the ``gram`` method needs in half precision.
+    The safety factor s of a family replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵);
+    ``half_gram`` asks for what the ``gram`` method needs in half precision. Raises as
+    ``check_steps`` does.
+    """
+    check_steps(name, steps)
+    family = FAMILIES[name]
+    raw = next(row for row in family.rows if len(row) >= steps)[:steps]
+    safety = [family.half_gram_safety if half_gram else family.safety] * steps
+    if not half_gram:
+        safety[-1] = 1.0
+    return tuple((a / s, b / s**3, c / s**5) for (a, b, c), s in zip(raw, safety, strict=True))
 
-    Returns:
-        A tuple of ``steps`` triples.
+
+def check_steps(coefficients: str, steps: int, argument: str = "steps") -> None:
+    """Refuse a family that does not exist, or a number of steps that it has no triples for.
+
+    Args:
+        coefficients: a key of ``FAMILIES``.
+        steps: number of iterations.
+        argument: what the caller's user calls the number.
 
     Raises:
-        ValueError: the name is unknown or the family has no table of that length.
+        TypeError: ``coefficients`` is no string.
+        ValueError: either is not among those allowed.
     """
-    if name not in COEFFICIENTS:
-        raise ValueError(f"coefficients={name!r} is unknown; choose one of {sorted(COEFFICIENTS)}.")
-    return COEFFICIENTS[name](steps, half_gram)
-
-
-def quintic(steps: int, half_gram: bool = False) -> tuple[Triple, ...]:
-    """Repeat Jordan's triple; any number of steps from one up. It has slack enough for ``gram``."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} with coefficients='quintic': at least 1 step is needed.")
-    return (QUINTIC,) * steps
-
-
-@cache
-def polar_express(steps: int, half_gram: bool = False) -> tuple[Triple, ...]:
-    """Compose greedily: each step is the best quintic on the interval the last one left behind.
-
-    References: arXiv 2505.16932, algorithm 1 and appendix on finite precision.
-    """
-    return _composed("polar_express", steps, LOWEST_SINGULAR_VALUE, half_gram)
-
-
-@cache
-def tight(steps: int, half_gram: bool = False) -> tuple[Triple, ...]:
-    """Compose like ``polar_express``, for matrices that are scaled by their Schatten 4-norm.
-
-    That norm is closer to the largest singular value than Frobenius', so that the others begin
-    higher, and fewer steps take them to one. Each step more doubles the range that is composed for.
-    """
-    return _composed("tight", steps, TIGHT_LOWEST * 2.0 ** (4 - steps), half_gram)
-
-
-def _composed(name: str, steps: int, lowest: float, half_gram: bool) -> tuple[Triple, ...]:
-    """Return a composition on [lowest, 1] with its safety.
-
-    The safety factor s replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵): 1.01 on all steps but
-    the last, or 1.05 on every step with ``half_gram``.
-    """
-    if steps not in COMPOSED_STEPS:
+    check_name("coefficients", coefficients, tuple(FAMILIES))
+    family = FAMILIES[coefficients]
+    most = len(family.rows[-1])
+    if not family.fewest <= steps <= most:
+        others = "" if coefficients == "quintic" else "; 'quintic' takes 1 to 99"
         raise ValueError(
-            f"steps={steps} with coefficients={name!r}: between {COMPOSED_STEPS[0]} and "
-            f"{COMPOSED_STEPS[-1]} steps are allowed."
+            f"{argument}={steps} with coefficients={coefficients!r}: {family.fewest} to {most} "
+            f"steps are allowed{others}."
         )
-    raw = greedy_composition(steps, lowest)
-    if half_gram:
-        return tuple(_with_safety(triple, HALF_GRAM_SAFETY) for triple in raw)
-    return (*(_with_safety(triple, SAFETY) for triple in raw[:-1]), raw[-1])
 
 
-def _with_safety(triple: Triple, s: float) -> Triple:
-    a, b, c = triple
-    return a / s, b / s**3, c / s**5
+def register_coefficients(
+    name: str, triples: Sequence[Sequence[float]], *, start: str = "frobenius"
+) -> None:
+    """Add a family of coefficients, for ``polar_factor`` and the optimizer alike.
 
-
-def greedy_composition(steps: int, lowest: float = LOWEST_SINGULAR_VALUE) -> tuple[Triple, ...]:
-    """Return the ``steps`` triples of Polar Express on [lowest, 1], before the safety factor."""
-    low, high = lowest, 1.0
-    triples: list[Triple] = []
-    for _ in range(steps):
-        a, b, c = best_quintic(max(low, CUSHION * high), high)
-        # A cushioned fit is centred on one over the wrong interval: recentre it over [low, high],
-        # so that its smallest and largest values lie at equal distance from one.
-        centre = 2 / (_evaluate((a, b, c), low) + _evaluate((a, b, c), high))
-        triple = (a * centre, b * centre, c * centre)
-        triples.append(triple)
-        low = _evaluate(triple, low)
-        high = 2 - low
-    return tuple(triples)
-
-
-def best_quintic(low: float, high: float) -> Triple:
-    """Return the odd quintic closest to one on [low, high] in the largest deviation.
-
-    The optimum equals 1 − E, 1 + E, 1 − E, 1 + E at low, two interior extrema and high. Remez'
-    exchange finds the extrema: fit the four values, move to the extrema of the fit, repeat.
+    The triples are used as they are, but for ``gram`` in half precision, which expects inputs 5 %
+    larger at every step. Fewer steps than there are triples take the first of them, if those stay
+    within the same bounds. Checkpoints hold the name alone: register it before they are loaded.
 
     Args:
-        low: smallest singular value, 0 < low <= high.
-        high: largest singular value.
+        name: what ``coefficients`` will say: a Python identifier that is not taken.
+        triples: (a, b, c) of each step, for p(x) = a·x + b·x³ + c·x⁵ on singular values in (0, 1].
+        start: ``frobenius`` or ``schatten``: the norm that matrices are divided by first.
 
-    Returns:
-        The triple (a, b, c).
+    Raises:
+        TypeError: the triples are not three numbers each.
+        ValueError: the name is no identifier or that of another family, the start is unknown, or a
+            singular value in [0.001, 1] does not end in (0, 1.5].
+
+    Example:
+        >>> register_coefficients("cubic", [(1.5, -0.5, 0.0)] * 12)
+        >>> polar_factor(x, coefficients="cubic", steps=12)
     """
-    if low >= (1 - _NARROW) * high:
-        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
-    points = (low, (3 * low + high) / 4, (low + 3 * high) / 4, high)
-    for _ in range(_EXCHANGES):
-        a, b, c = _alternating_fit(points)
-        # p'(x) = a + 3b·x² + 5c·x⁴ vanishes at the two interior extrema.
-        root = sqrt(9 * b * b - 20 * a * c)
-        points = (low, sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c)), high)
-    return a, b, c
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name={name!r}: give a string of letters, digits and underscores.")
+    check_name("start", start, tuple(STARTS))
+    try:
+        row = tuple((float(a), float(b), float(c)) for a, b, c in triples)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"triples={triples!r}: give three numbers (a, b, c) a step.") from error
+    within = [_excess(row[: k + 1]) is None for k in range(len(row))]
+    if not row or not within[-1]:
+        said = f"take the singular value {_excess(row)}" if row else "are none"
+        raise ValueError(
+            f"The triples of coefficients {name!r} {said}; all in [0.001, 1] have to end in "
+            f"(0, {_LARGEST}]. Give (a, b, c) of p(x) = a·x + b·x³ + c·x⁵, the first step first."
+        )
+    fewest = 1 + max((k + 1 for k, good in enumerate(within) if not good), default=0)
+    family = Family((row,), fewest, start)
+    if FAMILIES.setdefault(name, family) != family:
+        raise ValueError(f"coefficients={name!r} exist with other triples: choose another name.")
 
 
-def _alternating_fit(points: tuple[float, ...]) -> Triple:
-    """Solve p(x_i) = 1 ∓ E at four points for the triple; E falls out on the way.
-
-    With t = x², p(x)/x is a parabola in t, so the third divided difference of (1 ∓ E)/x vanishes:
-    that gives E, and Newton's form through the first three points gives the parabola.
-    """
-    t = [x * x for x in points]
-    ones = _divided_differences(t, [1 / x for x in points])[3]
-    signs = _divided_differences(t, [s / x for s, x in zip((-1, 1, -1, 1), points, strict=True)])[3]
-    error = -ones / signs
-    values = [(1 + s * error) / x for s, x in zip((-1, 1, -1), points[:3], strict=True)]
-    d0, d1, d2 = _divided_differences(t[:3], values)
-    a = d0 - d1 * t[0] + d2 * t[0] * t[1]
-    return a, d1 - d2 * (t[0] + t[1]), d2
-
-
-def _divided_differences(t: list[float], values: list[float]) -> list[float]:
-    """Return f[t0], f[t0,t1], … : the coefficients of Newton's interpolation."""
-    table = list(values)
-    for order in range(1, len(t)):
-        for i in range(len(t) - 1, order - 1, -1):
-            table[i] = (table[i] - table[i - 1]) / (t[i] - t[i - order])
-    return table
-
-
-def _evaluate(triple: Triple, x: float) -> float:
-    a, b, c = triple
-    return a * x + b * x**3 + c * x**5
-
-
-COEFFICIENTS: dict[str, Callable[[int, bool], tuple[Triple, ...]]] = {
-    "quintic": quintic,
-    "polar_express": polar_express,
-    "tight": tight,
-}
-"""Families by name."""
+def _excess(triples: Sequence[Triple]) -> str | None:
+    """The first singular value on a grid that a composition takes out of bounds, and where to."""
+    for x in _GRID:
+        y = x
+        for a, b, c in triples:
+            y *= a + y * y * (b + y * y * c)
+        if not 0 < y <= _LARGEST:
+            return f"{x:.4g} to {y:.4g}"
+    return None

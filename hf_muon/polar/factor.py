@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coefficients import COEFFICIENTS
+from .coefficients import FAMILIES, check_steps
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
 from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
 from .newton_schulz import newton_schulz
-from .precision import compute_dtype, svd_dtype, unknown_name
-from .scale import prescale, unit_frobenius_, unit_schatten_
+from .precision import check_name, compute_dtype, in_own_dtype, svd_dtype
+from .scale import STARTS, prescale
 from .workspace import Workspace
 
 METHODS = ("auto", "newton_schulz", "gram", "svd")
@@ -57,9 +56,9 @@ def polar_factor(
             half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or
             ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
         coefficients: ``polar_express``, ``tight`` (from a start that lets four steps come as close
-            as five of the quintic, unless the stable rank is near one) or ``quintic``; ``svd``
-            ignores it.
-        steps: iterations, at least 1 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
+            as five of the quintic, unless the stable rank is near one), ``quintic``, or what
+            ``register_coefficients`` has named; ``svd`` ignores it.
+        steps: iterations, 1 to 99 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
         dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
             None or ``auto`` takes bfloat16 where the device has it natively, else float32, which
             a CPU also takes for ``gram`` if the shorter side is at most 16. ``svd`` computes in
@@ -128,18 +127,18 @@ def orthogonalize(
         return result
 
     flat = _flat_shape(x.shape)
-    with _without_autocast(x.device.type):
+    with in_own_dtype(x.device.type):
         if name == "svd":
             _svd(x.reshape(flat), result.view(flat), target)
             return result
         half_gram = name == "gram" and target in HALF_PRECISION
+        family = FAMILIES[coefficients]
         run = partial(
             _iteration(name, compile),
             triples=coefficient_table(coefficients, steps, half_gram=half_gram),
-            start=unit_schatten_ if coefficients == "tight" else unit_frobenius_,
-            # Not where the bits of torch.optim.Muon are asked for, nor compiled: views as results
-            # would cut the graph into pieces.
-            mirror=not compile and (name, coefficients) != ("newton_schulz", "quintic"),
+            start=STARTS[family.start],
+            # Not where it is compiled: views as results would cut the graph into pieces.
+            mirror=not compile and (name == "gram" or family.mirrors),
         )
         empty = partial((workspace or Workspace()).empty, dtype=target, device=x.device)
         into = result.view(flat)
@@ -215,13 +214,6 @@ def _flat_shape(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[-2:]) if count == 1 else (count, *shape[-2:])
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would send products of float32 back to half precision."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 @cache
 def _iteration(method: str, compile: bool) -> Iteration:
     iterate = ITERATIONS[method]
@@ -254,16 +246,9 @@ def _check_matrices(x: Tensor) -> None:
 
 
 def _check_choices(method: str, coefficients: str, steps: int) -> None:
-    _check_name("method", method, METHODS)
-    _check_name("coefficients", coefficients, tuple(COEFFICIENTS))
+    check_name("method", method, METHODS)
+    check_name("coefficients", coefficients, tuple(FAMILIES))
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps={steps!r} is a {type(steps).__name__}; an int is needed.")
     if method != "svd":
-        coefficient_table(coefficients, steps)  # refuses what is not in the tables
-
-
-def _check_name(argument: str, name: str, allowed: Sequence[str]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"{argument}={name!r} is a {type(name).__name__}; give one of {allowed}.")
-    if name not in allowed:
-        raise ValueError(unknown_name(argument, name, allowed))
+        check_steps(coefficients, steps)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .coefficients import Triple
 from .kernels import addmm, gram_matrix, polynomial, symmetric_product
-from .newton_schulz import Start
+from .scale import Start
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 FIRST_RUN = 2

@@ -9,19 +9,12 @@ torch.optim.Muon, operation for operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from .coefficients import Triple
 from .kernels import addmm, gram_matrix, polynomial
-
-
-class Start(Protocol):
-    """A scaling to singular values of at most one."""
-
-    def __call__(self, X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:
-        """Scale X (…, s, l) in place and return XXᵀ, (…, s, s), in ``out``."""
+from .scale import Start
 
 
 def newton_schulz(

@@ -1,7 +1,7 @@
 """The dtype the polar factor is computed in.
 
 In: what the user asked for (None, "auto", a name or a torch.dtype) and the device.
-Out: a torch.dtype.
+Out: a torch.dtype; and a context in which products are computed in the dtype of their factors.
 ``auto`` is bfloat16 where the hardware multiplies it natively and float32 elsewhere: emulated
 bfloat16 is many times slower than float32.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -44,8 +46,9 @@ def compute_dtype(requested: str | torch.dtype | None, device: torch.device) -> 
         return torch.bfloat16 if has_native_bfloat16(device.type, device.index) else torch.float32
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError(
-            "dtype='float16' on a CPU: its matrix products there are 60 to 110 times slower than "
-            "bfloat16's; use 'auto', 'bfloat16' or 'float32'."
+            "polar_dtype (dtype of polar_factor) is float16 on a CPU: "
+            "its matrix products there are 60 to 110 times slower than bfloat16's; "
+            "use 'auto', 'bfloat16' or 'float32'."
         )
     return dtype
 
@@ -70,28 +73,66 @@ def svd_dtype(requested: str | torch.dtype | None, given: torch.dtype) -> torch.
 
 def _explicit_dtype(requested: str | torch.dtype | None) -> torch.dtype | None:
     """Turn a name or dtype into an allowed dtype, and None or ``auto`` into None."""
-    allowed = ["auto", *COMPUTE_DTYPES]
-    if requested is None or requested == "auto":
+    if requested is None:
         return None
-    if isinstance(requested, str):
-        if requested not in COMPUTE_DTYPES:
-            raise ValueError(unknown_name("dtype", requested, allowed))
-        return COMPUTE_DTYPES[requested]
-    if not isinstance(requested, torch.dtype):
-        raise TypeError(
-            f"dtype={requested!r} is a {type(requested).__name__}; give None, a torch.dtype or one "
-            f"of {allowed}."
-        )
-    if requested not in COMPUTE_DTYPES.values():
-        raise ValueError(f"dtype={requested} is not supported; choose one of {allowed}.")
-    return requested
+    is_dtype = isinstance(requested, torch.dtype)
+    name = str(requested).removeprefix("torch.") if is_dtype else requested
+    check_name("dtype", name, ("auto", *COMPUTE_DTYPES))
+    return COMPUTE_DTYPES.get(str(name))
 
 
-def unknown_name(argument: str, name: str, allowed: Sequence[str]) -> str:
-    """Word the error for a name that is not allowed, with the nearest one that is."""
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{argument}={name!r} is unknown; choose one of {list(allowed)}.{hint}"
+def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
+    """Refuse what is not among the names allowed, and say which of them is the nearest."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}={name!r} is a {type(name).__name__}; give one of {allowed}.")
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument}={name!r} is unknown; choose one of {list(allowed)}.{hint}")
+
+
+def in_own_dtype(device_type: str) -> AbstractContextManager[object]:
+    """Keep products of float32 in float32, whatever autocast and TF32 are set to outside.
+
+    Args:
+        device_type: as in ``torch.device.type``, of the matrices.
+    """
+    context: AbstractContextManager[object] = nullcontext()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        context = torch.autocast(device_type, enabled=False)
+    # A function that somebody compiles whole cannot change settings: the caller's hold there.
+    products = None if torch.compiler.is_compiling() else _float32_products().get(device_type)
+    if products and products.fp32_precision not in ("ieee", "none"):
+        context = _without_tf32(context)
+    return context
+
+
+@contextmanager
+def _without_tf32(inner: AbstractContextManager[object]) -> Iterator[None]:
+    # torch (2.9 to 2.13) has an old setting and new ones, for CUDA and for oneDNN, and raises where
+    # one is read while they contradict each other, as torch.compile does: so all are set at once.
+    before = {products: products.fp32_precision for products in _float32_products().values()}
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the new ones were set
+        old = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for products in before:
+            products.fp32_precision = "ieee"
+        with inner:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+        for products, precision in before.items():
+            for value in ("none", precision):  # inherited, if that gives the same
+                if products.fp32_precision != precision:
+                    products.fp32_precision = value
+
+
+def _float32_products() -> dict[str, Any]:
+    onednn: Any = torch.backends.mkldnn
+    return {"cuda": torch.backends.cuda.matmul, "cpu": onednn.matmul}
 
 
 @cache

@@ -6,6 +6,8 @@ Nothing here branches on the data, so nothing waits for the device.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -104,3 +106,14 @@ def _norm(X: Tensor) -> Tensor:
     # norm. It has to be that of X's dtype: on a device a scalar takes the dtype of a matrix.
     clamped: Tensor = norm.clamp(min=torch.finfo(X.dtype).tiny)
     return clamped
+
+
+class Start(Protocol):
+    """A scaling to singular values of at most one."""
+
+    def __call__(self, X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:
+        """Scale X (…, s, l) in place and return XXᵀ, (…, s, s), in ``out``."""
+
+
+STARTS: dict[str, Start] = {"frobenius": unit_frobenius_, "schatten": unit_schatten_}
+"""Scalings by the norm that they divide by."""

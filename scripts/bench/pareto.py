@@ -27,8 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from turns import take_turns
 
-from hf_muon.distributed.exchange import apply_to_batch
-from hf_muon.polar import Workspace, compute_dtype, orthogonalize
+from hf_muon.polar import Workspace, apply_together, compute_dtype, orthogonalize
 
 STEPS = {"quintic": range(3, 8), "polar_express": range(3, 8), "tight": range(3, 7)}
 BASELINE = ("quintic", 5)
@@ -97,7 +96,7 @@ def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list
                 for place, matrix in zip(batch, same, strict=True):
                     polar(place.view(matrix.shape))
             else:
-                apply_to_batch(polar, batch, same)
+                apply_together(polar, batch, [(m.shape[0], m.shape[1]) for m in same])
         places = zip(chain(*batches), matrices, strict=True)
         return (place.view(matrix.shape) for place, matrix in places)
 

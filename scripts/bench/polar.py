@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_muon.polar import COEFFICIENTS, compute_dtype, orthogonalize
+from hf_muon.polar import FAMILIES, compute_dtype, orthogonalize
 
 SHAPES = ((512, 512), (768, 2048), (2048, 768))
 SPECTRA = ("gaussian", "1/k")
@@ -86,7 +86,7 @@ BASELINE = Contender("newton_schulz", "quintic")
 
 def contenders(with_compiled: bool) -> list[Contender]:
     """Return the baseline first, then every other combination, then the SVD."""
-    named = [(name, STEPS) for name in COEFFICIENTS] + [("tight", STEPS - 1)]
+    named = [(name, STEPS) for name in FAMILIES] + [("tight", STEPS - 1)]
     plain = [Contender(m, c, False, k) for c, k in named for m in ("newton_schulz", "gram")]
     compiled = [replace(contender, compiled=True) for contender in plain] if with_compiled else []
     rest = [c for c in (*plain, *compiled) if c != BASELINE]

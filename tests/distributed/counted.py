@@ -43,14 +43,14 @@ class Model(layouts.Model):
 
 def count_polar_factors(counts):
     """Count the matrices that the exchange hands over to be orthogonalized."""
-    original = exchange.apply_to_batch
+    original = exchange.apply_together
 
-    def counted(function, batch, units):
-        counts["matrices"] += len(units)
-        counts["operations"] += sum(polar_cost(*unit.shape) for unit in units)
-        return original(function, batch, units)
+    def counted(function, batch, shapes):
+        counts["matrices"] += len(shapes)
+        counts["operations"] += sum(polar_cost(*shape) for shape in shapes)
+        return original(function, batch, shapes)
 
-    exchange.apply_to_batch = counted
+    exchange.apply_together = counted
 
 
 class PeakMemory(TorchDispatchMode):

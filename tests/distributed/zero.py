@@ -60,13 +60,13 @@ def inject(optimizer, shapes=SHAPES, first=0):
 def count_matrices():
     """The number of matrices whose polar factors this rank computed."""
     counts = Counter()
-    original = hf_muon.distributed.exchange.apply_to_batch
+    original = hf_muon.distributed.exchange.apply_together
 
-    def counted(function, batch, units):
-        counts["computed"] += len(units)
-        return original(function, batch, units)
+    def counted(function, batch, shapes):
+        counts["computed"] += len(shapes)
+        return original(function, batch, shapes)
 
-    hf_muon.distributed.exchange.apply_to_batch = counted
+    hf_muon.distributed.exchange.apply_together = counted
     return counts
 
 

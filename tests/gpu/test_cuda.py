@@ -94,6 +94,18 @@ def test_auto_computes_in_bfloat16_or_float32():
     assert factor.dtype == compute_dtype("auto", x.device)
 
 
+@pytest.mark.parametrize("method", ["newton_schulz", "gram", "svd"])
+def test_float32_has_the_same_bits_where_tf32_is_allowed(method):
+    x = torch.randn(256, 688, device=DEVICE)
+    chosen = {"method": method, "coefficients": "tight", "steps": 4, "dtype": "float32"}
+    expected = orthogonalize(x, **chosen)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(orthogonalize(x, **chosen), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_the_stock_trainer_trains(precision, tmp_path):
     register()

@@ -15,9 +15,9 @@ ROOT = Path(hf_muon.__file__).parent
 ALLOWED = {
     "values": set(),
     "rules": set(),
-    "config": {"rules", "values"},
+    "config": {"polar", "rules", "values"},
     "polar": set(),
-    "distributed": set(),
+    "distributed": {"polar"},
     "optimizer": {"config", "distributed", "polar", "rules", "values"},
     "routing": {"config", "distributed", "rules"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing", "rules"},

@@ -10,11 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from hf_muon import Muon
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.buckets import plan_buckets
 from hf_muon.distributed.costs import bucket_costs
 from hf_muon.distributed.dtensor import dtensor_layout
-from hf_muon.distributed.imaginary import Parameter, World, exchanges
+from hf_muon.distributed.imaginary import Parameter, World, _rows_of_a_mesh, exchanges
 from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.owners import polar_cost
 from hf_muon.forecast import forecast
@@ -66,6 +67,27 @@ def test_layouts_are_those_of_dtensors(mesh):
         assert layout == dtensor_layout(tensor, parameter.matrices, "weight")
         columns = distribute_tensor(torch.zeros(parameter.shape), mesh, [*placements[1:], Shard(1)])
         assert layout != dtensor_layout(columns, parameter.matrices, "weight")
+
+
+@pytest.mark.parametrize("mesh", [(2, 3)], indirect=True, ids=str)
+def test_layouts_and_steps_are_the_same_under_another_default_device(mesh):
+    def found():
+        _rows_of_a_mesh.cache_clear()
+        layouts = [exchanges(PARAMETERS, [True] * len(PARAMETERS), world) for world in WORLDS]
+        return [*layouts, [dtensor_layout(sharded, p.matrices, "weight") for p in PARAMETERS[:1]]]
+
+    def trained():
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(12, 8, device="cpu"))
+        weight.grad = torch.randn_like(weight)
+        Muon([weight], lr=0.1, distribute="redundant").step()
+        return weight
+
+    sharded = distribute_tensor(torch.zeros(13, 6), mesh, [Replicate(), Shard(0)])
+    layouts, weight = found(), trained()
+    with torch.device("meta"):
+        assert found() == layouts
+        assert torch.equal(trained(), weight)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=ids)

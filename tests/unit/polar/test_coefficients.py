@@ -1,4 +1,4 @@
-"""Coefficients: against published numbers and against the property that defines them."""
+"""Coefficients: against published numbers, the property that defines them, and the user's own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_muon.polar.coefficients import (
-    COEFFICIENTS,
-    best_quintic,
-    coefficients,
-    greedy_composition,
-)
+from hf_muon.polar import FAMILIES, check_steps, polar_factor, register_coefficients
+from hf_muon.polar.coefficients import QUINTIC, coefficients
+from scripts import coefficients as script
 
 # Amsel, Persson, Musco and Gower, arXiv 2505.16932, implementation 1: the triples before the safety
 # factor, for l = 1e-3 and the authors' cushion.
@@ -37,15 +34,36 @@ def apply(triples, x):
     return x
 
 
+@pytest.fixture
+def registry():
+    """The families, as they were again after the test."""
+    before = dict(FAMILIES)
+    yield FAMILIES
+    FAMILIES.clear()
+    FAMILIES.update(before)
+    coefficients.cache_clear()
+
+
+def test_the_tables_are_those_of_their_derivation(capsys):
+    assert FAMILIES["polar_express"].rows == (script.polar_express(),)
+    assert FAMILIES["tight"].rows == tuple(script.tight(steps) for steps in range(3, 9))
+    for steps in range(3, 9):
+        raw = script.greedy_composition(steps)
+        assert raw == script.polar_express()[:steps]
+        assert coefficients("polar_express", steps)[-1] == raw[-1]
+    script.main()
+    assert repr(FAMILIES["tight"].rows) in capsys.readouterr().out
+
+
 def test_polar_express_matches_the_published_table_before_safety():
-    computed = torch.tensor(greedy_composition(8), dtype=torch.float64)
+    [computed] = torch.tensor(FAMILIES["polar_express"].rows, dtype=torch.float64)
     published = torch.tensor(PUBLISHED, dtype=torch.float64)
     torch.testing.assert_close(computed, published, rtol=TABLE_TOLERANCE, atol=0)
 
 
 def test_the_table_is_told_apart_from_one_with_another_cushion(monkeypatch):
-    monkeypatch.setattr("hf_muon.polar.coefficients.CUSHION", 0.024)
-    assert abs(greedy_composition(8)[0][0] / PUBLISHED[0][0] - 1) > 1e3 * TABLE_TOLERANCE
+    monkeypatch.setattr(script, "CUSHION", 0.024)
+    assert abs(script.polar_express()[0][0] / PUBLISHED[0][0] - 1) > 1e3 * TABLE_TOLERANCE
 
 
 def test_safety_applies_to_every_step_but_the_last():
@@ -69,7 +87,7 @@ def test_gram_in_half_precision_gets_more_safety_on_every_step():
 @pytest.mark.parametrize(("low", "high"), [(0.02407327, 1.0), (0.1, 1.9), (0.5, 1.5), (0.9, 1.1)])
 def test_best_quintic_alternates_and_beats_its_neighbours(low, high):
     x = torch.linspace(low, high, 20001, dtype=torch.float64)
-    triple = best_quintic(low, high)
+    triple = script.best_quintic(low, high)
     deviation = apply([triple], x) - 1
     size = deviation.abs().max().item()
     # Four alternating extrema of equal size characterise the best odd quintic (Chebyshev). The grid
@@ -86,7 +104,7 @@ def test_best_quintic_alternates_and_beats_its_neighbours(low, high):
 
 
 def test_best_quintic_of_a_point_is_the_taylor_one():
-    assert best_quintic(2.0, 2.0) == (15 / 16, -10 / 64, 3 / 256)
+    assert script.best_quintic(2.0, 2.0) == (15 / 16, -10 / 64, 3 / 256)
 
 
 @pytest.mark.parametrize("steps", range(3, 9))
@@ -102,7 +120,7 @@ def test_polar_express_moves_its_interval_towards_one(steps):
 @pytest.mark.parametrize("steps", range(3, 9))
 def test_tight_is_composed_for_twice_the_range_with_each_step(steps):
     lowest = 3e-3 * 2.0 ** (4 - steps)
-    raw = greedy_composition(steps, lowest)
+    raw = FAMILIES["tight"].rows[steps - 3]
     x = torch.logspace(-5, 0, 20001, dtype=torch.float64)
     deviation = (apply(raw, x) - 1).abs()
     inside = x >= lowest
@@ -127,8 +145,17 @@ def test_quintic_repeats_jordans_triple_for_any_number_of_steps():
     assert len(coefficients("quintic", 17)) == 17
 
 
+def test_the_quintic_ends_where_it_is_said_to():
+    x = torch.logspace(-4, 0, 40001, dtype=torch.float64)
+    ends = apply(coefficients("quintic", 5), x)
+    reached = ends[x >= 0.00151]
+    assert reached.min() == pytest.approx(0.6818, abs=1e-4)
+    assert reached.max() == pytest.approx(1.2024, abs=1e-4)
+    assert ends[x >= 0.0055].max() == pytest.approx(1.1344, abs=1e-4)
+
+
 def test_tables_are_deterministic_and_hashable():
-    for name in COEFFICIENTS:
+    for name in FAMILIES:
         assert hash(coefficients(name, 5)) == hash(coefficients(name, 5))
     assert coefficients("polar_express", 5) is coefficients("polar_express", 5)
 
@@ -136,13 +163,78 @@ def test_tables_are_deterministic_and_hashable():
 @pytest.mark.parametrize(
     ("name", "steps", "said"),
     [
-        ("polar_express", 2, "between 3 and 8"),
-        ("polar_express", 9, "between 3 and 8"),
-        ("tight", 2, "coefficients='tight': between 3 and 8"),
-        ("quintic", 0, "at least 1"),
+        ("polar_express", 2, "3 to 8 steps"),
+        ("polar_express", 9, "3 to 8 steps are allowed; 'quintic' takes 1 to 99"),
+        ("tight", 2, "coefficients='tight': 3 to 8 steps"),
+        ("quintic", 0, "1 to 99 steps are allowed.$"),
+        ("quintic", 100, "1 to 99"),
         ("cubic", 5, "polar_express"),
     ],
 )
 def test_what_is_not_in_the_tables_is_refused(name, steps, said):
     with pytest.raises(ValueError, match=said):
         coefficients(name, steps)
+    with pytest.raises(ValueError, match=said) as caught:
+        check_steps(name, steps, "polar_steps")
+    assert name == "cubic" or f"polar_steps={steps}" in str(caught.value)
+
+
+# --- the user's own -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 40)])
+def test_registered_triples_are_used_as_they_are(shape, registry):
+    theirs = coefficients("polar_express", 6)
+    register_coefficients("mine", [list(triple) for triple in theirs])
+    register_coefficients("tightly", FAMILIES["tight"].rows[1], start="schatten")
+    x = torch.randn(shape, dtype=torch.float64)
+    factor = polar_factor(x, coefficients="mine", steps=6, dtype="float64")
+    assert torch.equal(factor, polar_factor(x, steps=6, dtype="float64"))
+    assert coefficients("mine", 6) == theirs
+    # For gram in half precision what an input 5 % larger needs, as with our own.
+    half = zip(coefficients("mine", 6, half_gram=True), theirs, strict=True)
+    assert all(a == p / 1.05 and c == r / 1.05**5 for (a, _, c), (p, _, r) in half)
+    # Its start is its own: another one gives another factor.
+    tight = polar_factor(x, coefficients="tightly", steps=4)
+    register_coefficients("loosely", FAMILIES["tight"].rows[1])
+    assert not torch.equal(tight, polar_factor(x, coefficients="loosely", steps=4))
+
+
+def test_fewer_steps_than_were_given_are_allowed_from_where_they_end_near_one_on(registry):
+    register_coefficients("mine", coefficients("polar_express", 6))
+    for steps in (5, 6):
+        check_steps("mine", steps)
+    for steps in (4, 7):
+        with pytest.raises(ValueError, match=rf"steps={steps} .*'mine': 5 to 6 steps"):
+            polar_factor(torch.eye(3), coefficients="mine", steps=steps)
+
+
+def test_a_name_stands_for_one_family(registry):
+    register_coefficients("mine", [QUINTIC] * 5)
+    register_coefficients("mine", [QUINTIC] * 5)
+    for name, start in [("quintic", "frobenius"), ("mine", "schatten")]:
+        with pytest.raises(ValueError, match=f"'{name}' exist with other triples"):
+            register_coefficients(name, [QUINTIC] * 5, start=start)
+    assert FAMILIES["mine"].start == "frobenius"
+
+
+@pytest.mark.parametrize(
+    ("name", "triples", "start", "error", "said"),
+    [
+        ("mine", [], "frobenius", ValueError, "are none"),
+        ("mine", [(2.0, 1.0)], "frobenius", TypeError, "three numbers"),
+        ("mine", [(2.0, "b", 1.0)], "frobenius", TypeError, "three numbers"),
+        ("mine", 3, "frobenius", TypeError, "three numbers"),
+        ("mine", [QUINTIC, (math.nan, 1.0, 1.0)], "frobenius", ValueError, "value 1 to nan"),
+        ("mine", [(1e200, 1.0, 1e300)] * 3, "frobenius", ValueError, r"value 1 to .*\(0, 1.5\]"),
+        ("mine", [(2.0, 0.0, 0.0)], "frobenius", ValueError, "value 1 to 2; .*first step first"),
+        ("mine", [(-1.5, 0.5, 0.0)], "frobenius", ValueError, "value 1 to -1"),
+        ("mine", [QUINTIC], "spectral", ValueError, "schatten"),
+        ("my own", [QUINTIC], "frobenius", ValueError, "letters"),
+        (None, [QUINTIC], "frobenius", ValueError, "letters"),
+    ],
+)
+def test_triples_that_lead_nowhere_are_refused(name, triples, start, error, said, registry):
+    with pytest.raises(error, match=said):
+        register_coefficients(name, triples, start=start)
+    assert name not in registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_muon.polar import orthogonalize, precision
+from hf_muon.polar import factor, in_own_dtype, orthogonalize, precision
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_unknown_devices_count_as_no():
 
 def test_float16_is_for_accelerators():
     assert precision.compute_dtype("float16", torch.device("cuda", 0)) == torch.float16
-    with pytest.raises(ValueError, match="slower"):
+    with pytest.raises(ValueError, match=r"polar_dtype \(dtype of polar_factor\) is .*slower"):
         precision.compute_dtype("float16", torch.device("cpu"))
 
 
@@ -70,3 +70,86 @@ def test_few_rows_are_computed_in_float32_on_a_cpu(shape, method, dtype, compute
     assert orthogonalize(torch.randn(shape), **chosen).dtype == computed
     elsewhere = orthogonalize(torch.empty(shape, device="meta"), **chosen)
     assert elsewhere.dtype == torch.bfloat16
+
+
+# --- float32 in float32 ---------------------------------------------------------------------------
+
+CUDA, ONEDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+def float32_settings():
+    """All that says how products of float32 are computed; None where torch sees a contradiction."""
+    found = [CUDA.fp32_precision, ONEDNN.fp32_precision, torch.backends.fp32_precision]
+    for ask in (torch.get_float32_matmul_precision, lambda: CUDA.allow_tf32):
+        try:
+            found.append(ask())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+@pytest.fixture
+def _settings_restored():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    CUDA.fp32_precision = ONEDNN.fp32_precision = "none"
+
+
+SETTERS = {
+    "nothing": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(CUDA, "allow_tf32", True),
+    "tf32 for CUDA": lambda: setattr(CUDA, "fp32_precision", "tf32"),
+    "tf32=True of the Trainer": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "bf16 for oneDNN": lambda: setattr(ONEDNN, "fp32_precision", "bf16"),
+}
+
+
+@pytest.mark.usefixtures("_settings_restored")
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", SETTERS)
+def test_float32_is_computed_in_float32_whatever_is_set_outside(name, device_type):
+    SETTERS[name]()
+    before = float32_settings()
+
+    def fail():
+        with in_own_dtype(device_type):
+            inside = float32_settings()
+            assert inside[device_type == "cpu"] in ("ieee", "none")
+            # As torch.compile asks for it: without a contradiction, unless it is none of ours.
+            assert None not in inside or inside == before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert float32_settings() == before
+
+
+@pytest.mark.usefixtures("_settings_restored")
+def test_a_setting_that_was_inherited_is_inherited_again():
+    torch.backends.fp32_precision = "tf32"
+    with in_own_dtype("cuda"):
+        assert CUDA.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "ieee"
+    assert CUDA.fp32_precision == "ieee"
+
+
+@pytest.mark.usefixtures("_settings_restored")
+@pytest.mark.parametrize("method", ["newton_schulz", "gram", "svd"])
+def test_polar_factors_in_float32_are_computed_in_float32(method, monkeypatch):
+    torch.set_float32_matmul_precision("medium")
+    asked = []
+    prescale = factor.prescale
+
+    def recorded(*args, **kwargs):
+        asked.append((ONEDNN.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return prescale(*args, **kwargs)
+
+    monkeypatch.setattr(factor, "prescale", recorded)
+    chosen = {"method": method, "coefficients": "quintic", "steps": 5, "dtype": "float32"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        orthogonalize(torch.randn(4, 6), **chosen)
+    assert asked == [("ieee", False)]
+    assert ONEDNN.fp32_precision == "bf16"

@@ -1,4 +1,4 @@
-"""Which matrices of a bucket are computed together, and that it changes no bit."""
+"""Which matrices are computed together, in a bucket and anywhere, and that it changes no bit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 
-from hf_muon.distributed.batches import computed_together
 from hf_muon.distributed.buckets import plan_buckets
-from hf_muon.distributed.exchange import apply_to_batch, exchange, reading
+from hf_muon.distributed.exchange import exchange, reading
 from hf_muon.distributed.layout import ALONE, Matrix
 from hf_muon.distributed.replicated import replicated_layout
-from hf_muon.polar import Workspace, orthogonalize
+from hf_muon.polar import Workspace, apply_together, batched, batched_alike, orthogonalize
 from hf_muon.polar.kernels import strips_of
+from hf_muon.polar.together import computed_together
 
 CPU = torch.device("cpu")
 
@@ -95,15 +95,22 @@ def test_no_product_of_matrices_that_are_computed_together_is_mirrored(dtype):
 def test_matrices_that_lie_across_come_back_as_they_were():
     x = torch.randn(5, 3, 4)
     batch = x.clone()
-
-    class Lying:
-        def __init__(self, shape):
-            self.shape = shape
-
-    units = [Lying((3, 4))] * 2 + [Lying((4, 3))] * 3
     seen = []
-    apply_to_batch(lambda whole: seen.append(whole.clone()), batch, units)
+    shapes = [(3, 4)] * 2 + [(4, 3)] * 3
+    apply_together(lambda whole: seen.append(whole.clone()), batch, shapes)
     assert torch.equal(batch, x)
     assert torch.equal(seen[0][:2], x[:2])
     assert torch.equal(seen[0][2:], x[2:].view(3, 4, 3).mT)
     assert not torch.equal(seen[0][2:], x[2:])
+
+
+def test_batches_hold_the_indices_of_a_shape_and_then_of_its_transpose():
+    shapes = [(4, 3), (2, 2), (3, 4), (4, 3), (3, 4)]
+    assert batched(shapes) == [[2, 4, 0, 3], [1]]
+    assert batched([]) == []
+
+
+def test_alike_are_together_on_an_accelerator_and_one_by_one_on_a_cpu():
+    keys = [(0.1, 3), (0.2, 3), (0.1, 3)]
+    assert batched_alike(keys, torch.device("cuda")) == [[0, 2], [1]]
+    assert batched_alike(keys, CPU) == [[0], [1], [2]]
