@@ -304,7 +304,10 @@ _TABLES = (
 
 def _check_rule(config: MuonConfig) -> None:
     for name, table in _TABLES:
-        require_known(getattr(config, name), table, name)
+        value = getattr(config, name)
+        if value not in table:
+            allowed = ", ".join(map(repr, table))
+            raise ValueError(f"{name}={value!r} is not one of {allowed}.{near(value, table)}")
     if config.match_update_rms and config.rescale != "none":
         raise ValueError(
             f"match_update_rms=True and rescale={config.rescale!r} both set the size of an update: "

@@ -90,15 +90,16 @@ class Zero:
         from tests.distributed import zero
 
         self.engine, self.optimizer = zero.build(int(kind[-1]), **settings)
+        # After an error the groups stay as DeepSpeed had made them for the call.
+        self.flats = [t for group in self.optimizer.param_groups for t in group["params"]]
 
     def step(self):
         self.engine.backward(self.engine())
         self.engine.step()
 
     def tensors(self):
-        flats = [t for group in self.optimizer.param_groups for t in group["params"]]
         state = [v for of in self.optimizer.state.values() for v in of.values()]
-        return [*flats, *state]
+        return [*self.flats, *state]
 
 
 def cases(kind):
