@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 from hf_muon.polar import FAMILIES, check_steps
 from hf_muon.rules import FILTERS, MAPS, RESCALES, Rule, rule_of
-from hf_muon.values import parsed, read_json, require_known, typed
+from hf_muon.values import near, parsed, read_json, require_known, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """The nearest of some names as `` Did you mean 'x'?``, or nothing where none is near."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
     """Raise for a name that is not in ``allowed``, with the nearest one."""
     names = sorted(allowed)

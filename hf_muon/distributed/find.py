@@ -48,9 +48,12 @@ def local_gradient(parameter: Any) -> Tensor:
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(local(parameter))
-    if is_dtensor(gradient) and gradient.placements != parameter.placements:
-        gradient = gradient.redistribute(placements=parameter.placements)
-    return local(gradient).contiguous()
+    if hasattr(gradient, "placements"):
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = gradient.to_local()
+    contiguous: Tensor = gradient.contiguous()
+    return contiguous
 
 
 def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:

@@ -7,7 +7,7 @@ small ones with one key share a portion, so that a call on a list serves many of
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Portion(NamedTuple):
         rows: Which rows of the only tensor; None for all of each.
     """
 
-    key: Hashable
+    key: Any
     places: tuple[int, ...]
     rows: slice | None = None
 

@@ -35,6 +35,8 @@ def apply_update(
         for weight, update in zip(weights, updates, strict=True):
             agrees = (update * weight) > 0
             weight.sub_(weight * agrees, alpha=lr * weight_decay)
+    elif weight_decay and weights[0].dtype.itemsize >= 4:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
     elif weight_decay:
         for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype, on a CPU
             weight.mul_(1 - lr * weight_decay)

@@ -45,7 +45,7 @@ def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
     Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that would
     decay the weights and count a step.
     """
-    copies = any(entry.is_copy for entry in entries)
+    copies = any([entry.is_copy for entry in entries])
     fresh = copies and not any(state[entry.tensor] for entry in entries)
     gradients = (entry.tensor.grad for entry in entries)
     return fresh and not any(g is not None and bool(g.any()) for g in gradients)

@@ -37,6 +37,7 @@ def filtered(
 def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """The filter of ``torch.optim.Muon`` as a stage: M ← βM + (1−β)X; M, or (1−β)X + βM."""
     [exp_avg] = buffers
+    x = _like(x, exp_avg)
     accumulate(x, exp_avg, given.momentum)
     return filtered(x, exp_avg, given.momentum, given.settings["nesterov"])
 

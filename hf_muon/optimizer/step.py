@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,16 +58,27 @@ class Step:
     failures: list[Exception] = field(default_factory=list)
 
 
+class Part(NamedTuple):
+    """A portion of the pieces that share β and scale, with what stays the same in every step."""
+
+    portion: Portion
+    momentum: float
+    scale: float
+    weights: list[Tensor]
+    kept: dict[str, list[Tensor]]
+    shapes: list[tuple[int, int]]
+
+
 class Held:
     """What this rank holds of a bucket: views of weights and buffers, kept from step to step.
 
     Attributes:
         bucket: Of the plan.
-        items: Its pieces on this rank; the lists below are aligned with them.
+        items: Its pieces on this rank; lists are aligned with them.
         weights: (rows, cols) each.
         buffers: The same for each buffer of the rule, by name.
-        scales: Step-size factors.
         sizes: Step-size factors of all units of the bucket.
+        scales: Those of the pieces.
     """
 
     def __init__(
@@ -87,7 +98,7 @@ class Held:
         self._shapes = [unit.shape for unit, _ in self.items]
         place = {item: number for number, item in enumerate(self.items)}
         self._read = [place[item] for item in bucket.reads]
-        self._kept: dict[bool, tuple[list[Hashable], list[Portion]]] = {}
+        self._parts: dict[str, tuple[list[Hashable], list[Part]]] = {}
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The pieces, (rows, cols), of what belongs to the parameters."""
@@ -102,80 +113,64 @@ class Held:
 
     def moving(self, gradients: Sequence[Tensor]) -> Generator[None, None, Held]:
         """The same without the matrices whose gradients are exactly zero on all ranks."""
-        parts = self.portions([0] * len(self.items), ())
+        parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
         views = self.views(gradients)
-        norms = yield from self._norms(parts, (part.of(views) for part in parts))
+        norms = yield from self._norms(parts, (part.portion.of(views) for part in parts))
         units = [unit for unit, norm in zip(self.bucket.units, norms.tolist(), strict=True) if norm]
         return Held(self.bucket.only(units), *self._tensors, self.sizes)
 
-    def portions(self, keys: list[Hashable], stages: Sequence[Stage]) -> list[Portion]:
-        """Portions of the pieces as some stages may have them; those of the last keys are kept."""
-        whole = any(stage.needs == "matrices" for stage in stages)
-        if whole not in self._kept or self._kept[whole][0] != keys:
+    def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
+        """Portions with one key (β, scale), as some stages may have them.
+
+        Those of the last keys are kept, under a name.
+        """
+        if name not in self._parts or self._parts[name][0] != keys:
             shapes = [(piece.rows, piece.cols) for _, piece in self.items]
-            self._kept[whole] = keys, portions(keys, shapes, self.device, cut=not whole)
-        return self._kept[whole][1]
+            cut = all(stage.needs != "matrices" for stage in stages)
+            found = portions(keys, shapes, self.device, cut=cut)
+            self._parts[name] = keys, [self._part(portion) for portion in found]
+        return self._parts[name][1]
+
+    def _part(self, portion: Portion) -> Part:
+        kept = {name: portion.of(buffer) for name, buffer in self.buffers.items()}
+        momentum, scale = portion.key
+        weights, shapes = portion.of(self.weights), portion.each(self._shapes)
+        return Part(portion, momentum, scale, weights, kept, shapes)
 
     def passed(
-        self,
-        step: Step,
-        stages: Sequence[Stage],
-        parts: Sequence[Portion],
-        momenta: Sequence[float],
-        lists: Lists,
+        self, step: Step, stages: Sequence[Stage], parts: Sequence[Part], tensors: Sequence[Tensor]
     ) -> Generator[None, None, Lists]:
-        """What stages make of the portions of some tensors, computed when it is asked for."""
+        """What stages make of the parts of some tensors, computed when it is asked for."""
+        lists: Lists = (part.portion.of(tensors) for part in parts)
         for stage in stages:
-            norms: Sequence[Tensor] = ()
+            norms: list[Tensor] = []
             if stage.needs == "norms":
                 lists = list(lists)
-                of_units = dict(
-                    zip(self.bucket.units, (yield from self._norms(parts, lists)), strict=True)
-                )
+                found = yield from self._norms(parts, lists)
+                of_units = dict(zip(self.bucket.units, found, strict=True))
                 norms = [of_units[unit] for unit, _ in self.items]
-            lists = self._through(step, stage, parts, momenta, lists, norms)
+            lists = _through(step, stage, parts, lists, norms)
         return lists
 
-    def _through(
-        self,
-        step: Step,
-        stage: Stage,
-        parts: Sequence[Portion],
-        momenta: Sequence[float],
-        lists: Lists,
-        norms: Sequence[Tensor],
-    ) -> Iterator[list[Tensor]]:
-        kept = [self.buffers[buffer.name] for buffer in stage.buffers]
-        for part, x in zip(parts, lists, strict=True):
-            given = Given(
-                step.settings,
-                momenta[part.places[0]],
-                part.each(self._shapes),
-                part.each(norms) if norms else (),
-            )
-            yield stage.run(x, tuple(part.of(buffer) for buffer in kept), given)
-
-    def _norms(self, parts: Sequence[Portion], lists: Lists) -> Generator[None, None, Tensor]:
+    def _norms(self, parts: Sequence[Part], lists: Lists) -> Generator[None, None, Tensor]:
         """Frobenius norms, float64, of what belongs to each unit: one all-reduce."""
         number = {unit: place for place, unit in enumerate(self.bucket.units)}
         sums = torch.zeros(len(number), dtype=torch.float64, device=self.bucket.device)
         for part, x in zip(parts, lists, strict=True):
-            for (unit, _), one in zip(part.each(self.items), x, strict=True):
+            for (unit, _), one in zip(part.portion.each(self.items), x, strict=True):
                 sums[number[unit]] += one.double().square().sum()
         yield from summed(sums, self.bucket.shard)
         return sums.sqrt()
 
-    def fill(self, parts: Sequence[Portion], lists: Lists, places: Sequence[Tensor]) -> None:
+    def fill(self, parts: Sequence[Part], lists: Lists, places: Sequence[Tensor]) -> None:
         """Write what is read of the pieces to its places; the rest is computed for its buffers."""
         at = dict(zip(self._read, places, strict=True))
         for part, x in zip(parts, lists, strict=True):
-            wanted = [
-                (at[place], one) for place, one in zip(part.places, x, strict=True) if place in at
-            ]
+            numbers, rows = part.portion.places, part.portion.rows
+            wanted = [(at[n], one) for n, one in zip(numbers, x, strict=True) if n in at]
             if wanted:
-                into, given = zip(*wanted, strict=True)
-                rows = part.rows
-                torch._foreach_copy_(into if rows is None else [into[0][rows]], given)
+                into, found = zip(*wanted, strict=True)
+                torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
 
     def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
         """Multiply the weights of some matrices, and divide what their stages keep."""
@@ -183,6 +178,17 @@ class Held:
             if unit in factors:
                 kept = [buffer[number] for buffer in self.buffers.values()]
                 rescale(self.weights[number], kept, factors[unit])
+
+
+def _through(
+    step: Step, stage: Stage, parts: Sequence[Part], lists: Lists, norms: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    names = [buffer.name for buffer in stage.buffers]
+    for part, x in zip(parts, lists, strict=True):
+        of_part = part.portion.each(norms) if norms else ()
+        given = Given(step.settings, part.momentum, part.shapes, of_part)
+        kept = part.kept
+        yield stage.run(x, tuple([kept[name] for name in names]), given)
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
@@ -194,25 +200,20 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
     """
     if step.settings["skip_zero_gradients"]:
         held = yield from held.moving(step.gradients)
-    bucket, rule = held.bucket, step.rule
     momenta = [step.momenta[unit.parameter] for unit, _ in held.items]
-    parts = held.portions([*momenta], rule.before)
+    before = held.parts("before", [(momentum, 0.0) for momentum in momenta], step.rule.before)
+    after = held.parts("after", [*zip(momenta, held.scales, strict=True)], step.rule.after)
+
     gradients = held.views(step.gradients)
-    lists = (part.of(gradients) for part in parts)
-    filtered = yield from held.passed(step, rule.before, parts, momenta, lists)
-    fill = partial(held.fill, parts, filtered)
-
-    whole = _map_pairs if rule.whole.of_pairs else _map_matrices
-    results, due, balance = yield from whole(held, step, fill)
+    inputs = yield from held.passed(step, step.rule.before, before, gradients)
+    whole = _map_pairs if step.rule.whole.of_pairs else _map_matrices
+    results, due, balance = yield from whole(held, step, partial(held.fill, before, inputs))
     factors = [results[item].to(held.device) for item in held.items]  # weights may be offloaded
-
-    parts = held.portions(list(zip(held.scales, momenta, strict=True)), rule.after)
-    lists = (part.of(factors) for part in parts)
-    updates = yield from held.passed(step, rule.after, parts, momenta, lists)
-    for part, update in zip(parts, updates, strict=True):
-        _write(part.of(held.weights), update, held.scales[part.places[0]], step)
+    updates = yield from held.passed(step, step.rule.after, after, factors)
+    for part, update in zip(after, updates, strict=True):
+        _write(part, update, step)
     if due:
-        held.rescale((yield from agreed_balance(bucket, due, balance)))
+        held.rescale((yield from agreed_balance(held.bucket, due, balance)))
 
 
 def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
@@ -241,14 +242,14 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     return (yield from scatter(bucket, changes, bucket.wire)), due, balance
 
 
-def _write(weights: list[Tensor], updates: list[Tensor], scale: float, step: Step) -> None:
+def _write(part: Part, updates: list[Tensor], step: Step) -> None:
     """Decay, scale, add; the change of a pair has everything in it."""
     settings, moved = step.settings, step.rule.whole.of_pairs
     apply_update(
-        weights,
+        part.weights,
         updates,
         lr=1.0 if moved else settings["lr"],
-        scale=-1.0 if moved else scale,
+        scale=-1.0 if moved else part.scale,
         weight_decay=0.0 if moved else settings["weight_decay"],
         cautious=settings["cautious_weight_decay"],
     )
