@@ -18,7 +18,7 @@ from settings import HERE, SETTINGS, ModelSettings
 from shared.arguments import RecipeError, read
 from transformers import LlamaConfig
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """``hf-muon report RUN``: one page about a run.
 
-In: the output folder of a Trainer, with what it and hf_muon leave there: ``trainer_state.json``,
-``muon_report.json``, ``spectra.jsonl``. Out: one HTML file with its figures inside. What is missing
-is named on the page.
+In: the output folder of a Trainer, with what it and hf_muon leave there: ``trainer_state.json`` (or
+a recipe's ``results.json``), ``muon_report.json``, ``spectra.jsonl``. Out: one HTML file with its
+figures inside. What is missing is named on the page.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hf_muon.values import sentence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +43,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
 ) -> None:
     """Write an HTML page about a run: losses, learning rates, spectra, routes."""
-    try:
-        path = write_run_report(run, output)
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        typer.echo(f"hf-muon: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(path)
+    typer.echo(write_run_report(run, output))
 
 
 def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -59,23 +57,29 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        FileNotFoundError: The folder holds nothing that a run leaves.
+        FileNotFoundError: There is no such folder, or it holds nothing that a run leaves.
         ImportError: matplotlib is not installed.
         ValueError: A file in it is damaged.
     """
     run = Path(run)
-    state, about = _newest_state(run), _json(run / "muon_report.json")
-    if not (state or about or (run / "spectra.jsonl").is_file()):
+    if not run.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(run)!r}.")
+    history, about = _history(run), _json(run / "muon_report.json")
+    if not (history or about or (run / "spectra.jsonl").is_file()):
+        inside = [str(path.parent) for path in sorted(run.glob("*/muon_report.json"))]
         raise FileNotFoundError(
             f"{run} holds no trainer_state.json, muon_report.json or spectra.jsonl: give the "
-            "output_dir of a Trainer."
+            f"output_dir of a Trainer{', such as ' + inside[0] if inside else ''}."
         )
-    history = state.get("log_history", [])
     no_history = (
         "No trainer_state.json: the Trainer writes it with each checkpoint, or save_state()."
     )
+    with _reading(run / "muon_report.json"):
+        optimizer = f"<p>{escape(about['optimizer'])}.</p>" if about else ""
+        routes = _routes(about)
+        versions = _table(["package", "version"], about.get("versions", {}).items())
     sections = [
-        f"<p>{escape(about['optimizer'])}.</p>" if about else "",
+        optimizer,
         _section("Losses", _curves(history, ("loss", "eval_loss"), "loss"), no_history),
         _section(
             "Learning rates",
@@ -83,8 +87,8 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
             no_history,
         ),
         *_spectra(run),
-        _section("Routes", _routes(about), "No muon_report.json: another optimizer trained."),
-        _section("Versions", _table(["package", "version"], about.get("versions", {}).items()), ""),
+        _section("Routes", routes, "No muon_report.json: another optimizer trained."),
+        _section("Versions", versions, ""),
     ]
     path = Path(output) if output else run / "report.html"
     page = _PAGE.format(title=escape(f"Run {run.resolve().name}"), body="\n".join(sections))
@@ -92,21 +96,57 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     return path
 
 
-def _newest_state(run: Path) -> dict[str, Any]:
-    """The ``trainer_state.json`` of the latest step, in the folder or one of its checkpoints."""
-    found = [run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")]
-    states = [state for path in found if (state := _json(path))]
-    return max(states, key=lambda state: int(state.get("global_step", 0)), default={})
+def _history(run: Path) -> list[dict[str, float]]:
+    """What was logged: from the state of the latest step, else from a recipe's results."""
+    states = []
+    for path in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")):
+        with _reading(path):
+            if state := _json(path):
+                states.append((int(state.get("global_step", 0)), _numbers(state["log_history"])))
+    if states:
+        return max(states, key=lambda state: state[0])[1]
+    with _reading(run / "results.json"):
+        results = _json(run / "results.json")
+        evaluated = [
+            {"step": point["step"], "eval_loss": point["loss"]}
+            for point in results.get("eval_curve", [])
+        ]
+        return _numbers([*results.get("train_curve", []), *evaluated])
+
+
+def _numbers(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The entries of a log, without what is no number."""
+    return [
+        {"step": int(entry["step"])}
+        | {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+        for entry in history
+    ]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever content of another form makes Python raise into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path} does not hold what a run leaves there: {type(error).__name__}, "
+            f"{sentence(error)}"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it does not exist."""
+    """The object that a file holds; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {sentence(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
     return content
 
 
@@ -117,7 +157,7 @@ def _section(title: str, content: str, missing: str) -> str:
     return f"<h2>{title}</h2>\n" + (content or f'<p class="missing">{escape(missing)}</p>')
 
 
-def _curves(history: Sequence[dict[str, Any]], names: Sequence[str], label: str) -> str:
+def _curves(history: Sequence[dict[str, float]], names: Sequence[str], label: str) -> str:
     """Logged values over steps, as an image; nothing if none of them was logged."""
     series = {
         name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names
@@ -164,9 +204,11 @@ def _spectra(run: Path) -> list[str]:
 
     path = run / FILE_NAME
     there = path.is_file()
-    samples = read_spectra(path) if there else []
-    image = _image(spectra_figure(samples), "spectra") if samples else ""
-    rows = [(w["step"], w["layer"], w["warning"]) for w in read_warnings(path)] if there else []
+    with _reading(path):
+        samples = read_spectra(path) if there else []
+        image = _image(spectra_figure(samples), "spectra") if samples else ""
+        warned = read_warnings(path) if there else []
+        rows = [(one["step"], one["layer"], one["warning"]) for one in warned]
     return [
         _section("Spectra", image, f"No samples in {FILE_NAME}: no SpectralMonitor watched."),
         _section("Warnings", _table(["step", "layer", "warning"], rows), ""),

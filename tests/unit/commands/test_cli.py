@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 
 LLAMA = {
     "model_type": "llama",
@@ -110,6 +110,7 @@ ERRORS = {
     "missing file": (["nowhere/config.json"], "'nowhere/config.json' does not exist."),
     "unknown id": (["no-such/model-anywhere"], "gives no model config"),
     "unknown auto class": (["{path}", "--auto", "cat"], "auto='cat' is not one of causal-lm"),
+    "misspelt auto class": (["{path}", "--auto", "causal_lm"], "Did you mean 'causal-lm'?"),
     "unfit auto class": (["{path}", "--auto", "masked-lm"], "has no class for 'llama'"),
     "unknown setting": (["{path}", "--optim-args", "ordr=x"], "Did you mean 'order'?"),
     "pattern without match": (["{path}", "--optim-args", "muon_params=lm_hed"], "lm_head"),

@@ -1,8 +1,8 @@
-"""A model without its weights, for looking at its routing.
+"""A model without its weights, and its routes.
 
-In: a config file, a model folder, an adapter folder or a Hub id. Out: the model on the meta
-device, in the dtype of its config. Nothing but JSON is read, and no code of a repository's own
-runs.
+In: a config file, a model folder, an adapter folder or a Hub id; settings. Out: the model on the
+meta device, in the dtype of its config, and what its routing gives. Nothing but JSON is read, and
+no code of a repository's own runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from hf_muon.config import MuonConfig
+from hf_muon.routing.plan import RoutePlan, route
+from hf_muon.values import near, sentence
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -25,6 +29,40 @@ AUTO_CLASSES = {
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
     "base": "AutoModel",
 }
+
+
+class NothingForMuon(ValueError):
+    """The answer to a question about a model: Muon would train nothing of it."""
+
+
+def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, MuonConfig]:
+    """The routes of a model without its weights, and the settings as a Trainer would read them.
+
+    Raises:
+        ValueError: As :func:`build`; or a setting is wrong.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    config = MuonConfig.from_optim_args(optim_args or None)
+    return route(build(source, auto), config), config
+
+
+def require_matrices(routes: RoutePlan) -> None:
+    """Raise :class:`NothingForMuon` where Muon gets no matrix."""
+    try:
+        routes.require_matrices()
+    except ValueError as error:
+        raise NothingForMuon(str(error)) from error
+
+
+def check_exists(source: str) -> None:
+    """Raise for the path of a file that is not there; any other name may be one of the Hub's."""
+    path = Path(source)
+    if not path.exists() and (
+        path.is_absolute() or source.startswith(".") or source.endswith(".json")
+    ):
+        raise ValueError(f"{source!r} does not exist.")
 
 
 def build(source: str, auto: str | None = None) -> nn.Module:
@@ -40,7 +78,9 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         ValueError: The source cannot be read, or names no model that transformers can build.
     """
     if auto is not None and auto not in AUTO_CLASSES:
-        raise ValueError(f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.")
+        raise ValueError(
+            f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.{near(auto, AUTO_CLASSES)}"
+        )
     path = Path(source)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return _with_adapter(path, auto)
@@ -49,7 +89,7 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         with torch.device("meta"):
             model = _model(config, auto)
     except Exception as error:  # a config is data: it can make a model's __init__ raise anything
-        raise ValueError(f"No model can be built from {source!r}: {_sentence(error)}") from error
+        raise ValueError(f"No model can be built from {source!r}: {sentence(error)}") from error
     dtype = getattr(config, "dtype", None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
@@ -57,16 +97,19 @@ def build(source: str, auto: str | None = None) -> nn.Module:
 def _config(source: str) -> Any:
     from transformers import AutoConfig
 
+    check_exists(source)
     path = Path(source)
     if path.exists():
         _check_is_config(path / "config.json" if path.is_dir() else path)
-    elif path.is_absolute() or source.startswith(".") or source.endswith(".json"):
-        raise ValueError(f"{source!r} does not exist.")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # hub, cache and validation errors have no common base
-        hint = "" if path.exists() else " Give a config.json, a model folder, or a model id."
-        raise ValueError(f"{source!r} gives no model config: {_sentence(error)}{hint}") from error
+        hint = (
+            " Give a config.json, a model folder, or a model id; without a network "
+            "HF_HUB_OFFLINE=1 spares the retries."
+        )
+        hint = "" if path.exists() else hint
+        raise ValueError(f"{source!r} gives no model config: {sentence(error)}{hint}") from error
 
 
 def _check_is_config(path: Path) -> None:
@@ -122,7 +165,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
     except Exception as error:  # an unreadable file and a wrong field raise different things
-        raise ValueError(f"{str(path)!r} holds no readable adapter: {_sentence(error)}") from error
+        raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
     if not config.base_model_name_or_path:
         raise ValueError(f"{str(path)!r} names no base model (base_model_name_or_path).")
     base = build(config.base_model_name_or_path, auto)
@@ -133,7 +176,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = peft.get_peft_model(base, config)
     except Exception as error:  # as above: the adapter may not fit the base model
-        raise ValueError(f"{str(path)!r} does not fit its base: {_sentence(error)}") from error
+        raise ValueError(f"{str(path)!r} does not fit its base: {sentence(error)}") from error
     return model
 
 
