@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         save_whole_model(trainer)
     if trainer.is_world_process_zero():
         write(Path(args.output_dir), results)
+        trainer.save_state()
     leave_together(trainer)
 
 
