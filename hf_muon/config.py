@@ -209,25 +209,11 @@ class MuonConfig:
 
 
 _MUON_FIELDS = (
-    "order",
-    "momentum",
-    "nesterov",
-    "match_update_rms",
-    "momentum_warmup_steps",
-    "polar_method",
-    "coefficients",
-    "polar_steps",
-    "polar_dtype",
-    "adjust_lr",
-    "cautious_weight_decay",
-    "lora_update",
-    "lora_damping",
-    "tangent_iterations",
-    "tangent_balance_every",
-    "distribute",
-    "bucket_mb",
-    "compile",
-)
+    "order", "momentum", "nesterov", "match_update_rms", "momentum_warmup_steps", "polar_method",
+    "coefficients", "polar_steps", "polar_dtype", "adjust_lr", "cautious_weight_decay",
+    "lora_update", "lora_damping", "tangent_iterations", "tangent_balance_every", "distribute",
+    "bucket_mb", "compile",
+)  # fmt: skip
 
 
 # low ≤ number < high. The upper bounds are far above what trains anything: they stop slips.

@@ -25,7 +25,7 @@ WORDS = [
 SECONDS = 10.0  # a tenth of a millisecond is usual, and other processes may take the CPU away
 
 
-class Name(str, Enum):
+class Name(str, Enum):  # noqa: UP042
     ORDER = "post_polar"
 
 

@@ -233,7 +233,7 @@ def test_patterns_that_answer_are_not(pattern):
     assert MuonConfig(adamw_params=(pattern,)).adamw_params == (pattern,)
 
 
-class Order(str, enum.Enum):
+class Order(str, enum.Enum):  # noqa: UP042
     POST = "post_polar"
 
 
