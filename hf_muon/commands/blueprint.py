@@ -126,32 +126,16 @@ def _check_is_config(path: Path) -> None:
 def _model(config: Any, auto: str | None) -> nn.Module:
     import transformers
 
-    if auto is not None:
-        return _from_auto(auto, config)
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, nn.Module):
+    if auto is None and isinstance(named, type) and issubclass(named, nn.Module):
         return named(config)
-    known = [name for name in AUTO_CLASSES if type(config) in _mapping(name)]
-    if not known:
-        raise ValueError(f"no Auto class knows the model type {config.model_type!r}.")
-    return _from_auto(known[0], config)
-
-
-def _from_auto(auto: str, config: Any) -> nn.Module:
-    if type(config) not in _mapping(auto):
-        raise ValueError(f"{AUTO_CLASSES[auto]} has no class for {config.model_type!r}.")
-    model = _mapping(auto)[type(config)]
-    model = model[0] if isinstance(model, tuple) else model
-    built = model(config)
-    assert isinstance(built, nn.Module)
-    return built
-
-
-def _mapping(auto: str) -> Any:
-    """Config class to model class, of one Auto class (transformers 5.23 keeps it private)."""
-    import transformers
-
-    return getattr(transformers, AUTO_CLASSES[auto])._model_mapping
+    for name in [auto] if auto else AUTO_CLASSES:
+        of_kind = getattr(transformers, AUTO_CLASSES[name])
+        if type(config) in of_kind._model_mapping:  # transformers 5.23 keeps it private
+            model: nn.Module = of_kind.from_config(config, trust_remote_code=False)
+            return model
+    asked = AUTO_CLASSES[auto] if auto else ", ".join(AUTO_CLASSES.values())
+    raise ValueError(f"{asked} has no class for {config.model_type!r}.")
 
 
 def _with_adapter(path: Path, auto: str | None) -> nn.Module:

@@ -154,14 +154,23 @@ class Forecast:
         facts = self.to_dict(tflops, gbps)
         lines: dict[Any, list[int]] = defaultdict(list)
         for one in facts["per_rank"]:
-            lines[(one["rank"] if full else None, *_cells(one))].append(one["rank"])
-        table = Table(
-            "ranks", "matrices", "TFLOP", "MB sent", "collectives", "MB extra", "polar ms",
-            "wire ms",
-        )  # fmt: skip
+            cells = [short(one[key] / unit) for key, unit in _COLUMNS.values()]
+            lines[(one["rank"] if full else None, *cells)].append(one["rank"])
+        table = Table("ranks", *_COLUMNS)
         for (_, *cells), members in lines.items():
             table.add_row(_ranks(members), *cells)
         return text(table) + _summary(facts, tflops, gbps)
+
+
+_COLUMNS = {  # heading: what is shown of a rank, in which unit
+    "matrices": ("matrices", 1),
+    "TFLOP": ("newton_schulz_flops", 1e12),
+    "MB sent": ("bytes_sent", 1e6),
+    "collectives": ("collectives", 1),
+    "MB extra": ("peak_extra_bytes", 1e6),
+    "polar ms": ("polar_ms", 1),
+    "wire ms": ("wire_ms", 1),
+}
 
 
 def _milliseconds(amount: int, unit: float, name: str, rate: float) -> Callable[[int], float]:
@@ -251,18 +260,6 @@ def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device:
         return config.distribute != "redundant"
     matrix = parameter.matrices[0]
     return owning_pays(matrix.rows, matrix.cols, config.polar_steps, wire.itemsize, device)
-
-
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        str(one["matrices"]),
-        short(one["newton_schulz_flops"] / 1e12),
-        short(one["bytes_sent"] / 1e6),
-        str(one["collectives"]),
-        short(one["peak_extra_bytes"] / 1e6),
-        short(one["polar_ms"]),
-        short(one["wire_ms"]),
-    )
 
 
 def short(number: float) -> str:

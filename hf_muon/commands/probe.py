@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +63,18 @@ def probe(
     ProbeSettings(**asked)  # refuses wrong settings before a model is loaded
     blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
     network = load(model, device)
-    _check_positions(network, seq_len)
-    names = layers or _some(network)
-    report = stationary_probe(network, _batched(blocks, batch_size, device), layers=names, **asked)
+    most = getattr(network.config, "max_position_embeddings", None) or seq_len
+    if seq_len > most:
+        raise ValueError(
+            f"seq_len={seq_len}: the model takes at most {most} tokens (max_position_embeddings)."
+        )
+    if not layers:
+        some = spread_evenly(list(muon_matrices(network)), LAYERS)
+        layers = [f"^{re.escape(name)}$" for name in some]
+    # (batch_size, seq_len) each; the labels are the tokens themselves, which the model shifts.
+    rows = torch.split(torch.tensor(blocks, device=device), batch_size)
+    taken = ({"input_ids": ids, "labels": ids} for ids in rows)
+    report = stationary_probe(network, taken, layers=layers, **asked)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table(*SHOWN))
     if report.flagged and not as_json:
         typer.echo(f"{len(report.flagged)} of {len(report.readings)} readings: no signal seen.")
@@ -136,27 +145,6 @@ def load(model: str, device: str) -> Any:
         return network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # unknown, and not compiled in
         raise ValueError(f"device={device!r} cannot be used: {sentence(error)}") from error
-
-
-def _some(network: Any) -> list[str]:
-    """Patterns of the names of a few matrices, spread over the model."""
-    return [f"^{re.escape(name)}$" for name in spread_evenly(list(muon_matrices(network)), LAYERS)]
-
-
-def _batched(blocks: Sequence[list[int]], size: int, device: str) -> Iterator[dict[str, Any]]:
-    """Batches of blocks; the labels are the tokens themselves, which the model shifts."""
-    for start in range(0, len(blocks), size):
-        ids = torch.tensor(blocks[start : start + size], device=device)  # (size, seq_len)
-        yield {"input_ids": ids, "labels": ids}
-
-
-def _check_positions(network: Any, seq_len: int) -> None:
-    """Refuse sequences for which a model has no positions, or was not made."""
-    most = getattr(network.config, "max_position_embeddings", None)
-    if most is not None and seq_len > most:
-        raise ValueError(
-            f"seq_len={seq_len}: the model takes at most {most} tokens (max_position_embeddings)."
-        )
 
 
 def _check_source(model: str) -> None:
