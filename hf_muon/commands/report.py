@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_muon.diagnostics.history import FILE_NAME, read_spectra, read_warnings
+from hf_muon.diagnostics.plots import new_figure, spectra_figure
 from hf_muon.values import sentence
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PAGE = """<!doctype html>
@@ -65,10 +66,10 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"There is no folder {str(run)!r}.")
     history, about = _history(run), _json(run / "muon_report.json")
-    if not (history or about or (run / "spectra.jsonl").is_file()):
+    if history is None and not about and not (run / FILE_NAME).is_file():
         inside = [str(path.parent) for path in sorted(run.glob("*/muon_report.json"))]
         raise FileNotFoundError(
-            f"{run} holds no trainer_state.json, muon_report.json or spectra.jsonl: give the "
+            f"{run} holds no trainer_state.json, muon_report.json or {FILE_NAME}: give the "
             f"output_dir of a Trainer{', such as ' + inside[0] if inside else ''}."
         )
     no_history = (
@@ -78,14 +79,12 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
         optimizer = f"<p>{escape(about['optimizer'])}.</p>" if about else ""
         routes = _routes(about)
         versions = _table(["package", "version"], about.get("versions", {}).items())
+    losses = _curves(history or [], ("loss", "eval_loss"), "loss")
+    rates = _curves(history or [], ("learning_rate", "adamw/lr"), "learning rate")
     sections = [
         optimizer,
-        _section("Losses", _curves(history, ("loss", "eval_loss"), "loss"), no_history),
-        _section(
-            "Learning rates",
-            _curves(history, ("learning_rate", "adamw/lr"), "learning rate"),
-            no_history,
-        ),
+        _section("Losses", losses, no_history),
+        _section("Learning rates", rates, no_history),
         *_spectra(run),
         _section("Routes", routes, "No muon_report.json: another optimizer trained."),
         _section("Versions", versions, ""),
@@ -96,22 +95,22 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     return path
 
 
-def _history(run: Path) -> list[dict[str, float]]:
-    """What was logged: from the state of the latest step, else from a recipe's results."""
-    states = []
+def _history(run: Path) -> list[dict[str, float]] | None:
+    """What was logged: by the state of the latest step, else in a recipe's results."""
+    found: tuple[int, list[dict[str, float]]] | None = None
     for path in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")):
         with _reading(path):
-            if state := _json(path):
-                states.append((int(state.get("global_step", 0)), _numbers(state["log_history"])))
-    if states:
-        return max(states, key=lambda state: state[0])[1]
+            state = _json(path)
+            step = int(state.get("global_step", 0))
+            if state and (found is None or step > found[0]):
+                found = step, _numbers(state["log_history"])
+    if found is not None:
+        return found[1]
     with _reading(run / "results.json"):
         results = _json(run / "results.json")
-        evaluated = [
-            {"step": point["step"], "eval_loss": point["loss"]}
-            for point in results.get("eval_curve", [])
-        ]
-        return _numbers([*results.get("train_curve", []), *evaluated])
+        curve = results.get("eval_curve", [])
+        evaluated = [{"step": point["step"], "eval_loss": point["loss"]} for point in curve]
+        return _numbers([*results.get("train_curve", []), *evaluated]) if results else None
 
 
 def _numbers(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -164,29 +163,16 @@ def _curves(history: Sequence[dict[str, float]], names: Sequence[str], label: st
     }
     if not any(series.values()):
         return ""
-
-    def draw(axes: Axes) -> None:
-        for name, points in series.items():
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker=".")
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-
-    return _image(_figure(draw), label)
-
-
-def _figure(draw: Callable[[Axes], None]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
-        ) from error
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    draw(figure.subplots())
-    return figure
+    figure = new_figure(8, 3.6)
+    axes = figure.subplots()
+    for name, points in series.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker=".")
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _image(figure, label)
 
 
 def _image(figure: Figure, description: str) -> str:
@@ -199,9 +185,6 @@ def _image(figure: Figure, description: str) -> str:
 
 def _spectra(run: Path) -> list[str]:
     """The samples of a SpectralMonitor, and what it warned of."""
-    from hf_muon.diagnostics.history import FILE_NAME, read_spectra, read_warnings
-    from hf_muon.diagnostics.plots import spectra_figure
-
     path = run / FILE_NAME
     there = path.is_file()
     with _reading(path):

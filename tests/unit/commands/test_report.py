@@ -139,6 +139,11 @@ def test_content_of_another_form_is_one_sentence_that_names_the_file(tmp_path, n
     assert len(result.stderr) < 1000
 
 
+def test_a_run_that_has_logged_nothing_has_a_page(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 0, "log_history": []}')
+    assert run(tmp_path).exit_code == 0
+
+
 def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
     entries = [{"step": 1, "loss": "a"}, {"step": 2, "loss": 1.0, "note": [1]}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
