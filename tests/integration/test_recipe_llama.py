@@ -82,6 +82,22 @@ def test_a_run_writes_results_and_figure(finished, optim):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
 
 
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    run.write_json(path, {"steps": 1})
+    whole = path.read_text()
+
+    def killed(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.write_json(path, {"steps": 2})
+    assert path.read_text() == whole
+
+
 def test_muon_keeps_less_state_than_adamw(finished):
     muon, adamw = finished["muon"][1], finished["adamw_torch_fused"][1]
     assert muon["model"]["parameters"] == adamw["model"]["parameters"]
