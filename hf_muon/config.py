@@ -155,13 +155,13 @@ class MuonConfig:
                 raise ValueError(f"optim_args gives {shown(name)} twice, in {shown(text)}.")
             pairs[name] = value
         path = pairs.pop("config", None)
-        from_file = read_json(path) if path is not None else {}
+        from_file = read_json(path, "config=") if path is not None else {}
         return cls(**{**defaults, **from_file, **parsed(cls, pairs)})
 
     @classmethod
     def from_json(cls, path: str | Path) -> MuonConfig:
         """Read a JSON object of settings. The file is data: nothing in it is executed."""
-        return cls(**read_json(path))
+        return cls(**read_json(path, "config="))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> MuonConfig:
@@ -217,20 +217,13 @@ _MUON_FIELDS = (
 
 
 # low ≤ number < high. The upper bounds are far above what trains anything: they stop slips.
+_RATES = ("lr", "adamw_lr", "weight_decay", "adamw_weight_decay", "adamw_eps")
 _RANGES: dict[str, tuple[float, float]] = {
-    "momentum": (0, 1),
-    "momentum_start": (0, 1),
-    "momentum_warmup_steps": (0, 1e9),
-    "polar_steps": (1, 100),
-    "lr": (0, 1e6),
-    "adamw_lr": (0, 1e6),
-    "weight_decay": (0, 1e6),
-    "adamw_weight_decay": (0, 1e6),
-    "adamw_eps": (0, 1e6),
-    "adamw_betas": (0, 1),
+    **dict.fromkeys(("momentum", "momentum_start", "adamw_betas"), (0, 1)),
+    **dict.fromkeys(_RATES, (0, 1e6)),
+    **dict.fromkeys(("momentum_warmup_steps", "tangent_balance_every"), (0, 1e9)),
+    **dict.fromkeys(("polar_steps", "tangent_iterations"), (1, 100)),
     "lora_damping": (1e-8, 1e6),
-    "tangent_iterations": (1, 100),
-    "tangent_balance_every": (0, 1e9),
     "bucket_mb": (1e-6, 1e6),
 }
 

@@ -59,20 +59,22 @@ def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
         raise ValueError(f"Unknown {kind}: {shown(name)}.{hint} Allowed: {', '.join(names)}.")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that must hold one object, each of whose keys is there once."""
+def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
+    """A JSON file that must hold one object, each of whose keys is there once.
+
+    Args:
+        path: The file.
+        field: What an error calls it, before the path: the setting that named it and ``=``.
+    """
+    named = field + shown(str(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
-        settings = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=_object)
     except (OSError, TypeError, ValueError, RecursionError) as error:  # unreadable, not UTF-8 …
-        raise ValueError(
-            f"config={shown(str(path))} is not a readable JSON file: {sentence(error)}"
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"config={shown(str(path))} holds {shown(settings)}; a JSON object is expected."
-        )
-    return settings
+        raise ValueError(f"{named} is not a readable JSON file: {sentence(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{named} holds {shown(content)}; a JSON object is expected.")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

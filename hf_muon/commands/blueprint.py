@@ -7,16 +7,16 @@ no code of a repository's own runs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import nn
 
 from hf_muon.config import MuonConfig
 from hf_muon.routing.plan import RoutePlan, route
-from hf_muon.values import near, sentence
+from hf_muon.values import near, read_json, sentence
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -29,10 +29,6 @@ AUTO_CLASSES = {
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
     "base": "AutoModel",
 }
-
-
-class NothingForMuon(ValueError):
-    """The answer to a question about a model: Muon would train nothing of it."""
 
 
 def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, MuonConfig]:
@@ -49,11 +45,12 @@ def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, M
 
 
 def require_matrices(routes: RoutePlan) -> None:
-    """Raise :class:`NothingForMuon` where Muon gets no matrix."""
+    """End the command with exit code 1 where Muon gets no matrix."""
     try:
         routes.require_matrices()
     except ValueError as error:
-        raise NothingForMuon(str(error)) from error
+        typer.echo(f"hf-muon: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def check_exists(source: str) -> None:
@@ -113,13 +110,9 @@ def _config(source: str) -> Any:
 
 
 def _check_is_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{str(path.parent)!r} holds no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} holds no config.json.")
+    if "model_type" not in read_json(path):
         raise ValueError(f"{str(path)!r} is no model config: it names no model_type.")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_muon.commands.blueprint import NothingForMuon, require_matrices, routed
+from hf_muon.commands.blueprint import require_matrices, routed
 from hf_muon.commands.plan import Auto, OptimArgs, Source, plan
 from hf_muon.commands.probe import probe
 from hf_muon.commands.report import report
@@ -52,7 +52,7 @@ def route(
 
 
 def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, whose errors end it with a line on standard error and an exit code."""
+    """The command, whose errors end it with a line on standard error and exit code 2."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
@@ -60,7 +60,7 @@ def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             typer.echo(f"hf-muon: {error}", err=True)
-            raise typer.Exit(1 if isinstance(error, NothingForMuon) else 2) from error
+            raise typer.Exit(2) from error
 
     return run
 

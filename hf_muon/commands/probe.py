@@ -19,7 +19,7 @@ from hf_muon.commands.blueprint import check_exists
 from hf_muon.diagnostics import stationary_probe
 from hf_muon.diagnostics.gradients import muon_matrices, spread_evenly
 from hf_muon.diagnostics.readings import ProbeSettings
-from hf_muon.values import sentence
+from hf_muon.values import read_json, sentence
 
 LAYERS = 8
 """Matrices that are probed where nobody says which: every one keeps a buffer of gradients."""
@@ -152,9 +152,6 @@ def _check_source(model: str) -> None:
     check_exists(model)
     adapter = Path(model) / "adapter_config.json"
     if adapter.is_file() and not (Path(model) / "config.json").is_file():
-        try:
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError):
-            base = None
+        base = read_json(adapter).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise ValueError(f"{model!r} names no base model (base_model_name_or_path).")

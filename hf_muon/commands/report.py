@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -20,7 +19,7 @@ import typer
 
 from hf_muon.diagnostics.history import FILE_NAME, read_spectra, read_warnings
 from hf_muon.diagnostics.plots import new_figure, spectra_figure
-from hf_muon.values import sentence
+from hf_muon.values import read_json, sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,15 +137,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object that a file holds; empty if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {sentence(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _section(title: str, content: str, missing: str) -> str:

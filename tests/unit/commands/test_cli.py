@@ -132,7 +132,7 @@ def test_wrong_arguments_are_one_sentence(folder, case):
     ("text", "message"),
     [
         ("{", "is not a readable JSON file"),
-        ("[1]", "is no model config"),
+        ("[1]", "a JSON object is expected"),
         ('{"model_type": "no_such_type"}', "gives no model config"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "llama|config"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "config"),

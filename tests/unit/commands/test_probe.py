@@ -138,9 +138,17 @@ def test_other_kinds_of_models_are_referred_to_python(folder, tmp_path):
     assert "stationary_probe takes any loss" in result.stderr
 
 
-@pytest.mark.parametrize("content", ['{"base_model_name_or_path": null}', "{}", "[", "[]"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"base_model_name_or_path": null}', "names no base model (base_model_name_or_path)"),
+        ("{}", "names no base model (base_model_name_or_path)"),
+        ("[", "is not a readable JSON file"),
+        ("[]", "a JSON object is expected"),
+    ],
+)
 def test_the_hub_is_not_asked_for_a_base_that_an_adapter_does_not_name(
-    folder, tmp_path, monkeypatch, content
+    folder, tmp_path, monkeypatch, content, message
 ):
     for file in folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -153,5 +161,5 @@ def test_the_hub_is_not_asked_for_a_base_that_an_adapter_does_not_name(
         app, ["probe", str(tmp_path), "--text", str(folder / "text.txt"), *map(str, SMALL)]
     )
     assert result.exit_code == 2
-    assert "names no base model (base_model_name_or_path)" in result.stderr
+    assert message in result.stderr
     assert not asked

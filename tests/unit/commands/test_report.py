@@ -87,7 +87,7 @@ def test_a_folder_of_no_run_and_a_damaged_file_are_errors_in_one_sentence(tmp_pa
     (tmp_path / "muon_report.json").write_text("{")
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert "muon_report.json is no JSON" in result.output
+    assert "muon_report.json' is not a readable JSON file" in result.output
     assert "Traceback" not in result.output
 
 
