@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     config = LlamaConfig(**shape, vocab_size=values["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        app(["plan", folder, *argv[1:]], standalone_mode=False)
+        app(["plan", folder, *argv[1:]])  # ends the process, as on a command line
 
 
 if __name__ == "__main__":
