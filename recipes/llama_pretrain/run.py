@@ -2,7 +2,8 @@
 
 In: ``python run.py configs/tiny.yaml [--optim muon] [--learning_rate 0.01] ...``.
 Out: in ``--output_dir``, ``results.json``, ``trainer_state.json`` and ``loss.png``, and checkpoints
-when asked for. After SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes on exactly.
+when asked for. After SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes
+on exactly.
 """
 
 from __future__ import annotations
