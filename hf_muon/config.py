@@ -8,14 +8,21 @@ are scalars or tuples of scalars, so that they survive command lines, JSON and c
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from hf_muon.polar import FAMILIES, check_steps
 from hf_muon.rules import FILTERS, MAPS, RESCALES, Rule, rule_of
-from hf_muon.values import near, parsed, read_json, require_known, typed
+from hf_muon.values import (
+    check_pattern,
+    near,
+    parsed,
+    read_json,
+    require_known,
+    shown,
+    typed,
+)
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
@@ -125,7 +132,7 @@ class MuonConfig:
     bucket_mb: float = 32.0
     compile: bool = False
 
-    def __new__(cls, **settings: object) -> MuonConfig:
+    def __new__(cls, /, **settings: object) -> MuonConfig:
         """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""
         for name in settings:
             require_known(name, (field.name for field in dataclasses.fields(cls)), "setting")
@@ -148,36 +155,36 @@ class MuonConfig:
         values the other pairs override.
 
         Args:
-            optim_args: The string, as the Trainer takes it; spaces do not count.
+            optim_args: The string, as the Trainer takes it; spaces around names and values do not
+                count, those inside a value do.
             **defaults: Values for settings that neither the string nor the file gives.
         """
         if not isinstance(optim_args, str | None):
             raise ValueError(
-                f"optim_args={optim_args!r} is of type {type(optim_args).__name__}; a string of "
-                "key=value pairs is expected, or config=FILE with the settings in a JSON file."
+                f"optim_args={shown(optim_args)} is of type {type(optim_args).__name__}; a string "
+                "of key=value pairs is expected, or config=FILE with the settings in a JSON file."
             )
         pairs: dict[str, str] = {}
-        for item in (optim_args or "").replace(" ", "").split(","):
-            name, equals, value = item.partition("=")
-            if not item and not optim_args:
-                continue
-            if not (name and equals and value):
+        text = (optim_args or "").strip()
+        for item in text.split(",") if text else ():
+            name, _, value = (part.strip() for part in item.partition("="))
+            if not (name and value):
                 raise ValueError(
-                    f"optim_args has {item!r} where key=value is expected, in {optim_args!r}. "
-                    "Separate pairs by commas, without one at the end; put values that hold a "
-                    "comma into a JSON file and pass config=FILE."
+                    f"optim_args has {shown(item.strip())} where key=value is expected, in "
+                    f"{shown(text)}. Separate pairs by commas, without one at the end; put values "
+                    "that hold a comma into a JSON file and pass config=FILE."
                 )
             if name in pairs:
-                raise ValueError(f"optim_args gives {name!r} twice, in {optim_args!r}.")
+                raise ValueError(f"optim_args gives {shown(name)} twice, in {shown(text)}.")
             pairs[name] = value
         path = pairs.pop("config", None)
-        from_file = read_json(path) if path is not None else {}
+        from_file = read_json(path, "config=") if path is not None else {}
         return cls(**{**defaults, **from_file, **parsed(cls, pairs)})
 
     @classmethod
     def from_json(cls, path: str | Path) -> MuonConfig:
         """Read a JSON object of settings. The file is data: nothing in it is executed."""
-        return cls(**read_json(path))
+        return cls(**read_json(path, "config="))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> MuonConfig:
@@ -230,67 +237,38 @@ class MuonConfig:
 
 
 _MUON_FIELDS = (
-    "order",
-    "momentum",
-    "nesterov",
-    "filter",
-    "matrix_map",
-    "rescale",
-    "match_update_rms",
-    "momentum_warmup_steps",
-    "polar_method",
-    "coefficients",
-    "polar_steps",
-    "polar_dtype",
-    "adjust_lr",
-    "cautious_weight_decay",
-    "lora_update",
-    "lora_damping",
-    "tangent_iterations",
-    "tangent_balance_every",
-    "skip_zero_gradients",
-    "distribute",
-    "bucket_mb",
-    "compile",
-)
+    "order", "momentum", "nesterov", "filter", "matrix_map", "rescale", "match_update_rms",
+    "momentum_warmup_steps", "polar_method", "coefficients", "polar_steps", "polar_dtype",
+    "adjust_lr", "cautious_weight_decay", "lora_update", "lora_damping", "tangent_iterations",
+    "tangent_balance_every", "skip_zero_gradients", "distribute", "bucket_mb", "compile",
+)  # fmt: skip
 
 
-# Half-open or closed ranges of the numbers; None stands for no bound.
-_RANGES: dict[str, tuple[float, float | None, str]] = {
-    "momentum": (0.0, 1.0, "0 ≤ momentum < 1"),
-    "momentum_start": (0.0, 1.0, "0 ≤ momentum_start < 1"),
-    "momentum_warmup_steps": (0, None, "momentum_warmup_steps ≥ 0"),
-    "polar_steps": (1, 100, "1 ≤ polar_steps < 100"),
-    "lr": (0.0, None, "lr ≥ 0"),
-    "adamw_lr": (0.0, None, "adamw_lr ≥ 0"),
-    "weight_decay": (0.0, None, "weight_decay ≥ 0"),
-    "adamw_weight_decay": (0.0, None, "adamw_weight_decay ≥ 0"),
-    "adamw_eps": (0.0, None, "adamw_eps ≥ 0"),
-    "adamw_betas": (0.0, 1.0, "0 ≤ each beta < 1"),
-    "lora_damping": (1e-8, None, "lora_damping ≥ 1e-8"),
-    "tangent_iterations": (1, None, "tangent_iterations ≥ 1"),
-    "tangent_balance_every": (0, None, "tangent_balance_every ≥ 0"),
-    "bucket_mb": (1e-6, None, "bucket_mb > 0"),
+# low ≤ number < high. The upper bounds are far above what trains anything: they stop slips.
+_RATES = ("lr", "adamw_lr", "weight_decay", "adamw_weight_decay", "adamw_eps")
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("momentum", "momentum_start", "adamw_betas"), (0, 1)),
+    **dict.fromkeys(_RATES, (0, 1e6)),
+    **dict.fromkeys(("momentum_warmup_steps", "tangent_balance_every"), (0, 1e9)),
+    **dict.fromkeys(("polar_steps", "tangent_iterations"), (1, 100)),
+    "lora_damping": (1e-8, 1e6),
+    "bucket_mb": (1e-6, 1e6),
 }
 
 
 def _check_ranges(config: MuonConfig) -> None:
-    for name, (low, high, allowed) in _RANGES.items():
+    for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if number is not None and not (low <= number and (high is None or number < high)):
-                raise ValueError(f"{name}={value!r} is out of range: {allowed} is allowed.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number < high:
+                each = "each of " if isinstance(value, tuple) else ""
+                raise ValueError(
+                    f"{name}={shown(value)} is out of range: {low:g} ≤ {each}{name} < {high:g} is "
+                    "allowed."
+                )
     for name in ("muon_params", "adamw_params"):
         for pattern in getattr(config, name):
-            if not pattern:
-                raise ValueError(f"{name} holds an empty pattern, which would match every name.")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{name} holds {pattern!r}, which is not a regular expression: {error}."
-                ) from error
+            check_pattern(name, pattern)
 
 
 # The settings whose values are the names in a table, to which users may add theirs.
@@ -307,7 +285,7 @@ def _check_rule(config: MuonConfig) -> None:
         value = getattr(config, name)
         if value not in table:
             allowed = ", ".join(map(repr, table))
-            raise ValueError(f"{name}={value!r} is not one of {allowed}.{near(value, table)}")
+            raise ValueError(f"{name}={shown(value)} is not one of {allowed}.{near(value, table)}")
     if config.match_update_rms and config.rescale != "none":
         raise ValueError(
             f"match_update_rms=True and rescale={config.rescale!r} both set the size of an update: "

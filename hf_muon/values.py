@@ -1,7 +1,8 @@
 """Values of settings: read from strings and files, and brought to their declared types.
 
 In: strings of a command line, a JSON file, loose Python values; and type hints. Out: values of
-these types, or an error that names the setting, the value and what is allowed.
+these types, or an error that names the setting, the value and what is allowed. No value is too
+long, too large or too deeply nested for a short message.
 """
 
 from __future__ import annotations
@@ -10,36 +11,79 @@ import difflib
 import json
 import math
 import numbers
+import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+LONGEST_SHOWN = 160
+LONGEST_PATTERN, MOST_REPETITIONS = 1000, 20
+
 
 def near(name: str, names: Iterable[str]) -> str:
     """The nearest of some names as `` Did you mean 'x'?``, or nothing where none is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name[:LONGEST_SHOWN], list(names), n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
+def shown(value: object) -> str:
+    """A value as Python writes it, cut where it is long."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an int of more than 4,300 digits; a class whose __repr__ fails
+        return f"<{type(value).__name__} that cannot be shown>"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST_SHOWN + 1
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an error's message, as a sentence."""
+    message = getattr(error, "strerror", None) or str(error)
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    line = line or type(error).__name__
+    if len(line) > 3 * LONGEST_SHOWN:
+        return f"{line[: 3 * LONGEST_SHOWN]}…"
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
     """Raise for a name that is not in ``allowed``, with the nearest one."""
     names = sorted(allowed)
-    if name in names:
-        return
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {kind}: {name!r}.{hint} Allowed: {', '.join(names)}.")
+    if not (isinstance(name, str) and name in names):
+        hint = near(name, names) if isinstance(name, str) else ""
+        raise ValueError(f"Unknown {kind}: {shown(name)}.{hint} Allowed: {', '.join(names)}.")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that must hold one object."""
+def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
+    """A JSON file that must hold one object, each of whose keys is there once.
+
+    Args:
+        path: The file.
+        field: What an error calls it, before the path: the setting that named it and ``=``.
+    """
+    named = field + shown(str(path))
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON
-        raise ValueError(f"config={str(path)!r} is not a readable JSON file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"config={str(path)!r} holds {settings!r}; a JSON object is expected.")
-    return settings
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_object)
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # unreadable, not UTF-8 …
+        raise ValueError(f"{named} is not a readable JSON file: {sentence(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{named} holds {shown(content)}; a JSON object is expected.")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it gives {shown(twice)} twice.")
+    return made
 
 
 def parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
@@ -54,13 +98,13 @@ def _from_string(name: str, text: str, hint: Any) -> Any:
     if type(None) in get_args(hint):
         if text.lower() == "none":
             return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        hint = _without_none(hint)
     if get_origin(hint) is Literal or hint is str:
         return text
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if text.lower() not in words:
-            raise ValueError(f"{name}={text!r}: true or false is expected.")
+            raise ValueError(f"{name}={shown(text)}: true or false is expected.")
         return words[text.lower()]
     if get_origin(hint) is tuple:
         if get_args(hint)[0] is str:
@@ -69,49 +113,37 @@ def _from_string(name: str, text: str, hint: Any) -> Any:
     try:
         return hint(text)
     except ValueError:
-        kind = "a whole number" if hint is int else "a number"
-        raise ValueError(f"{name}={text!r}: {kind} is expected.") from None
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
-    parts, depth, start = [], 0, 0
-    for index, character in enumerate(text):
-        if index and text[index - 1] == "\\":
-            continue  # escaped
-        depth += (character in "([{") - (character in ")]}")
-        if character == "|" and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    return [*parts, text[start:]]
+        raise ValueError(f"{name}={shown(text)}: {_KIND[hint]}.") from None
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in its declared type; int passes for float and a list for a tuple."""
-    options = get_args(hint)
-    if type(None) in options:
+    """The value in its declared type; int passes for float and a list for a tuple.
+
+    Subclasses, such as NumPy's scalars and members of enums, become the plain type: checkpoints
+    that are read with ``weights_only=True`` hold nothing else.
+    """
+    if type(None) in get_args(hint):
         if value is None:
             return None
-        hint = next(arg for arg in options if arg is not type(None))
+        hint = _without_none(hint)
     if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        allowed = ", ".join(map(repr, get_args(hint)))
-        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of {allowed}.{suggestion}")
+        return _typed_name(name, value, get_args(hint))
     if get_origin(hint) is tuple:
         return _typed_tuple(name, value, get_args(hint))
-    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
-        value = hint(value)  # an int where a float is expected; NumPy's scalars
+    base = _BASES.get(hint, hint)
+    if isinstance(value, base) and not isinstance(value, bool):
+        try:  # an int where a float is expected; NumPy's scalars; enums
+            value = str.__str__(value) if hint is str else hint(value)
+        except OverflowError:
+            raise ValueError(f"{name}={shown(value)} is too large.") from None
     if type(value) is not hint:
-        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; {_KIND[hint]}.")
+        raise ValueError(f"{name}={shown(value)} is of type {type(value).__name__}; {_KIND[hint]}.")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is not finite.")
     return value
 
 
-_NUMBERS = {float: numbers.Real, int: numbers.Integral}
+_BASES: dict[Any, type] = {float: numbers.Real, int: numbers.Integral}
 _KIND = {
     bool: "True or False is expected",
     int: "a whole number is expected",
@@ -120,9 +152,81 @@ _KIND = {
 }
 
 
+def _without_none(hint: Any) -> Any:
+    return next(arg for arg in get_args(hint) if arg is not type(None))
+
+
+def _typed_name(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in allowed:
+        return str.__str__(value)
+    suggestion = near(value, allowed) if isinstance(value, str) else ""
+    names = ", ".join(map(repr, allowed))
+    raise ValueError(f"{name}={shown(value)} is not one of {names}.{suggestion}")
+
+
 def _typed_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name}={value!r}: a tuple of {hints[0].__name__} values is expected.")
+        kind = hints[0].__name__
+        raise ValueError(f"{name}={shown(value)}: a tuple of {kind} values is expected.")
     if hints[-1] is not Ellipsis and len(value) != len(hints):
-        raise ValueError(f"{name}={value!r}: {len(hints)} values are expected.")
+        raise ValueError(f"{name}={shown(value)}: {len(hints)} values are expected.")
     return tuple(typed(name, item, hints[0]) for item in value)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    r"""Raise unless a string is a regular expression that is safe to search parameter names for.
+
+    Python's ``re`` backtracks and has no time limit: a repetition inside a repetition, as in
+    ``(a+)+$``, takes time that doubles with each character of a name. Such patterns are refused,
+    and those with the same repetition twice in a row (``.*.*``), with many repetitions, or very
+    long. What is left takes a power of the length, which matters for chains like ``.*\w*.*\w*``.
+    """
+    if not pattern:
+        raise ValueError(f"{name} holds an empty pattern, which would match every name.")
+    try:
+        if len(pattern) <= LONGEST_PATTERN:
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{name} holds {shown(pattern)}, which is not a regular expression: {sentence(error)}"
+        ) from error
+    if len(pattern) > LONGEST_PATTERN or _may_take_forever(pattern):
+        raise ValueError(
+            f"{name} holds {shown(pattern)}, which may take forever to match: at most "
+            f"{LONGEST_PATTERN:,} characters and {MOST_REPETITIONS} repetitions are allowed, none "
+            "twice in a row (.*.*), and no repeated group that holds * + ? { or |: write [.0-9]+ "
+            "for (\\.[0-9]+)+."
+        )
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[a-zA-Z:=!<>#-]*|.", re.DOTALL)
+_TWICE = re.compile(r"(\\?.)[*+]\1[*+]", re.DOTALL)
+
+
+def _may_take_forever(pattern: str) -> bool:
+    tokens = _TOKEN.findall(pattern)
+    varies = [False]  # for each open group: whether it can match in several ways
+    for token, after in zip(tokens, [*tokens[1:], ""], strict=True):
+        if token.startswith("("):
+            varies.append(False)
+        elif token == ")" and len(varies) > 1:
+            inside = varies.pop()
+            if inside and after in ("*", "+", "{"):
+                return True
+            varies[-1] |= inside
+        else:
+            varies[-1] |= token in ("*", "+", "?", "{", "|")
+    repetitions = sum(token in ("*", "+", "?", "{") for token in tokens)
+    return repetitions > MOST_REPETITIONS or _TWICE.search(pattern) is not None
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
+    parts, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += token.startswith(("(", "{")) - (token in (")", "}"))
+        if token == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]

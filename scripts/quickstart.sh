@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small LLaMA on Shakespeare with Muon and with AdamW, on the same tokens, and compare them.
 #
-# In: nothing but python3 (>= 3.10); arguments go to every training, e.g. --max_steps 20.
+# In: nothing but python3 (>= 3.11); arguments go to every training, e.g. --max_steps 20.
 # Out: .venv with the package, a table, and runs/llama_pretrain/tiny_compare/comparison.png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

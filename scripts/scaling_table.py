@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from hf_muon.commands.imaginary import Parameter, World
+from hf_muon.commands.plan import Forecast, forecast, short
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.imaginary import Parameter, World
 from hf_muon.distributed.layout import Matrix
-from hf_muon.forecast import Forecast, forecast, short
 
 
 class Llama(NamedTuple):

@@ -12,7 +12,11 @@ if [[ -e $stamp && ! pyproject.toml -nt $stamp && ! constraints.txt -nt $stamp ]
     exit 0
 fi
 
-[[ -x .venv/bin/python ]] || python3 -m venv .venv
+if [[ ! -x .venv/bin/python ]]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "error: $(python3 --version) is too old: Python 3.11 or newer is needed." >&2; exit 1; }
+    python3 -m venv .venv
+fi
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 echo "Installing torch and hf_muon[$extras] into .venv (a few minutes the first time)"
 install torch==2.13.0 # first, so that the build chosen for this machine is not replaced later

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up, then lint, type-check and test.
 #
-# In: nothing but python3 (>= 3.10) and g++; --full adds the tests marked "full"; further arguments
+# In: nothing but python3 (>= 3.11) and g++; --full adds the tests marked "full"; further arguments
 # go to pytest. Out: the exit status of the first check that fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -34,6 +34,6 @@ site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path(
 
 export PATH="$environment/bin:$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-python -m pytest -o addopts=-q tests/unit/routing tests/unit/test_{config,cli}.py \
+python -m pytest -o addopts=-q tests/unit/routing tests/unit/test_config.py tests/unit/commands/test_cli.py \
     tests/integration/test_{names,trainer,adapters_roundtrip,lora}.py \
     tests/distributed/test_trainer_launches.py -m "not full" "$@"

@@ -7,7 +7,6 @@ written. On sharded models every rank must call, as gathering a gradient is a co
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_muon.distributed.layout import Matrix
 from hf_muon.routing import route
+from hf_muon.values import check_pattern, near
 
 Sources = dict[str, tuple[nn.Parameter, Matrix]]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -55,17 +55,12 @@ def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list
         return list(names)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"layers holds {pattern!r}, which is no regular expression: {error}."
-            ) from None
+        check_pattern("layers", pattern)
         if not any(re.search(pattern, name) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            words = sorted({step for name in names for step in name.split(".")} | set(names))
             raise ValueError(
                 f"layers holds {pattern!r}, which matches none of the {len(names)} matrices that "
-                f"Muon trains. Near names: {', '.join(near) or next(iter(names))}."
+                f"Muon trains, such as {next(iter(names))}.{near(pattern.strip('^$.'), words)}"
             )
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 

@@ -55,15 +55,9 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
     Args:
         samples: From :func:`~hf_muon.diagnostics.history.read_spectra`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
-        ) from error
     if not samples:
         raise ValueError("There are no samples to draw: the run ended before the first one.")
-    figure = Figure(figsize=(10.5, 6.6), layout="constrained")
+    figure = new_figure(10.5, 6.6)
     (sigma, rank), (size, quality) = figure.subplots(2, 2, sharex=True)
     for colour, (label, series) in zip(_cycle(samples), _by_layer(samples), strict=False):
         _draw(sigma, series, "average_sigma_1", colour=colour, label=label)
@@ -80,6 +74,17 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
         axes.set_xlabel("step")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; an ImportError says where matplotlib is to be had."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:

@@ -6,12 +6,12 @@ statistic stands beside its null, and a reading that the null explains is marked
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+
+from hf_muon.routing.table import text
 
 
 class Statistic(NamedTuple):
@@ -103,11 +103,7 @@ class ProbeReport:
                 *(str(reading.statistics[name]) for name in names),
                 reading.flag,
             )
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
-        console.width = console.measure(table).maximum  # no name is cut in two
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return text(table)
 
     def to_dict(self) -> dict[str, Any]:
         """The readings as plain values, for JSON."""

@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import datasets
 from settings import DataSettings
-from shared.arguments import RecipeError, nearest
+from shared.arguments import RecipeError
 from shared.assets import cached_folder, package_folder
+
+from hf_muon.values import near
 
 
 class Document(NamedTuple):
@@ -50,7 +52,7 @@ def load_local(name: str, data: DataSettings) -> Split:
     """Return the split of one local corpus."""
     if name not in LOCAL:
         raise RecipeError(
-            f"Unknown corpus {name!r}.{nearest(name, LOCAL)} Allowed: {', '.join(LOCAL)}, several "
+            f"Unknown corpus {name!r}.{near(name, LOCAL)} Allowed: {', '.join(LOCAL)}, several "
             "of them joined by +, or a dataset of the Hub as owner/name."
         )
     return hold_out(LOCAL[name]()[: data.max_documents], data.holdout_every)

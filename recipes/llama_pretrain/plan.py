@@ -18,7 +18,7 @@ from settings import HERE, SETTINGS, ModelSettings
 from shared.arguments import RecipeError, read
 from transformers import LlamaConfig
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     config = LlamaConfig(**shape, vocab_size=values["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        app(["plan", folder, *argv[1:]], standalone_mode=False)
+        app(["plan", folder, *argv[1:]])  # ends the process, as on a command line
 
 
 if __name__ == "__main__":

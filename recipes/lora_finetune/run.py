@@ -85,6 +85,7 @@ def save(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
     if not trainer.is_world_process_zero():
         return
     measure.write_json(folder / "results.json", results)
+    trainer.save_state()
     accuracy = results["validation_accuracy"]
     print(
         f"{results['optim']}: validation loss {results['validation_loss']:.4f}"

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-from shared.arguments import RecipeError, find_config, nearest, read, without_rank
+from shared.arguments import RecipeError, find_config, load, read, without_rank
 from shared.processes import check_world_size
 from transformers import TrainingArguments
+
+from hf_muon.values import near
 
 HERE = Path(__file__).parent
 TASKS = ("classification", "chat", "sft")
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     argv = without_rank(argv)
     kinds = (ModelSettings, DataSettings, training_kind(argv))
     given = read(argv, kinds, HERE)
-    model, data, training = given.parser.parse_dict(given.values)
+    model, data, training = given.made()
     check(model, data, training)
     check_world_size(training)
     return model, data, training
@@ -111,8 +112,7 @@ def chosen_task(argv: Sequence[str]) -> str:
     parser.add_argument("--task")
     task = parser.parse_known_args(list(argv))[0].task
     if task is None and argv and not argv[0].startswith("-"):
-        values = yaml.safe_load(find_config(argv[0], HERE).read_text(encoding="utf8")) or {}
-        task = values.get("task")
+        task = load(find_config(argv[0], HERE)).get("task")
     return task or ModelSettings.task
 
 
@@ -120,14 +120,12 @@ def check(model: ModelSettings, data: DataSettings, training: TrainingArguments)
     """Refuse values that would train something else than was meant."""
     if model.task not in TASKS:
         raise RecipeError(
-            f"Unknown task {model.task!r}.{nearest(model.task, TASKS)} Allowed: {', '.join(TASKS)}."
+            f"Unknown task {model.task!r}.{near(model.task, TASKS)} Allowed: {', '.join(TASKS)}."
         )
     if model.task != "sft" and data.dataset != "tweets":
         raise RecipeError(
             f"dataset={data.dataset!r} is for the task sft; {model.task} knows 'tweets' only."
         )
-    if model.r < 1:
-        raise RecipeError(f"r={model.r} must be at least 1: it is the rank of the adapters.")
     optim = getattr(training.optim, "value", training.optim)
     if model.loraplus_ratio is not None and not optim.startswith("adamw_torch"):
         raise RecipeError(

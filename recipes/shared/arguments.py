@@ -1,22 +1,24 @@
 """Arguments of a recipe: a YAML file, overridden by the command line.
 
-In: ``sys.argv``-like strings and the dataclasses that hold the arguments. Out: the parser and the
-merged values, from which ``parser.parse_dict`` makes the dataclasses. Names that no dataclass has
-are refused with the nearest one.
+In: ``sys.argv``-like strings and the dataclasses that hold the arguments. Out: the merged values,
+and the dataclasses that they make. Names that no dataclass has, and values of another type or of no
+sense are refused in a sentence, with the file that holds them.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_muon.values import near, parsed, sentence, typed
 
 
 class RecipeError(ValueError):
@@ -31,6 +33,17 @@ class Arguments:
     values: dict[str, Any]
     stem: str
 
+    def made(self) -> tuple[Any, ...]:
+        """Return the dataclasses.
+
+        Raises:
+            RecipeError: one of them refuses its values.
+        """
+        try:
+            return self.parser.parse_dict(self.values)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(sentence(error)) from error
+
 
 def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: object) -> Arguments:
     """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
@@ -42,20 +55,32 @@ def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: o
         **defaults: values where they differ from those of the dataclasses.
 
     Raises:
-        RecipeError: a file or a name in it that does not exist.
+        RecipeError: a file that cannot be read, or a name or value in it that makes no sense.
     """
     parser = HfArgumentParser(kinds)
     parser.set_defaults(**defaults)
     rest = without_rank(argv)
-    stem = "custom"
+    stem, path, of_file = "custom", Path(), {}
     if rest and not rest[0].startswith("-"):
         path = find_config(rest.pop(0), recipe)
-        parser.set_defaults(**read_config(path, kinds))
-        stem = path.stem
+        stem, of_file = path.stem, read_config(path, kinds)
+        parser.set_defaults(**of_file)
     values = vars(parser.parse_args(rest))
+    for name in counts(kinds):
+        if values.get(name) is not None and values[name] < 1:
+            where = f" in {path}" if values[name] == of_file.get(name) else ""
+            raise RecipeError(f"{name}={values[name]}{where} must be at least 1.")
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{recipe.name}/{stem}_{values['optim']}"
     return Arguments(parser, values, stem)
+
+
+def counts(kinds: Sequence[type]) -> list[str]:
+    """Return the names of the whole numbers that a recipe adds, and of the Trainer's batches."""
+    own = [kind for kind in kinds if not issubclass(kind, TrainingArguments)]
+    hints = {name: hint for kind in own for name, hint in get_type_hints(kind).items()}
+    batches = ["per_device_train_batch_size", "per_device_eval_batch_size"]
+    return [name for name, hint in hints.items() if hint in (int, int | None)] + batches
 
 
 def without_rank(argv: Sequence[str]) -> list[str]:
@@ -73,21 +98,50 @@ def find_config(name: str, recipe: Path) -> Path:
 
 
 def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:
-    """Return the values of a YAML file, after a check of every name."""
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf8")) or {}
-    allowed = {item.name for kind in kinds for item in fields(kind)}
-    for name in values:
-        if name not in allowed:
+    """Return the values of a YAML file, after a check of every name and of every plain type."""
+    values = load(path)
+    kind_of = {item.name: kind for kind in kinds for item in fields(kind)}
+    for name, value in values.items():
+        if name not in kind_of:
             raise RecipeError(
-                f"{path} sets {name!r}, which no argument has.{nearest(name, allowed)}"
+                f"{path} sets {name!r}, which no argument has.{near(str(name), kind_of)}"
             )
+        try:
+            check_type(name, value, kind_of[name])
+        except ValueError as error:
+            raise RecipeError(f"{path}: {error}") from error
     return values
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def load(path: Path) -> dict[str, Any]:
+    """Return what a YAML file sets."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {sentence(error)}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(values, dict | None):
+        raise RecipeError(
+            f"{path} holds a {type(values).__name__}; lines of name: value are expected."
+        )
+    return values or {}
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise unless a value, or a text, is what a field of a plain type takes.
+
+    The Trainer's own fields of text also take other things, and check them.
+    """
+    hint = get_type_hints(kind)[name]
+    (plain, *others) = set(get_args(hint)) - {type(None)} or {hint}
+    checked = {int, float, bool} | (set() if issubclass(kind, TrainingArguments) else {str})
+    if others or plain not in checked:
+        return
+    if isinstance(value, str):
+        parsed(kind, {name: value})
+    else:
+        typed(name, value, hint)
 
 
 def checkpoint(training: TrainingArguments) -> str | None:
@@ -99,19 +153,29 @@ def checkpoint(training: TrainingArguments) -> str | None:
     asked = training.resume_from_checkpoint
     if asked not in ("last", "auto"):
         return asked
-    found = newest_checkpoint(Path(training.output_dir))
+    found = newest_checkpoint(Path(training.output_dir), say=training.process_index == 0)
     if found is None and asked == "last":
         raise RecipeError(
-            f"There is no checkpoint in {training.output_dir} to go on from. "
+            f"There is no whole checkpoint in {training.output_dir} to go on from. "
             "--resume_from_checkpoint auto begins in that case."
         )
     return found
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path, say: bool = True) -> str | None:
     """Return the newest complete checkpoint, or None.
 
-    The Trainer writes ``trainer_state.json`` last; a checkpoint without it was interrupted.
+    The Trainer writes ``trainer_state.json`` last: a checkpoint without it, or with part of it, was
+    interrupted. It is passed over, and named if ``say``, so that a requeued job goes on.
     """
     found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf8"))
+            if isinstance(state, Mapping) and isinstance(state["global_step"], int):
+                return str(path)
+        except (ValueError, KeyError):
+            pass
+        if say:
+            print(f"{path} is damaged ({TRAINER_STATE_NAME}): passed over.", flush=True)
+    return None

@@ -139,5 +139,7 @@ def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
+    """Write readable JSON, whole or not at all: a run may be killed while it writes."""
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
+    written.replace(path)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_muon import MuonConfig
-from hf_muon.distributed.imaginary import Parameter, World
+from hf_muon.commands.imaginary import Parameter, World
+from hf_muon.commands.plan import forecast
 from hf_muon.distributed.layout import Matrix
-from hf_muon.forecast import forecast
 from tests.distributed import counted, layouts
 from tests.distributed.launch import launch
 

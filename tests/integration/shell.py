@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 from tests.distributed.launch import ROOT
 
 USERS_OWN = {"train.py", "script.py"}  # a script of the reader

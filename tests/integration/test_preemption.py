@@ -1,6 +1,7 @@
 """A run that a signal stops saves, and what goes on from there is the uninterrupted run."""
 
 import json
+import shutil
 import signal
 from itertools import chain
 
@@ -153,14 +154,20 @@ def test_no_step_follows_the_last_one(tmp_path):
     assert largest_difference(weights(folder), trained) == 0
 
 
-def test_a_job_begins_and_goes_on_with_one_command(tmp_path):
+def test_a_job_begins_and_goes_on_with_one_command(tmp_path, capsys):
     folder, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
     first = train(folder, *auto, callbacks=[Preempt(1)])
     assert len(first) == SEQUENCES
     interrupted = folder / "checkpoint-4"  # ended while it was written
     interrupted.mkdir()
     (interrupted / "model.safetensors").write_bytes(b"")
+    for step, content in ((2, '{"global_step": 2, "log_hist'), (3, ""), (5, "[]"), (6, "{}")):
+        shutil.copytree(folder / "checkpoint-1", folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    capsys.readouterr()
     rest = train(folder, *auto)
+    said = capsys.readouterr().out
+    assert [f"checkpoint-{n} is damaged" in said for n in range(1, 7)] == [0, 1, 1, 0, 1, 1]
     assert len(rest) == (STEPS - 1) * SEQUENCES
     assert (folder / "results.json").is_file()
 

@@ -78,6 +78,24 @@ def test_a_run_writes_results_and_figure(finished, optim):
     assert results["model_flops_utilisation"] is None  # the peak of a CPU is not known
     assert 0 < results["optimizer_share"] < 1
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    state = json.loads((folder / "trainer_state.json").read_text())  # `hf-muon report` draws it
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    run.write_json(path, {"steps": 1})
+    whole = path.read_text()
+
+    def killed(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.write_json(path, {"steps": 2})
+    assert path.read_text() == whole
 
 
 def test_muon_keeps_less_state_than_adamw(finished):
@@ -233,7 +251,7 @@ def test_every_configuration_parses(config):
         (["--expected_world_size", "2"], "2 processes were asked for, but 1 train"),
         (
             ["--resume_from_checkpoint", "last", "--output_dir", "nowhere"],
-            "no checkpoint in nowhere",
+            "no whole checkpoint in nowhere",
         ),
     ],
 )
@@ -251,6 +269,46 @@ def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
         corpora.load(settings.DataSettings(corpus="stdlb"))
     with pytest.raises(RecipeError, match=r"No configuration file 'configs/huge\.yaml'"):
         settings.parse(["configs/huge.yaml"])
+
+
+BAD_FILES = {
+    "tokens_per_step: 0": r"tokens_per_step=0 in .*bad\.yaml must be at least 1",
+    "seq_len: 0": r"seq_len=0 in .*bad\.yaml must be at least 1",
+    "per_device_train_batch_size: 0": r"per_device_train_batch_size=0 in .*bad\.yaml must be at",
+    "num_attention_heads: -1": r"num_attention_heads=-1 in .*bad\.yaml must be at least 1",
+    "seq_len: null": r"bad\.yaml: seq_len=None is of type NoneType; a whole number is expected",
+    "seq_len: [1, 2]": r"bad\.yaml: seq_len=\[1, 2\] is of type list",
+    "seq_len: 1.5": r"bad\.yaml: seq_len=1.5 is of type float",
+    "seq_len: long": r"bad\.yaml: seq_len='long': a whole number is expected",
+    "learning_rate: high": r"bad\.yaml: learning_rate='high': a number is expected",
+    "learning_rate: null": r"bad\.yaml: learning_rate=None is of type NoneType",
+    "bf16: 3": r"bad\.yaml: bf16=3 is of type int; True or False is expected",
+    "corpus: [a, b]": r"bad\.yaml: corpus=\['a', 'b'\] is of type list; a string is expected",
+    "3: 4": r"bad\.yaml sets 3, which no argument has",
+    "- seq_len": r"bad\.yaml holds a list",
+    "text": r"bad\.yaml holds a str",
+    "seq_len: {": r"bad\.yaml is no YAML.*line",
+    "eval_strategy: sometimes": r"sometimes is not a valid IntervalStrategy",
+    "a: !!python/object/apply:os.system [exit]": r"bad\.yaml is no YAML",
+    "# caf\xe9": r"bad\.yaml cannot be read as UTF-8",
+    "[" * 100_000: r"bad\.yaml cannot be read as UTF-8 text: maximum recursion",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=lambda text: text[:30])
+def test_a_bad_file_is_refused_with_its_name_and_the_field(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(RecipeError, match=BAD_FILES[text]) as error:
+        settings.parse([str(path), "--output_dir", str(tmp_path)])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_file_may_leave_out_values_and_write_numbers_as_yaml_reads_them(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nmax_documents: null\nsave_steps: 2\n")
+    _, data, training = settings.parse([str(path), "--output_dir", str(tmp_path)])
+    assert (training.learning_rate, training.max_grad_norm, data.max_documents) == (1e-3, 1, None)
 
 
 def test_a_budget_that_repeats_the_corpus_too_often_is_refused():

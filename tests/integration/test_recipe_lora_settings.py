@@ -24,7 +24,7 @@ from tests.integration.test_recipe_lora import (
         (["--r", "0"], r"r=0 must be at least 1"),
         (["--loraplus_ratio", "16"], r"optim='muon' was asked for. Use --optim adamw_torch"),
         (["--dataset", "owner/name"], r"dataset='owner/name' is for the task sft"),
-        (["--resume_from_checkpoint", "last", "--output_dir", "nowhere"], "no checkpoint in now"),
+        (["--resume_from_checkpoint", "last", "--output_dir", "nowhere"], "no whole checkpoint in"),
     ],
 )
 def test_wrong_settings_are_refused(options, message):
@@ -36,6 +36,9 @@ def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("learning_rat: 0.1\n")
     with pytest.raises(RecipeError, match="Did you mean 'learning_rate'"):
+        settings.parse([str(wrong)])
+    wrong.write_text("- task")
+    with pytest.raises(RecipeError, match=r"wrong.yaml holds a list"):
         settings.parse([str(wrong)])
     with pytest.raises(RecipeError, match=r"No configuration file 'configs/big.yaml'.*llama"):
         settings.parse(["configs/big.yaml"])

@@ -58,7 +58,13 @@ def test_peaks_are_found_by_the_devices_name(name, peak, monkeypatch):
 
 
 def test_a_plan_needs_a_configuration_and_no_weights(capsys):
-    plan.main(["configs/7b.yaml", "--ranks", "64"])
+    with pytest.raises(SystemExit) as ended:
+        plan.main(["configs/7b.yaml", "--ranks", "64"])
+    assert not ended.value.code
     assert "224 polar factors" in capsys.readouterr().out
     with pytest.raises(plan.RecipeError, match="Say which model"):
         plan.main(["--ranks", "64"])
+    for wrong in ("--rank", "64"), ("--ranks", "64", "--layout", "fsdp"):
+        with pytest.raises(SystemExit) as ended:
+            plan.main(["configs/7b.yaml", *wrong])
+        assert ended.value.code == 2

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,10 @@ ALLOWED = {
     "polar": set(),
     "distributed": {"polar"},
     "optimizer": {"config", "distributed", "polar", "rules", "values"},
-    "routing": {"config", "distributed", "rules"},
-    "diagnostics": {"config", "distributed", "optimizer", "polar", "routing", "rules"},
-    "integrations": {"config", "optimizer", "routing"},
-    "forecast": {"config", "distributed", "optimizer", "routing"},
-    "model_probe": {"diagnostics"},
-    "run_report": {"diagnostics"},
-    "cli": {"config", "distributed", "forecast", "model_probe", "routing", "run_report"},
+    "routing": {"config", "distributed", "rules", "values"},
+    "diagnostics": {"config", "distributed", "optimizer", "polar", "routing", "rules", "values"},
+    "integrations": {"config", "optimizer", "routing", "values"},
+    "commands": {"config", "diagnostics", "distributed", "optimizer", "polar", "routing", "values"},
     "run": {"integrations"},
     "auto": {"integrations"},
 }
@@ -53,6 +51,11 @@ def python_files(path):
 
 def imported_modules(path, everywhere=True):
     """Absolute names of all modules that a file imports, in functions too if ``everywhere``."""
+    return {name.rpartition(":")[0] or name for name in imported(path, everywhere)}
+
+
+def imported(path, everywhere=True):
+    """The same, and ``module:name`` for what is imported from a module."""
     package = ["hf_muon", *path.relative_to(ROOT).with_suffix("").parts]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
@@ -61,8 +64,25 @@ def imported_modules(path, everywhere=True):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: -node.level] if node.level else []
-            names.add(".".join([*base, *(node.module or "").split(".")]).rstrip("."))
+            module = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            names |= {f"{module}:{alias.name}" for alias in node.names}
     return names
+
+
+def import_graph():
+    """The modules of the package, each with those that it imports anywhere, types included."""
+    files = {
+        ".".join(["hf_muon", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        ): path
+        for path in python_files(ROOT)
+    }
+    graph = {}
+    for module, path in files.items():
+        names = (name.partition(":") for name in imported(path))
+        found = {f"{base}.{name}" if f"{base}.{name}" in files else base for base, _, name in names}
+        graph[module] = (found & set(files)) - {module}
+    return graph
 
 
 def room_of(module):
@@ -107,6 +127,14 @@ def test_importing_the_package_does_not_import_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
     code = code.replace("; sys", "; hf_muon.SpectralMonitor; sys")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 1
+
+
+def test_no_modules_import_each_other():
+    graph = import_graph()
+    assert {"hf_muon.config", "hf_muon.distributed.layout"} <= graph["hf_muon.routing.plan"]
+    list(TopologicalSorter(graph).static_order())  # raises with the circle
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({**graph, "hf_muon.values": ["hf_muon.config"]}).static_order())
 
 
 def test_the_check_sees_imports():

@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import enum
 import json
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from hf_muon import MuonConfig
 
@@ -30,10 +33,10 @@ WRONG = [
     ({"polar_dtype": "fp8"}, ["polar_dtype='fp8'", "'bfloat16'", "'float32'"]),
     ({"polar_dtype": "bfloat16", "polar_method": "svd"}, ["polar_dtype='bfloat16'", "'float32'"]),
     ({"adjust_lr": "rms"}, ["adjust_lr='rms'", "'match_rms_adamw'", "'spectral'"]),
-    ({"lr": -1.0}, ["lr=-1.0", "lr ≥ 0"]),
+    ({"lr": -1.0}, ["lr=-1.0", "0 ≤ lr < 1e+06"]),
     ({"lr": float("inf")}, ["lr=inf", "not finite"]),
-    ({"weight_decay": -0.1}, ["weight_decay=-0.1", "weight_decay ≥ 0"]),
-    ({"adamw_betas": (0.9, 1.0)}, ["adamw_betas=(0.9, 1.0)", "each beta < 1"]),
+    ({"weight_decay": -0.1}, ["weight_decay=-0.1", "0 ≤ weight_decay < 1e+06"]),
+    ({"adamw_betas": (0.9, 1.0)}, ["adamw_betas=(0.9, 1.0)", "0 ≤ each of adamw_betas < 1"]),
     ({"adamw_betas": (0.9,)}, ["adamw_betas=(0.9,)", "2 values"]),
     ({"adamw_betas": 0.9}, ["adamw_betas=0.9", "tuple"]),
     ({"momentum_start": 0.5}, ["momentum_start=0.5", "momentum_warmup_steps=0", "both"]),
@@ -46,7 +49,7 @@ WRONG = [
     ({"muon_params": "attn"}, ["muon_params='attn'", "tuple"]),
     ({"adamw_params": ("(",)}, ["adamw_params", "'('", "regular expression"]),
     ({"adamw_params": ("x", "")}, ["adamw_params", "empty pattern"]),
-    ({"bucket_mb": 0}, ["bucket_mb=0", "bucket_mb > 0"]),
+    ({"bucket_mb": 0}, ["bucket_mb=0", "1e-06 ≤ bucket_mb < 1e+06"]),
     ({"lora_update": "products"}, ["lora_update='products'", "'factor'", "Did you mean 'product'"]),
     ({"lora_update": "product", "order": "post_polar"}, ["'product'", "'pre_polar'", "'factor'"]),
     ({"lora_update": "tangent", "order": "polar_only"}, ["'tangent'", "'pre_polar'", "'factor'"]),
@@ -54,9 +57,45 @@ WRONG = [
         {"lora_update": "product", "cautious_weight_decay": True},
         ["cautious_weight_decay=True", "lora_update='product'", "remove one"],
     ),
-    ({"lora_damping": 0.0}, ["lora_damping=0.0", "lora_damping ≥ 1e-8"]),
-    ({"tangent_iterations": 0}, ["tangent_iterations=0", "tangent_iterations ≥ 1"]),
-    ({"tangent_balance_every": -1}, ["tangent_balance_every=-1", "tangent_balance_every ≥ 0"]),
+    ({"lora_damping": 0.0}, ["lora_damping=0.0", "1e-08 ≤ lora_damping"]),
+    ({"tangent_iterations": 0}, ["tangent_iterations=0", "1 ≤ tangent_iterations < 100"]),
+    *[
+        ({name: value}, [f"{name}=", "is out of range", f"{name} < "])
+        for name, value in {
+            "lr": 1e300,
+            "adamw_lr": 1e300,
+            "weight_decay": 1e300,
+            "adamw_weight_decay": 1e300,
+            "adamw_eps": 1e300,
+            "lora_damping": 1e300,
+            "bucket_mb": 1.7e308,
+            "momentum_warmup_steps": 10**400,
+            "tangent_iterations": 10**400,
+            "tangent_balance_every": 10**400,
+        }.items()
+    ],
+    *[
+        ({name: value}, [f"{name}=", "is too large"])
+        for name in ("lr", "momentum", "bucket_mb")
+        for value in (10**400, Fraction(10**400))
+    ],
+    ({"adamw_betas": (10**400, 0.9)}, ["adamw_betas=", "is too large"]),
+    *[
+        ({"order": value}, ["order=", "is not one of 'pre_polar', 'post_polar', 'polar_only'"])
+        for value in (np.zeros(3), torch.zeros(3), ["pre_polar"], {}, None)
+    ],
+    ({"lr": "1" * 5000}, ["lr='1", "a number is expected"]),
+    ({"muon_params": [np.zeros(3)]}, ["muon_params=array", "a string is expected"]),
+    ({"muon_params": ("a{99999999999}",)}, ["muon_params", "a{99999999999}", "not a regular"]),
+    ({"muon_params": ("(" * 900 + ")" * 900,)}, ["muon_params holds '((", "1,000 characters"]),
+    ({"lr_scale": 2}, ["'lr_scale'. Allowed"]),
+    ({"x" * 5000: 2}, ["Unknown setting: 'xxx"]),
+    ({"self": 2}, ["Unknown setting: 'self'"]),
+    ({"cls": 2}, ["Unknown setting: 'cls'"]),
+    (
+        {"tangent_balance_every": -1},
+        ["tangent_balance_every=-1", "0 ≤ tangent_balance_every < 1e+09"],
+    ),
 ]
 
 
@@ -66,6 +105,13 @@ def test_wrong_settings_name_field_value_and_what_is_allowed(settings, words):
         MuonConfig(**settings)
     for word in words:
         assert word in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["polar_steps", "lr", "order", "muon_params"])
+def test_a_number_that_cannot_be_shown_is_refused_in_a_sentence(name):
+    with pytest.raises(ValueError, match=rf"{name}=<int that cannot be shown>"):
+        MuonConfig(**{name: 10**5000})
 
 
 WRONG_STRINGS = [
@@ -82,15 +128,21 @@ WRONG_STRINGS = [
     ({"momentum": 0.9}, ["{'momentum': 0.9}", "dict", "key=value"]),
     ("muon_params=q_proj|", ["muon_params", "empty pattern"]),
     ("config=nowhere.json", ["'nowhere.json'", "not a readable JSON file"]),
+    ("config=" + "x" * 5000, ["config='xxx", "not a readable JSON file"]),
+    ("x" * 5000, ["'xxx", "key=value"]),
+    ("polar_steps=" + "9" * 5000, ["polar_steps='999", "whole number"]),
+    ("lr=1e400", ["lr=inf", "not finite"]),
+    ("polar_dtype=bfloat 16", ["polar_dtype='bfloat 16'", "Did you mean 'bfloat16'"]),
 ]
 
 
-@pytest.mark.parametrize(("text", "words"), WRONG_STRINGS)
+@pytest.mark.parametrize(("text", "words"), WRONG_STRINGS, ids=lambda value: str(value)[:60])
 def test_wrong_optim_args_say_what_is_expected(text, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words follow
         MuonConfig.from_optim_args(text)
     for word in words:
         assert word in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 def test_optim_args_grammar():
@@ -112,7 +164,16 @@ def test_optim_args_grammar():
     )
 
 
-@pytest.mark.parametrize("empty", [None, ""])
+def test_spaces_inside_a_value_belong_to_it(tmp_path):
+    path = tmp_path / "a file.json"
+    path.write_text('{"momentum": 0.8}')
+    (tmp_path / "afile.json").write_text('{"momentum": 0.7}')
+    config = MuonConfig.from_optim_args(f" config = {path} ,\n lr = 0.1,muon_params=a b | [ ]c")
+    assert (config.momentum, config.lr) == (0.8, 0.1)
+    assert config.muon_params == ("a b", "[ ]c")
+
+
+@pytest.mark.parametrize("empty", [None, "", " "])
 def test_empty_optim_args_leave_the_defaults(empty):
     assert MuonConfig.from_optim_args(empty, lr=0.1) == MuonConfig(lr=0.1)
 
@@ -128,6 +189,66 @@ def test_json_is_overridden_by_inline_keys_and_overrides_defaults(tmp_path):
     assert MuonConfig.from_json(path) == MuonConfig(momentum=0.8, adamw_betas=(0.8, 0.9), lr=2.0)
     config = MuonConfig.from_optim_args(f"config={path},momentum=0.7", lr=1.0, weight_decay=0.1)
     assert (config.momentum, config.lr, config.weight_decay) == (0.7, 2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"lr": 0.1, "momentum": 0.9, "lr": 0.2}', ["gives 'lr' twice"]),
+        ('{"lr": ' + "[" * 100_000 + "]" * 100_000 + "}", ["recursion"]),
+        ('{"lr": ' + "1" * 5000 + "}", ["digits"]),
+        ('["' + "x" * 5000 + '"]', ["holds ['xxx", "object"]),
+    ],
+    ids=["twice", "deep", "digits", "long"],
+)
+def test_wrong_json_is_one_short_sentence(tmp_path, text, words):
+    path = tmp_path / "muon.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"muon\.json") as error:
+        MuonConfig.from_json(path)
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+FOREVER = ["(a+)+$", "(a|a)*$", "(?:x*y?)*z", "((a?)b){9}", "(a|ab)+", ".*.*.*.*x", "a+" * 21]
+ANSWERING = [
+    r"layers\.\d+\..*(q|k|v)_proj",
+    "(a|b)?c",
+    "[(a+)]+",
+    r"(?:\(a\+)+",
+    "(?i)(a)+",
+    "[]|a]",
+]
+
+
+@pytest.mark.parametrize("pattern", FOREVER)
+def test_patterns_that_may_never_answer_are_refused(pattern):
+    with pytest.raises(ValueError, match=r"muon_params holds .* may take forever"):
+        MuonConfig(muon_params=(pattern,))
+
+
+@pytest.mark.parametrize("pattern", ANSWERING)
+def test_patterns_that_answer_are_not(pattern):
+    assert MuonConfig(adamw_params=(pattern,)).adamw_params == (pattern,)
+
+
+class Order(str, enum.Enum):  # noqa: UP042
+    POST = "post_polar"
+
+
+def test_values_become_plain():
+    """Checkpoints that are read with ``weights_only=True`` hold nothing else."""
+    given = {
+        "lr": np.float64(0.1),
+        "polar_steps": np.int64(4),
+        "adamw_betas": [np.float64(0.9)] * 2,
+    }
+    for order in (Order.POST, np.str_("post_polar")):
+        config = MuonConfig(order=order, muon_params=(np.str_("a"),), **given)
+        values = [config.order, config.lr, config.polar_steps, *config.adamw_betas]
+        assert [type(value) for value in values] == [str, float, int, float, float]
+        assert type(config.muon_params[0]) is str
 
 
 def test_json_must_be_text(tmp_path):

@@ -27,7 +27,7 @@ def constraints():
 
 
 def test_the_versions_that_are_named_are_installed():
-    assert sys.version_info[:2] >= (3, 10)
+    assert sys.version_info[:2] >= (3, 11)
     for named in constraints():
         found = installed(named.name)
         # A build for one machine carries a local label, as 2.13.0+cpu does.
@@ -44,6 +44,18 @@ def test_the_lower_bounds_admit_what_is_named():
         if bound.name.lower() in named:
             (exact,) = named[bound.name.lower()].specifier
             assert exact.version in bound.specifier, (bound, exact)
+
+
+def test_the_lowest_python_is_the_same_everywhere():
+    lowest = re.search(r'^requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[
+        1
+    ]
+    named = {"README.md": f"Python ≥ {lowest}."}
+    named |= {f"scripts/{name}.sh": f">= {lowest})" for name in ("quickstart", "test", "docs")}
+    named["scripts/setup.sh"] = f"({lowest.replace('.', ', ')})"
+    named["constraints.txt"] = f"(Python {lowest})"  # their numpy needs it
+    for file, words in named.items():
+        assert words in (ROOT / file).read_text(), file
 
 
 def test_one_version_of_the_package_is_named_everywhere():

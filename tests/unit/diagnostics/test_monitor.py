@@ -269,7 +269,7 @@ def test_another_optimizer_is_named_and_nothing_is_sampled(tmp_path, caplog):
 
 
 def test_patterns_that_match_nothing_are_an_error_that_names_near_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'q_porj'.*Near names: .*q_proj"):
+    with pytest.raises(ValueError, match=r"'q_porj'.*Did you mean 'q_proj'"):
         watched(tmp_path, SpectralMonitor("q_porj"))
 
 

@@ -11,14 +11,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_muon import Muon
+from hf_muon.commands.costs import bucket_costs
+from hf_muon.commands.imaginary import Parameter, World, _rows_of_a_mesh, exchanges
+from hf_muon.commands.plan import forecast
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.buckets import plan_buckets
-from hf_muon.distributed.costs import bucket_costs
 from hf_muon.distributed.dtensor import dtensor_layout
-from hf_muon.distributed.imaginary import Parameter, World, _rows_of_a_mesh, exchanges
 from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.owners import polar_cost
-from hf_muon.forecast import forecast
 from scripts.scaling_table import MODELS, Llama
 from tests.reference.makespan import smallest_makespan
 
@@ -113,7 +113,7 @@ def test_flat_partitions_are_equal_and_padded_at_the_end():
 
 
 def test_zero3_steps_through_sub_groups(monkeypatch):
-    monkeypatch.setattr("hf_muon.distributed.imaginary.SUB_GROUP_SIZE", 45)
+    monkeypatch.setattr("hf_muon.commands.imaginary.SUB_GROUP_SIZE", 45)
     parts = exchanges(PARAMETERS, [True] * len(PARAMETERS), World("zero3", 2))
     # Elements per rank: 39 + 12, 60, 18 + 27, 10.
     assert [len(layout.shapes) for (layout,) in parts] == [2, 5, 2 + 3, 1]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_muon.commands.imaginary import Parameter, World, exchanges
 from hf_muon.distributed.buckets import plan_buckets
-from hf_muon.distributed.imaginary import Parameter, World, exchanges
 from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.owners import polar_cost
 

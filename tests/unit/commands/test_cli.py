@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 
 LLAMA = {
     "model_type": "llama",
@@ -110,6 +110,7 @@ ERRORS = {
     "missing file": (["nowhere/config.json"], "'nowhere/config.json' does not exist."),
     "unknown id": (["no-such/model-anywhere"], "gives no model config"),
     "unknown auto class": (["{path}", "--auto", "cat"], "auto='cat' is not one of causal-lm"),
+    "misspelt auto class": (["{path}", "--auto", "causal_lm"], "Did you mean 'causal-lm'?"),
     "unfit auto class": (["{path}", "--auto", "masked-lm"], "has no class for 'llama'"),
     "unknown setting": (["{path}", "--optim-args", "ordr=x"], "Did you mean 'order'?"),
     "pattern without match": (["{path}", "--optim-args", "muon_params=lm_hed"], "lm_head"),
@@ -131,7 +132,7 @@ def test_wrong_arguments_are_one_sentence(folder, case):
     ("text", "message"),
     [
         ("{", "is not a readable JSON file"),
-        ("[1]", "is no model config"),
+        ("[1]", "a JSON object is expected"),
         ('{"model_type": "no_such_type"}', "gives no model config"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "llama|config"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "config"),

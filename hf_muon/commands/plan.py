@@ -1,30 +1,66 @@
-"""What the Muon half of a step will cost on ranks that need not exist.
+"""``hf-muon plan``: what the Muon half of a step will cost on ranks that need not exist.
 
-In: a route plan, settings, a :class:`~hf_muon.distributed.imaginary.World`, and two rates. Out: a
+In: a route plan, settings, a :class:`~hf_muon.commands.imaginary.World`, and two rates. Out: a
 :class:`Forecast` with the costs of every rank; it prints as a table and exports to JSON. Owners and
 buckets come from the code that plans the run.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.table import Table
 
+from hf_muon.commands.blueprint import require_matrices, routed
+from hf_muon.commands.costs import Cost, bucket_costs, in_flight, one_after_another
+from hf_muon.commands.imaginary import Parameter, World, exchanges
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.buckets import plan_buckets
-from hf_muon.distributed.costs import Cost, bucket_costs, in_flight, one_after_another
-from hf_muon.distributed.imaginary import Parameter, World, exchanges
 from hf_muon.distributed.owners import owning_pays, polar_cost
 from hf_muon.optimizer.step import wire_dtype
+from hf_muon.polar import compute_dtype
 from hf_muon.routing.plan import RoutePlan
 from hf_muon.routing.table import text
 
 DEVICES = ("cuda", "cpu")
+
+Source = Annotated[str, typer.Argument(help="A config.json, a model folder, or a model id.")]
+OptimArgs = Annotated[
+    str, typer.Option(help='Settings as the Trainer takes them: "split_fused=true,…".')
+]
+Auto = Annotated[str | None, typer.Option(help="Which Auto class: causal-lm, masked-lm, base, …")]
+
+
+def plan(
+    source: Source,
+    ranks: Annotated[int, typer.Option(help="How many ranks train together.")],
+    layout: Annotated[str, typer.Option(help="ddp, fsdp2, hsdp, zero1, zero2 or zero3.")] = "fsdp2",
+    replicas: Annotated[
+        int | None, typer.Option(help="hsdp: copies of the model, a divisor of the ranks.")
+    ] = None,
+    optim_args: OptimArgs = "",
+    auto: Auto = None,
+    device: Annotated[str, typer.Option(help="cuda (with bfloat16) or cpu (this one).")] = "cuda",
+    tflops: Annotated[
+        float, typer.Option(help="10^12 operations per second of a rank's matrix products.")
+    ] = 400.0,
+    gbps: Annotated[float, typer.Option(help="10^9 bytes per second that a rank sends.")] = 50.0,
+    full: Annotated[bool, typer.Option("--full", help="A line per rank, none folded.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a step of Muon costs each of N ranks. Reads no weights, needs one process."""
+    world = World(layout, ranks, replicas)
+    routes, config = routed(source, optim_args, auto)
+    require_matrices(routes)
+    costs = forecast_routes(routes, config, world, device=device)
+    facts = costs.to_dict(tflops, gbps)
+    typer.echo(json.dumps(facts, indent=2) if as_json else costs.table(tflops, gbps, full=full))
 
 
 @dataclass(frozen=True)
@@ -119,14 +155,23 @@ class Forecast:
         facts = self.to_dict(tflops, gbps)
         lines: dict[Any, list[int]] = defaultdict(list)
         for one in facts["per_rank"]:
-            lines[(one["rank"] if full else None, *_cells(one))].append(one["rank"])
-        table = Table(
-            "ranks", "matrices", "TFLOP", "MB sent", "collectives", "MB extra", "polar ms",
-            "wire ms",
-        )  # fmt: skip
+            cells = [short(one[key] / unit) for key, unit in _COLUMNS.values()]
+            lines[(one["rank"] if full else None, *cells)].append(one["rank"])
+        table = Table("ranks", *_COLUMNS)
         for (_, *cells), members in lines.items():
             table.add_row(_ranks(members), *cells)
         return text(table) + _summary(facts, tflops, gbps)
+
+
+_COLUMNS = {  # heading: what is shown of a rank, in which unit
+    "matrices": ("matrices", 1),
+    "TFLOP": ("newton_schulz_flops", 1e12),
+    "MB sent": ("bytes_sent", 1e6),
+    "collectives": ("collectives", 1),
+    "MB extra": ("peak_extra_bytes", 1e6),
+    "polar ms": ("polar_ms", 1),
+    "wire ms": ("wire_ms", 1),
+}
 
 
 def _milliseconds(amount: int, unit: float, name: str, rate: float) -> Callable[[int], float]:
@@ -157,6 +202,8 @@ def forecast(
     """
     if device not in DEVICES:
         raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}.")
+    if device == "cpu":
+        compute_dtype(config.polar_dtype, torch.device(device))  # raises for float16
     if config.lora_update != "factor":
         raise ValueError(
             f"lora_update={config.lora_update!r}: the weights that travel with a pair of LoRA "
@@ -215,18 +262,6 @@ def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device:
         return config.distribute != "redundant"
     matrix = parameter.matrices[0]
     return owning_pays(matrix.rows, matrix.cols, config.polar_steps, wire.itemsize, device)
-
-
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        str(one["matrices"]),
-        short(one["newton_schulz_flops"] / 1e12),
-        short(one["bytes_sent"] / 1e6),
-        str(one["collectives"]),
-        short(one["peak_extra_bytes"] / 1e6),
-        short(one["polar_ms"]),
-        short(one["wire_ms"]),
-    )
 
 
 def short(number: float) -> str:

@@ -1,18 +1,22 @@
-"""A model without its weights, for looking at its routing.
+"""A model without its weights, and its routes.
 
-In: a config file, a model folder, an adapter folder or a Hub id. Out: the model on the meta
-device, in the dtype of its config. Nothing but JSON is read, and no code of a repository's own
-runs.
+In: a config file, a model folder, an adapter folder or a Hub id; settings. Out: the model on the
+meta device, in the dtype of its config, and what its routing gives. Nothing but JSON is read, and
+no code of a repository's own runs.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import nn
+
+from hf_muon.config import MuonConfig
+from hf_muon.routing.plan import RoutePlan, route
+from hf_muon.values import near, read_json, sentence
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -25,6 +29,37 @@ AUTO_CLASSES = {
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
     "base": "AutoModel",
 }
+
+
+def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, MuonConfig]:
+    """The routes of a model without its weights, and the settings as a Trainer would read them.
+
+    Raises:
+        ValueError: As :func:`build`; or a setting is wrong.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    config = MuonConfig.from_optim_args(optim_args or None)
+    return route(build(source, auto), config), config
+
+
+def require_matrices(routes: RoutePlan) -> None:
+    """End the command with exit code 1 where Muon gets no matrix."""
+    try:
+        routes.require_matrices()
+    except ValueError as error:
+        typer.echo(f"hf-muon: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def check_exists(source: str) -> None:
+    """Raise for the path of a file that is not there; any other name may be one of the Hub's."""
+    path = Path(source)
+    if not path.exists() and (
+        path.is_absolute() or source.startswith(".") or source.endswith(".json")
+    ):
+        raise ValueError(f"{source!r} does not exist.")
 
 
 def build(source: str, auto: str | None = None) -> nn.Module:
@@ -40,7 +75,9 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         ValueError: The source cannot be read, or names no model that transformers can build.
     """
     if auto is not None and auto not in AUTO_CLASSES:
-        raise ValueError(f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.")
+        raise ValueError(
+            f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.{near(auto, AUTO_CLASSES)}"
+        )
     path = Path(source)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return _with_adapter(path, auto)
@@ -49,7 +86,7 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         with torch.device("meta"):
             model = _model(config, auto)
     except Exception as error:  # a config is data: it can make a model's __init__ raise anything
-        raise ValueError(f"No model can be built from {source!r}: {_sentence(error)}") from error
+        raise ValueError(f"No model can be built from {source!r}: {sentence(error)}") from error
     dtype = getattr(config, "dtype", None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
@@ -57,58 +94,41 @@ def build(source: str, auto: str | None = None) -> nn.Module:
 def _config(source: str) -> Any:
     from transformers import AutoConfig
 
+    check_exists(source)
     path = Path(source)
     if path.exists():
         _check_is_config(path / "config.json" if path.is_dir() else path)
-    elif path.is_absolute() or source.startswith(".") or source.endswith(".json"):
-        raise ValueError(f"{source!r} does not exist.")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # hub, cache and validation errors have no common base
-        hint = "" if path.exists() else " Give a config.json, a model folder, or a model id."
-        raise ValueError(f"{source!r} gives no model config: {_sentence(error)}{hint}") from error
+        hint = (
+            " Give a config.json, a model folder, or a model id; without a network "
+            "HF_HUB_OFFLINE=1 spares the retries."
+        )
+        hint = "" if path.exists() else hint
+        raise ValueError(f"{source!r} gives no model config: {sentence(error)}{hint}") from error
 
 
 def _check_is_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{str(path.parent)!r} holds no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} holds no config.json.")
+    if "model_type" not in read_json(path):
         raise ValueError(f"{str(path)!r} is no model config: it names no model_type.")
 
 
 def _model(config: Any, auto: str | None) -> nn.Module:
     import transformers
 
-    if auto is not None:
-        return _from_auto(auto, config)
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, nn.Module):
+    if auto is None and isinstance(named, type) and issubclass(named, nn.Module):
         return named(config)
-    known = [name for name in AUTO_CLASSES if type(config) in _mapping(name)]
-    if not known:
-        raise ValueError(f"no Auto class knows the model type {config.model_type!r}.")
-    return _from_auto(known[0], config)
-
-
-def _from_auto(auto: str, config: Any) -> nn.Module:
-    if type(config) not in _mapping(auto):
-        raise ValueError(f"{AUTO_CLASSES[auto]} has no class for {config.model_type!r}.")
-    model = _mapping(auto)[type(config)]
-    model = model[0] if isinstance(model, tuple) else model
-    built = model(config)
-    assert isinstance(built, nn.Module)
-    return built
-
-
-def _mapping(auto: str) -> Any:
-    """Config class to model class, of one Auto class (transformers 5.23 keeps it private)."""
-    import transformers
-
-    return getattr(transformers, AUTO_CLASSES[auto])._model_mapping
+    for name in [auto] if auto else AUTO_CLASSES:
+        of_kind = getattr(transformers, AUTO_CLASSES[name])
+        if type(config) in of_kind._model_mapping:  # transformers 5.23 keeps it private
+            model: nn.Module = of_kind.from_config(config, trust_remote_code=False)
+            return model
+    asked = AUTO_CLASSES[auto] if auto else ", ".join(AUTO_CLASSES.values())
+    raise ValueError(f"{asked} has no class for {config.model_type!r}.")
 
 
 def _with_adapter(path: Path, auto: str | None) -> nn.Module:
@@ -122,7 +142,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
     except Exception as error:  # an unreadable file and a wrong field raise different things
-        raise ValueError(f"{str(path)!r} holds no readable adapter: {_sentence(error)}") from error
+        raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
     if not config.base_model_name_or_path:
         raise ValueError(f"{str(path)!r} names no base model (base_model_name_or_path).")
     base = build(config.base_model_name_or_path, auto)
@@ -133,7 +153,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = peft.get_peft_model(base, config)
     except Exception as error:  # as above: the adapter may not fit the base model
-        raise ValueError(f"{str(path)!r} does not fit its base: {_sentence(error)}") from error
+        raise ValueError(f"{str(path)!r} does not fit its base: {sentence(error)}") from error
     return model
 
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
+from hf_muon.commands.imaginary import World
+from hf_muon.commands.plan import forecast
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.imaginary import World
-from hf_muon.forecast import forecast
+from hf_muon.polar import precision
 from scripts import scaling_table
 from scripts.scaling_table import Llama
 
@@ -77,13 +78,21 @@ def test_settings_and_rates_reach_the_plan(config):
     assert buckets["per_rank"][0]["collectives"] > base["per_rank"][0]["collectives"] == 2
 
 
-def test_copies_share_the_work_where_that_pays(config):
-    """Matrices of width 32 are computed faster than they are sent, by GPUs and by CPUs."""
+@pytest.mark.parametrize(("native", "shared"), [(True, 14), (False, 18)])
+def test_copies_share_the_work_where_that_pays(config, monkeypatch, native, shared):
+    """Matrices of width 32 are computed faster than they are sent, by GPUs and by most CPUs.
+
+    A CPU without instructions for bfloat16 sends twice the bytes: the four 16 × 32 matrices of the
+    keys and values are then computed by both ranks.
+    """
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda *device: native)
     on = {device: facts(config, "--ranks", 2, "--layout", "ddp", "--device", device)
           for device in ("cuda", "cpu")}  # fmt: skip
     assert [one["bytes_sent"] for one in on["cuda"]["per_rank"]] == [0, 0]
     assert [one["matrices"] for one in on["cuda"]["per_rank"]] == [14, 14]
-    assert sum(one["matrices"] for one in on["cpu"]["per_rank"]) == 14
+    assert on["cuda"]["wire_dtype"] == "bfloat16"
+    assert on["cpu"]["wire_dtype"] == ("bfloat16" if native else "float32")
+    assert sum(one["matrices"] for one in on["cpu"]["per_rank"]) == shared
 
 
 def test_ranks_with_the_same_numbers_share_a_line_unless_asked(config):
@@ -94,11 +103,19 @@ def test_ranks_with_the_same_numbers_share_a_line_unless_asked(config):
 
 
 ERRORS = {
-    "unknown layout": (["--layout", "fsdp"], "layout='fsdp' is not one of ddp, fsdp2"),
+    "unknown layout": (
+        ["--layout", "fsdp"],
+        "fsdp2, hsdp, zero1, zero2, zero3. Did you mean 'fsdp2'?",
+    ),
     "no ranks": (["--ranks", "0"], "ranks=0"),
     "replicas of nothing": (["--replicas", "2"], "only for hsdp"),
     "rate": (["--gbps", "-1"], "gbps=-1.0"),
     "unknown setting": (["--optim-args", "bucket=1"], "Did you mean 'bucket_mb'?"),
+    "bad suggestion": (["--optim-args", "lr_scale=1"], "Unknown setting: 'lr_scale'. Allowed"),
+    "dtype of no use on a CPU": (
+        ["--device", "cpu", "--optim-args", "polar_dtype=float16"],
+        "polar_dtype='float16' on a CPU",
+    ),
     "unknown device": (["--device", "tpu"], "device='tpu' is not one of cuda, cpu"),
 }
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import hf_muon.auto  # noqa: F401
 from hf_muon import SpectralMonitor
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
 from tests.integration.tiny import trained
 
 
@@ -87,5 +87,65 @@ def test_a_folder_of_no_run_and_a_damaged_file_are_errors_in_one_sentence(tmp_pa
     (tmp_path / "muon_report.json").write_text("{")
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert "muon_report.json is no JSON" in result.output
+    assert "muon_report.json' is not a readable JSON file" in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_folder_that_is_not_there_and_one_of_several_runs_are_told_apart(tmp_path):
+    assert "There is no folder" in run(tmp_path / "nosuch").output
+    (tmp_path / "muon").mkdir()
+    (tmp_path / "muon" / "muon_report.json").write_text("{}")
+    result = run(tmp_path)
+    assert result.exit_code == 2
+    assert f"such as {tmp_path / 'muon'}" in result.output
+
+
+def test_curves_are_those_of_a_recipe_where_there_is_no_state(tmp_path):
+    curve = [{"step": step, "loss": 1 / step, "tokens": 9} for step in (1, 2)]
+    (tmp_path / "results.json").write_text(json.dumps({"train_curve": curve, "eval_curve": curve}))
+    assert run(tmp_path).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert 'alt="loss"' in page
+    assert page.count("No trainer_state.json") == 1  # the learning rates
+
+
+WRONG = {
+    "trainer_state.json": [
+        "[]", "3", "[" * 100_000, "\xff", '{"log_history": 3}', '{"log_history": [3]}',
+        '{"log_history": [{"loss": 1}]}', '{"log_history": [{"step": "a", "loss": 1}]}',
+        '{"log_history": [{"step": 1e999, "loss": 1}]}', '{"log_history": [], "global_step": []}',
+        '{"global_step": 1}', '{"log_history": [{"step": 1, "loss": ' + "1" * 400 + "}]}",
+    ],
+    "results.json": ['{"train_curve": 3}', '{"eval_curve": [{"step": 1}]}', '{"eval_curve": [3]}'],
+    "muon_report.json": [
+        "[1]", '{"optimizer": 3}', '{"routing": {}}', '{"optimizer": "a", "routing": 3}',
+        '{"optimizer": "a", "routing": {"routes": [3]}}', '{"optimizer": "a", "versions": []}',
+        '{"optimizer": "a", "routing": {"routes": [{"name": 1, "shape": 1}]}}',
+    ],
+    "spectra.jsonl": ['{"step": 1}', "[1]", "3", '{"begin": 0}\n{"step": "a", "warning": 1}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, content) for name in WRONG for content in WRONG[name]],
+    ids=lambda value: value[:40],
+)  # fmt: skip
+def test_content_of_another_form_is_one_sentence_that_names_the_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    result = run(tmp_path)
+    assert result.exit_code == 2, result.output
+    assert str(tmp_path / name) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(result.stderr) < 1000
+
+
+def test_a_run_that_has_logged_nothing_has_a_page(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 0, "log_history": []}')
+    assert run(tmp_path).exit_code == 0
+
+
+def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
+    entries = [{"step": 1, "loss": "a"}, {"step": 2, "loss": 1.0, "note": [1]}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert run(tmp_path).exit_code == 0
+    assert 'alt="loss"' in (tmp_path / "report.html").read_text()

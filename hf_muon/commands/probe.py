@@ -7,11 +7,19 @@ probe, as a table or as JSON. The weights stay as they are; nothing is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+
+from hf_muon.commands.blueprint import check_exists
+from hf_muon.diagnostics import stationary_probe
+from hf_muon.diagnostics.gradients import muon_matrices, spread_evenly
+from hf_muon.diagnostics.readings import ProbeSettings
+from hf_muon.values import read_json, sentence
 
 LAYERS = 8
 """Matrices that are probed where nobody says which: every one keeps a buffer of gradients."""
@@ -47,25 +55,26 @@ def probe(
     """Probe the gradients of a model on a text: how much of an update is signal, layer by layer."""
     from transformers.utils import logging
 
-    from hf_muon.diagnostics import stationary_probe
-
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     asked: dict[str, Any] = {"proxy": proxy, "rank": rank}
     asked |= {"orders": tuple(order)} if order else {}
     asked |= {"momenta": tuple(momentum)} if momentum else {}
-    try:
-        _check(asked)
-        blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
-        network = load(model, device)
-        _check_positions(network, seq_len)
-        names = layers or _some(network)
-        report = stationary_probe(
-            network, _batched(blocks, batch_size, device), layers=names, **asked
+    ProbeSettings(**asked)  # refuses wrong settings before a model is loaded
+    blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
+    network = load(model, device)
+    most = getattr(network.config, "max_position_embeddings", None) or seq_len
+    if seq_len > most:
+        raise ValueError(
+            f"seq_len={seq_len}: the model takes at most {most} tokens (max_position_embeddings)."
         )
-    except (ValueError, FloatingPointError) as error:
-        typer.echo(f"hf-muon: {error}", err=True)
-        raise typer.Exit(2) from error
+    if not layers:
+        some = spread_evenly(list(muon_matrices(network)), LAYERS)
+        layers = [f"^{re.escape(name)}$" for name in some]
+    # (batch_size, seq_len) each; the labels are the tokens themselves, which the model shifts.
+    rows = torch.split(torch.tensor(blocks, device=device), batch_size)
+    taken = ({"input_ids": ids, "labels": ids} for ids in rows)
+    report = stationary_probe(network, taken, layers=layers, **asked)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table(*SHOWN))
     if report.flagged and not as_json:
         typer.echo(f"{len(report.flagged)} of {len(report.readings)} readings: no signal seen.")
@@ -86,7 +95,6 @@ def read_blocks(
     Raises:
         ValueError: A file or a tokenizer cannot be read, or the texts are too short.
     """
-    import torch
     from transformers import AutoTokenizer
 
     texts = []
@@ -94,12 +102,12 @@ def read_blocks(
         try:
             texts.append(file.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
-            raise ValueError(f"The text {str(file)!r} cannot be read: {error.strerror}.") from None
-    _check_exists(model)
+            raise ValueError(f"The text {str(file)!r} cannot be read: {sentence(error)}") from None
+    _check_source(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # hub, cache and validation errors have no common base
-        raise ValueError(f"{model!r} gives no tokenizer: {_first_line(error)}") from error
+        raise ValueError(f"{model!r} gives no tokenizer: {sentence(error)}") from error
     tokens = [
         token
         for one in texts
@@ -122,67 +130,28 @@ def load(model: str, device: str) -> Any:
     Raises:
         ValueError: It cannot be loaded as a causal language model, or there is no such device.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    _check_exists(model)
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:  # hub, cache and validation errors have no common base
         raise ValueError(
-            f"{model!r} gives no causal language model: {_first_line(error)} Other models are "
+            f"{model!r} gives no causal language model: {sentence(error)} Other models are "
             "probed in Python: hf_muon.diagnostics.stationary_probe takes any loss."
         ) from error
     try:
         return network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # unknown, and not compiled in
-        raise ValueError(f"device={device!r} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"device={device!r} cannot be used: {sentence(error)}") from error
 
 
-def _some(network: Any) -> list[str]:
-    """Patterns of the names of a few matrices, spread over the model."""
-    import re
-
-    from hf_muon.diagnostics.gradients import muon_matrices, spread_evenly
-
-    return [f"^{re.escape(name)}$" for name in spread_evenly(list(muon_matrices(network)), LAYERS)]
-
-
-def _batched(blocks: Sequence[list[int]], size: int, device: str) -> Iterator[dict[str, Any]]:
-    """Batches of blocks; the labels are the tokens themselves, which the model shifts."""
-    import torch
-
-    for start in range(0, len(blocks), size):
-        ids = torch.tensor(blocks[start : start + size], device=device)  # (size, seq_len)
-        yield {"input_ids": ids, "labels": ids}
-
-
-def _check(asked: dict[str, Any]) -> None:
-    """Refuse wrong settings before a model is loaded."""
-    from hf_muon.diagnostics.readings import ProbeSettings
-
-    ProbeSettings(**asked)
-
-
-def _check_positions(network: Any, seq_len: int) -> None:
-    """Refuse sequences for which a model has no positions, or was not made."""
-    most = getattr(network.config, "max_position_embeddings", None)
-    if most is not None and seq_len > most:
-        raise ValueError(
-            f"seq_len={seq_len}: the model takes at most {most} tokens (max_position_embeddings)."
-        )
-
-
-def _check_exists(model: str) -> None:
-    path = Path(model)
-    if not path.exists() and (path.is_absolute() or model.startswith(".")):
-        raise ValueError(f"{model!r} does not exist.")
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a message, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def _check_source(model: str) -> None:
+    """Refuse a path that leads to nothing, and an adapter whose base would be asked of the Hub."""
+    check_exists(model)
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file() and not (Path(model) / "config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{model!r} names no base model (base_model_name_or_path).")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -123,14 +123,10 @@ def _workspace(owned: Sequence[Unit], device: torch.device, itemsize: int) -> in
     Another iterate, and two squares; on the Gram matrix, where that is cheaper, four.
     """
     most = 0
-    for (s, l), count in Counter(_sides(unit) for unit in owned).items():  # noqa: E741
+    for (s, l), count in Counter(tuple(sorted(unit.shape)) for unit in owned).items():  # noqa: E741
         k = count if computed_together((s, l), itemsize, device) else 1
         most = max(most, k * (s * l + (4 if 2 * l > 3 * s else 2) * s * s))
     return most * itemsize
-
-
-def _sides(unit: Unit) -> tuple[int, int]:
-    return min(unit.shape), max(unit.shape)
 
 
 def in_flight(costs: Sequence[Cost]) -> Cost:
@@ -156,12 +152,6 @@ def one_after_another(costs: Sequence[Cost]) -> Cost:
 
 
 def _sum(costs: Sequence[Cost], computing: int) -> Cost:
-    return Cost(
-        matrices=sum(cost.matrices for cost in costs),
-        operations=sum(cost.operations for cost in costs),
-        exchanged=sum(cost.exchanged for cost in costs),
-        replicated=sum(cost.replicated for cost in costs),
-        collectives=sum(cost.collectives for cost in costs),
-        waiting=max((cost.waiting for cost in costs), default=0),
-        computing=computing,
-    )
+    total = {one.name: sum(getattr(cost, one.name) for cost in costs) for one in fields(Cost)}
+    waiting = max((cost.waiting for cost in costs), default=0)
+    return Cost(**{**total, "waiting": waiting, "computing": computing})

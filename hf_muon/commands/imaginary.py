@@ -18,6 +18,7 @@ import torch
 
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box
 from hf_muon.distributed.zero import FlatTensor, Span
+from hf_muon.values import near
 
 KINDS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
@@ -62,7 +63,9 @@ class World:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.kind not in KINDS:
-            raise ValueError(f"layout={self.kind!r} is not one of {', '.join(KINDS)}.")
+            raise ValueError(
+                f"layout={self.kind!r} is not one of {', '.join(KINDS)}.{near(self.kind, KINDS)}"
+            )
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks}: at least one is needed.")
         if self.kind != "hsdp" and self.replicas is not None:

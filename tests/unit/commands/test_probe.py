@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_muon.cli import app
+from hf_muon.commands.cli import app
+from hf_muon.commands.probe import read_blocks
 from hf_muon.diagnostics import stationary_probe
-from hf_muon.model_probe import read_blocks
 from tests.integration.tiny import tiny_llama
 
 SMALL = ("--batches", 6, "--batch-size", 2, "--seq-len", 16)
@@ -96,8 +96,9 @@ ERRORS = {
     "unknown order": ([*SMALL, "--order", "pre"], "order='pre'"),
     "momentum out of range": ([*SMALL, "--momentum", "1.5"], "momentum=1.5"),
     "unknown proxy": ([*SMALL, "--proxy", "buffer"], "held_out, in_buffer, both"),
-    "no such matrix": ([*SMALL, "--layers", "q_porj"], "Near names"),
-    "no regular expression": ([*SMALL, "--layers", "q_proj("], "is no regular expression"),
+    "no such matrix": ([*SMALL, "--layers", "q_porj"], "Did you mean 'q_proj'?"),
+    "no regular expression": ([*SMALL, "--layers", "q_proj("], "not a regular expression"),
+    "a pattern without end": ([*SMALL, "--layers", "(a+)+$"], "may take forever"),
     "no such device": ([*SMALL, "--device", "cup"], "device='cup' cannot be used"),
 }
 
@@ -135,3 +136,30 @@ def test_other_kinds_of_models_are_referred_to_python(folder, tmp_path):
     )
     assert result.exit_code == 2
     assert "stationary_probe takes any loss" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"base_model_name_or_path": null}', "names no base model (base_model_name_or_path)"),
+        ("{}", "names no base model (base_model_name_or_path)"),
+        ("[", "is not a readable JSON file"),
+        ("[]", "a JSON object is expected"),
+    ],
+)
+def test_the_hub_is_not_asked_for_a_base_that_an_adapter_does_not_name(
+    folder, tmp_path, monkeypatch, content, message
+):
+    for file in folder.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter_config.json").write_text(content)
+    asked = []
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *name, **_: asked.append(name)
+    )
+    result = CliRunner().invoke(
+        app, ["probe", str(tmp_path), "--text", str(folder / "text.txt"), *map(str, SMALL)]
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not asked

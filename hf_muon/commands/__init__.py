@@ -1,0 +1,1 @@
+"""The command line ``hf-muon``, and what only it needs."""
