@@ -274,7 +274,7 @@ def _new_state(entry: Entry) -> dict[str, Tensor]:
         return new_adamw_state(parameter, group["fused"])
     chosen = group["momentum_dtype"]
     dtype = parameter.dtype if chosen == "parameter" else getattr(torch, chosen)
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for buffer in rule_of(group).buffers:
         if buffer.kind == "rows":
             rows = len(entry.matrices), max(matrix.rows for matrix in entry.matrices)

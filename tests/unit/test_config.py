@@ -88,7 +88,7 @@ WRONG = [
     ({"muon_params": [np.zeros(3)]}, ["muon_params=array", "a string is expected"]),
     ({"muon_params": ("a{99999999999}",)}, ["muon_params", "a{99999999999}", "not a regular"]),
     ({"muon_params": ("(" * 900 + ")" * 900,)}, ["muon_params holds '((", "1,000 characters"]),
-    ({"lr_scale": 2}, ["'lr_scale'. Allowed"]),
+    ({"lr_group": 2}, ["'lr_group'. Allowed"]),
     ({"x" * 5000: 2}, ["Unknown setting: 'xxx"]),
     ({"self": 2}, ["Unknown setting: 'self'"]),
     ({"cls": 2}, ["Unknown setting: 'cls'"]),

@@ -111,10 +111,10 @@ ERRORS = {
     "replicas of nothing": (["--replicas", "2"], "only for hsdp"),
     "rate": (["--gbps", "-1"], "gbps=-1.0"),
     "unknown setting": (["--optim-args", "bucket=1"], "Did you mean 'bucket_mb'?"),
-    "bad suggestion": (["--optim-args", "lr_scale=1"], "Unknown setting: 'lr_scale'. Allowed"),
+    "bad suggestion": (["--optim-args", "lr_group=1"], "Unknown setting: 'lr_group'. Allowed"),
     "dtype of no use on a CPU": (
         ["--device", "cpu", "--optim-args", "polar_dtype=float16"],
-        "polar_dtype='float16' on a CPU",
+        "polar_dtype (dtype of polar_factor) is float16 on a CPU",
     ),
     "unknown device": (["--device", "tpu"], "device='tpu' is not one of cuda, cpu"),
 }
