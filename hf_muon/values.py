@@ -25,6 +25,12 @@ def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
     raise ValueError(f"Unknown {kind}: {name!r}.{hint} Allowed: {', '.join(names)}.")
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the name that is spelt most like it, or nothing."""
+    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON file that must hold one object."""
     try:

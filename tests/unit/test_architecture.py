@@ -18,7 +18,7 @@ ALLOWED = {
     "polar": set(),
     "distributed": set(),
     "optimizer": {"config", "distributed", "polar", "values"},
-    "routing": {"config", "distributed"},
+    "routing": {"config", "distributed", "values"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing"},
     "integrations": {"config", "optimizer", "routing"},
     "forecast": {"config", "distributed", "optimizer", "routing"},
