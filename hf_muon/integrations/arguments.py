@@ -56,6 +56,11 @@ def prepare(args: TrainingArguments, model: object) -> Prepared:
     """
     asked = tuple(getattr(args, name) for name in _FIELDS)
     if not isinstance(model, nn.Module):
+        if args.optim_target_modules not in (None, "all-linear"):
+            raise ValueError(
+                f"optim_target_modules={args.optim_target_modules!r} names modules of a model that "
+                "is not known: pass it to get_optimizer_cls_and_kwargs(args, model)."
+            )
         return Prepared(config_from_arguments(args), None, asked)
     known = _prepared.get(model)
     if known is None or known.asked != asked or not (known.plan and known.plan.fits(model)):

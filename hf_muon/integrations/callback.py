@@ -124,7 +124,7 @@ class MuonCallback(TrainerCallback):
         model, optimizer = of_trainer.get("model"), find_muon(of_trainer.get("optimizer"))
         if not isinstance(model, nn.Module) or optimizer is None:
             return
-        names = [name for name in _untrained(model, optimizer) if name not in self.said]
+        names = [name for name in untrained(model, optimizer) if name not in self.said]
         self.said.update(names)
         if names and state.is_local_process_zero:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -144,7 +144,7 @@ class MuonCallback(TrainerCallback):
             write_report(optimizer, folder)
 
 
-def _untrained(model: nn.Module, optimizer: Muon) -> list[str]:
+def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
     """Names of the parameters that need a gradient and are in no group."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = [p for p in model.parameters() if p.requires_grad]

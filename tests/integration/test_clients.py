@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -454,11 +455,12 @@ def test_auto_find_batch_size(tmp_path):
 
 
 def test_hyperparameter_search_reads_the_settings_of_each_trial(tmp_path, monkeypatch):
-    # What the search does with a trial; none of its backends is installed.
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    # What the search does with a trial of optuna, which need not be installed.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     data = {"train_dataset": tiny_data()}
     trainer = Trainer(model_init=lambda: tiny_llama(), args=arguments(tmp_path), **data)
-    trainer.hp_search_backend = HPSearchBackend.WANDB  # takes trials that are plain dicts
-    for rate in (1e-3, 5e-3):
-        trainer.train(trial={"learning_rate": rate})
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trainer.hp_space = lambda trial: trial.params
+    for number, rate in enumerate((1e-3, 5e-3)):
+        trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate}))
         assert find_muon(trainer.optimizer).param_groups[0]["initial_lr"] == rate
