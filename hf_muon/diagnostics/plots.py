@@ -58,9 +58,7 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
-        ) from error
+        raise ImportError("Figures take matplotlib: python -m pip install matplotlib.") from error
     if not samples:
         raise ValueError("There are no samples to draw: the run ended before the first one.")
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")

@@ -363,7 +363,7 @@ def test_flat_groups_are_compared_by_name(tmp_path, caplog):
 
 
 class KeepSchedule(TrainerCallback):
-    """The remedy of the message and of docs/checkpoints.md."""
+    """The remedy of the message and of docs/troubleshooting.md."""
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         while lr_scheduler.last_epoch < state.global_step:
