@@ -236,7 +236,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
         frozen=facts.frozen,
         remedy=_flat_parameters(model),
-        headless=facts.is_headless,
+        headless=not facts.knows_heads and not any(r.kind == "head" or r.factor for r in routes),
     )
 
 

@@ -113,15 +113,6 @@ def _bound(group: Mapping[str, Any], by_identity: Mapping[int, Bound]) -> list[B
     return [by_identity[id(parameter)] for parameter in wanted]
 
 
-# (algorithm, decays, moves as a pair), in the order of the groups.
-_KINDS = [
-    (algorithm, decay, paired)
-    for algorithm, both in (("muon", (False, True)), ("adamw", (False,)))
-    for decay in (True, False)
-    for paired in both
-]
-
-
 def _split(
     bound: Sequence[Bound], config: MuonConfig, given: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -134,15 +125,18 @@ def _split(
             f"and adamw_lr={config.adamw_lr!r} is set: the group does not say which rate the "
             "others have. Make two groups of it, or leave adamw_lr out, so that both have its lr."
         )
+    parts: dict[Any, list[Bound]] = {}  # one group is on one device mesh; plain tensors on none
+    for one, parameter in sorted(bound, key=lambda entry: _kind(entry[0])):
+        mesh = getattr(parameter, "device_mesh", None)
+        parts.setdefault((_kind(one), mesh), []).append((one, parameter))
     return [
-        {**_settings(members[0][0], config, own), **_members(members)}
-        for kind in _KINDS
-        for members in _by_mesh([b for b in bound if _kind(b[0]) == kind])
+        {**_settings(members[0][0], config, own), **_members(members)} for members in parts.values()
     ]
 
 
-def _kind(route: Route) -> tuple[str, bool, bool]:
-    return route.algorithm, route.decay, route.lora_update in ("product", "tangent")
+def _kind(route: Route) -> tuple[bool, bool, bool]:
+    """What the members of a group share; it sorts them as groups are ordered."""
+    return route.algorithm != "muon", not route.decay, route.lora_update in ("product", "tangent")
 
 
 def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,20 +147,6 @@ def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[
     run = {"lr": config.lr, "weight_decay": config.weight_decay}  # the AdamW half has its own
     differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
     return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
-
-
-def _by_mesh(bound: list[Bound]) -> list[list[Bound]]:
-    """Members of one group must share a device mesh; plain tensors share None."""
-    groups: list[tuple[Any, list[Bound]]] = []
-    for member in bound:
-        mesh = getattr(member[1], "device_mesh", None)
-        for key, members in groups:
-            if key == mesh:
-                members.append(member)
-                break
-        else:
-            groups.append((mesh, [member]))
-    return [members for _, members in groups]
 
 
 def _members(bound: list[Bound]) -> dict[str, Any]:

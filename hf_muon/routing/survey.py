@@ -70,7 +70,7 @@ class Survey:
     label_rows: set[int] = field(default_factory=set)
     classifiers: set[int] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
-    is_headless: bool = False
+    knows_heads: bool = False
 
     def in_stack(self, candidate: Candidate) -> bool:
         """Whether the parameter lies in a repeated stack of blocks."""
@@ -101,7 +101,10 @@ def survey(model: nn.Module) -> Survey:
     facts.label_rows = _label_rows(base)
     facts.classifiers = _classifiers(base)
     facts.experts = {count for module in base.modules() for count in _counts_of_experts(module)}
-    facts.is_headless = not (_has_head(facts) or any(map(_is_pretrained, base.modules())))
+    facts.knows_heads = bool(facts.classifiers) or any(
+        _is_pretrained(m) or (isinstance(m, nn.Linear) and id(m.weight) in facts.embeddings)
+        for m in base.modules()
+    )
     return facts
 
 
@@ -299,14 +302,6 @@ def _inmost(module: nn.Module) -> nn.Module:
             break
         module = inside[0]
     return module
-
-
-def _has_head(facts: Survey) -> bool:
-    """Whether any layer of the model counts as its output, frozen or not."""
-    linear = [m for m in facts.base.modules() if isinstance(m, nn.Linear)]
-    inside = {id(m) for s in facts.base.modules() if id(s) in facts.stacks for m in s.modules()}
-    by_rows = any(m.out_features in facts.label_rows and id(m) not in inside for m in linear)
-    return bool(facts.heads or facts.classifiers or facts.outside_backbone) or by_rows
 
 
 def _counts_of_experts(module: nn.Module) -> set[int]:

@@ -143,7 +143,10 @@ def test_a_head_that_is_not_recognised_is_said(model, caplog):
     assert f"the last one is {plan.muon[-1].name}." in caplog.text
 
 
-def test_models_of_transformers_are_not_suspected(caplog):
+def test_models_of_transformers_and_tied_heads_are_not_suspected(caplog):
+    tied = Gpt("unembed")
+    tied.unembed.weight = tied.transformer.wte.weight
+    route(tied).param_groups(MuonConfig(lr=1.0))
     for name in ("llama", "clip"):
         route(ZOO[name].build()).param_groups(MuonConfig(lr=1.0))
     assert "No output head" not in caplog.text
