@@ -464,3 +464,9 @@ def test_hyperparameter_search_reads_the_settings_of_each_trial(tmp_path, monkey
     for number, rate in enumerate((1e-3, 5e-3)):
         trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate}))
         assert find_muon(trainer.optimizer).param_groups[0]["initial_lr"] == rate
+
+
+def test_target_modules_need_the_model(tmp_path):
+    args = arguments(tmp_path, optim_target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="names modules of a model that is not known"):
+        Trainer.get_optimizer_cls_and_kwargs(args)
