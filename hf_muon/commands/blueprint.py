@@ -137,7 +137,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
         import peft
     except ImportError:
         raise ValueError(
-            f"{str(path)!r} holds an adapter; pip install 'hf-muon[peft]' to route it."
+            f"{str(path)!r} holds an adapter; python -m pip install peft to route it."
         ) from None
     try:
         config = peft.PeftConfig.from_pretrained(str(path))

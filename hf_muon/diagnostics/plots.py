@@ -81,9 +81,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "Figures take matplotlib: python -m pip install 'hf-muon[recipes]'."
-        ) from error
+        raise ImportError("Figures take matplotlib: python -m pip install matplotlib.") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -1,22 +1,84 @@
-"""From the Trainer's arguments to our settings.
+"""From the Trainer's arguments to our settings, and to the routes of its model: once for a run.
 
-In: ``TrainingArguments``. Out: a :class:`~hf_muon.MuonConfig`. The Trainer's standard fields give
-the defaults, ``optim_args`` overrides them.
+In: ``TrainingArguments`` and a model. Out: a :class:`~hf_muon.MuonConfig` and a
+:class:`~hf_muon.RoutePlan`. The Trainer's standard fields give the defaults, ``optim_args``
+overrides them. What was checked when the Trainer was built is handed over when it makes the
+optimizer, if arguments and parameters are still the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_muon.config import MuonConfig
-from hf_muon.routing.survey import survey
+from hf_muon.routing import RoutePlan, route
+from hf_muon.routing.survey import shape_of, trainable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Settings and routes of a run.
+
+    Attributes:
+        config: The settings.
+        plan: The routes; None where no model is known.
+        asked: The fields of the arguments that they follow from.
+    """
+
+    config: MuonConfig
+    plan: RoutePlan | None
+    asked: tuple[Any, ...]
+
+
+# Models of Trainers that name our optimizer; None once the optimizer is being made.
+_prepared: WeakKeyDictionary[nn.Module, Prepared | None] = WeakKeyDictionary()
+
+_FIELDS = (
+    "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "optim_target_modules",
+)  # fmt: skip
+
+
+def prepare(args: TrainingArguments, model: object) -> Prepared:
+    """Read the settings of a run and route its model, or find both as they were.
+
+    Raises:
+        ValueError: A setting or a pattern that is not allowed.
+    """
+    asked = tuple(getattr(args, name) for name in _FIELDS)
+    if not isinstance(model, nn.Module):
+        if args.optim_target_modules not in (None, "all-linear"):
+            raise ValueError(
+                f"optim_target_modules={args.optim_target_modules!r} names modules of a model that "
+                "is not known: pass it to get_optimizer_cls_and_kwargs(args, model)."
+            )
+        return Prepared(config_from_arguments(args), None, asked)
+    known = _prepared.get(model)
+    if known is None or known.asked != asked or not (known.plan and known.plan.fits(model)):
+        config = _with_target_modules(config_from_arguments(args), args, model)
+        known = _prepared[model] = Prepared(config, route(model, config), asked)
+    return known
+
+
+def forget(model: object) -> None:
+    """Let go of the plan of a model: it holds parameters, which FSDP2 is about to replace."""
+    if isinstance(model, nn.Module) and model in _prepared:
+        _prepared[model] = None
+
+
+def model_of(parameters: Iterable[Tensor]) -> nn.Module | None:
+    """The model of a Trainer that names our optimizer which holds all of some parameters."""
+    wanted = set(map(id, parameters))
+    return next((m for m in list(_prepared) if wanted <= set(map(id, m.parameters()))), None)
 
 
 def config_from_arguments(args: TrainingArguments) -> MuonConfig:
@@ -34,18 +96,20 @@ def config_from_arguments(args: TrainingArguments) -> MuonConfig:
     )
 
 
-def with_target_modules(config: MuonConfig, args: TrainingArguments, model: Any) -> MuonConfig:
+def _with_target_modules(
+    config: MuonConfig, args: TrainingArguments, model: nn.Module
+) -> MuonConfig:
     """``optim_target_modules`` as an explicit choice of matrices; the rest keeps its routes."""
     targets = args.optim_target_modules
-    if not targets or targets == "all-linear" or not isinstance(model, nn.Module):
+    if not targets or targets == "all-linear":
         return config
     from transformers.trainer_utils import check_target_module_exists
 
     chosen = tuple(
-        f"^{re.escape(candidate.name)}$"
-        for candidate in survey(model).candidates
-        if len(candidate.shape) >= 2
-        and check_target_module_exists(targets, ".".join(candidate.path))
+        f"^{re.escape(name)}$"
+        for name, parameter in trainable(model)
+        if len(shape_of(parameter)) >= 2
+        and check_target_module_exists(targets, name.rpartition(".")[0])
     )
     if not chosen:
         raise ValueError(f"optim_target_modules={targets!r} matches no trainable matrix.")

@@ -1,8 +1,9 @@
 """What every run by name needs from the Trainer's events.
 
-In: the events of a Trainer. Out: settings checked before training starts, the learning rate of the
-AdamW half in the logs, ``muon_report.json`` in the output folder and in each checkpoint. For other
-optimizers the callback does nothing.
+In: the events of a Trainer. Out: settings checked before training starts, warnings of what would
+not be trained or not be continued, the learning rate of the AdamW half in the logs,
+``muon_report.json`` in the output folder and in each checkpoint. For other optimizers the callback
+does nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_muon.integrations.arguments import config_from_arguments, with_target_modules
+from hf_muon.integrations.arguments import prepare
 from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
-from hf_muon.routing import route
+from hf_muon.optimizer import Muon
+from hf_muon.routing.survey import trainable
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class MuonCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.adamw_lr: float | None = None
+        self.said: set[str] = set()  # names of parameters that were warned of
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,11 +41,10 @@ class MuonCallback(TrainerCallback):
         """Fail at construction, not after the data is prepared, if settings are wrong."""
         if not is_ours(args.optim):
             return
-        check_deepspeed()
-        model = kwargs.get("model")
-        config = with_target_modules(config_from_arguments(args), args, model)
-        if isinstance(model, nn.Module) and route(model, config).adamw:
-            config.adamw_group()
+        found = prepare(args, kwargs.get("model"))
+        check_deepspeed(found.config)
+        if found.plan is not None and found.plan.adamw:
+            found.config.adamw_group()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,12 +52,34 @@ class MuonCallback(TrainerCallback):
         """Write the report, or say that another optimizer trains than the one that was named."""
         if find_muon(kwargs.get("optimizer")) is not None:
             self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or "."))
+            self.said = set()
+            self._look_for_untrained(state, kwargs)
         elif is_ours(args.optim):
             logger.warning(
                 "optim=%r was asked for, but the Trainer was given another optimizer: %s trains.",
                 str.__str__(args.optim),
                 type(kwargs.get("optimizer")).__name__,
             )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn where a run goes on and its schedule begins anew; here all callbacks have begun."""
+        scheduler = kwargs.get("lr_scheduler")
+        fresh = isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0
+        if fresh and state.global_step and find_muon(kwargs.get("optimizer")) is not None:
+            logger.warning(
+                "Training goes on at step %d with a schedule that begins anew: the Trainer reads "
+                "scheduler.pt only beside optimizer.pt. To keep the schedule, let a callback call "
+                "lr_scheduler.step() as often in on_train_begin.",
+                state.global_step,
+            )
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look for parameters that have become trainable."""
+        self._look_for_untrained(state, kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,9 +117,41 @@ class MuonCallback(TrainerCallback):
             values["adamw/lr"] = self.adamw_lr
         logs.update(values)
         state.log_history[-1].update(values)
+        self._look_for_untrained(state, kwargs)
+
+    def _look_for_untrained(self, state: TrainerState, of_trainer: dict[str, Any]) -> None:
+        """Warn once of each parameter that needs a gradient and that no group holds."""
+        model, optimizer = of_trainer.get("model"), find_muon(of_trainer.get("optimizer"))
+        if not isinstance(model, nn.Module) or optimizer is None:
+            return
+        names = [name for name in untrained(model, optimizer) if name not in self.said]
+        self.said.update(names)
+        if names and state.is_local_process_zero:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            logger.warning(
+                "The optimizer does not train %s%s: since it was made they were added, replaced "
+                "or set to require a gradient. Do that before the Trainer makes the optimizer; "
+                "between two calls of train(), set trainer.optimizer = None, so that it makes "
+                "another one.",
+                ", ".join(names[:5]),
+                more,
+            )
 
     @staticmethod
     def _write_report(wrapped: object, state: TrainerState, folder: Path) -> None:
         optimizer = find_muon(wrapped)
         if optimizer is not None and state.is_world_process_zero:
             write_report(optimizer, folder)
+
+
+def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
+    """Names of the parameters that need a gradient and are in no group."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    if all(id(p) in held for p in wanted):
+        return []
+    if any(id(p) in held for p in wanted):
+        return [name for name, p in trainable(model) if id(p) not in held]
+    # DeepSpeed has put flat tensors into the groups; the names are still there.
+    named = {name for group in optimizer.param_groups for name in group.get("param_names", [])}
+    return [name for name, _ in trainable(model) if name not in named] if named else []

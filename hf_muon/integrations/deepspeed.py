@@ -11,31 +11,45 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_muon.config import MuonConfig
+
 Config = Mapping[str, Any]
 
 
-def check_deepspeed() -> None:
+def check_deepspeed(run: MuonConfig | None = None) -> None:
     """Check the configuration of this process, if it trains with DeepSpeed."""
     if "transformers.integrations.deepspeed" in sys.modules:
         from transformers.integrations.deepspeed import deepspeed_config
 
         config = deepspeed_config()  # type: ignore[no-untyped-call]
         if config is not None:
-            check_config(config)
+            check_config(config, run)
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, run: MuonConfig | None = None) -> None:
     """Refuse what Muon cannot train under.
 
     Args:
         config: A configuration of DeepSpeed (0.19), or a part of one.
+        run: The settings of the run. Default: what depends on them is not checked.
 
     Raises:
         ValueError: Names every setting that has to change.
     """
     problems = [f"{setting}: {remedy}" for setting, is_set, remedy in _REFUSED if is_set(config)]
+    schedule = _at(config, "scheduler", "type")
+    if schedule in _ABSOLUTE and run is not None and run.adamw_lr not in (None, run.lr):
+        problems.append(
+            f"scheduler: {schedule} gives all parameters the same rates, and adamw_lr="
+            f"{run.adamw_lr!r} would be lost. Remove the section and set lr_scheduler_type, which "
+            "scales both rates, or leave adamw_lr out."
+        )
     if problems:
         raise ValueError("The DeepSpeed config does not let Muon train.\n" + "\n".join(problems))
+
+
+# Schedules that write rates; WarmupCosineLR scales those of the groups (DeepSpeed 0.19).
+_ABSOLUTE = ("WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest")
 
 
 def _at(config: Config, *path: str) -> Any:

@@ -1,23 +1,27 @@
-"""From a model to its optimizer.
+"""From a model, or from groups of its parameters, to the optimizer.
 
-In: a model and settings. Out: a :class:`~hf_muon.Muon` whose groups follow the routes. The factory
-is the form that ``Trainer(optimizer_cls_and_kwargs=…)`` and axolotl call.
+In: a model and settings; groups that a client made itself, where it did. Out: a
+:class:`~hf_muon.Muon` whose groups follow the routes. The factory is the form that
+``Trainer(optimizer_cls_and_kwargs=…)``, axolotl, and trainers with groups of their own call.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from hf_muon.config import MuonConfig
+from hf_muon.integrations.arguments import forget, model_of
 from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.model_card import describe_in_model_cards
 from hf_muon.optimizer import Muon
-from hf_muon.routing import route
+from hf_muon.routing import RoutePlan, route
+from hf_muon.routing.route import as_groups
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ def create_muon_optimizer(
     model: nn.Module,
     config: MuonConfig | None = None,
     *,
+    groups: Iterable[Any] | None = None,
     replicate_group: ProcessGroup | str | None = None,
     **overrides: Any,
 ) -> Muon:
@@ -34,6 +39,8 @@ def create_muon_optimizer(
     Args:
         model: Any ``nn.Module``; parameters that need no gradient are left out.
         config: Settings; ``lr`` is required, here or in ``overrides``.
+        groups: Groups of the model's parameters with an ``lr`` or ``weight_decay`` of their own.
+            Each is split by the routes. Default: all parameters, with the settings of the run.
         replicate_group: The ranks that hold copies of plain tensors, as under DDP; see
             :class:`~hf_muon.Muon`.
         **overrides: Fields of :class:`~hf_muon.MuonConfig` that replace those of ``config``.
@@ -47,10 +54,23 @@ def create_muon_optimizer(
     Example:
         >>> optimizer = create_muon_optimizer(model, lr=1e-3, weight_decay=0.1)
     """
-    config = dataclasses.replace(config or MuonConfig(), **overrides)
-    plan = route(model, config)
-    settings: dict[str, Any] = config.to_dict()
-    optimizer = Muon(plan.param_groups(config), replicate_group=replicate_group, **settings)
+    if config is None:
+        config = MuonConfig(**overrides)
+    elif overrides:
+        config = dataclasses.replace(config, **overrides)
+    return _optimizer(route(model, config), config, groups, replicate_group)
+
+
+def _optimizer(
+    plan: RoutePlan,
+    config: MuonConfig,
+    given: Iterable[Any] | None,
+    replicate_group: ProcessGroup | str | None,
+) -> Muon:
+    groups, settings = plan.param_groups(config, given), _settings(config)
+    optimizer = Muon(groups, replicate_group=replicate_group, **settings)
+    if given is not None:
+        plan = plan.only({name for group in groups for name, _ in group["params"]})
     optimizer.routes = plan.to_dict()
     totals = plan.totals()
     logger.info(
@@ -63,12 +83,36 @@ def create_muon_optimizer(
     return optimizer
 
 
+def _settings(config: MuonConfig) -> dict[str, Any]:
+    return config.to_dict()
+
+
 class MuonOptimizerFactory:
-    """Zero-argument class whose instances build the optimizer from a model.
+    """Builds the optimizer: an instance from a model, the class itself from groups of parameters.
+
+    The Trainer makes an instance and calls it with the model. Trainers that make groups of their
+    own call the class as any optimizer's; the groups are split by the routes, and keep their
+    learning rates and decay. The routes are those of ``plan``, else of the model of a Trainer with
+    ``optim="muon"`` that holds the parameters.
 
     Example:
         >>> Trainer(..., optimizer_cls_and_kwargs=(MuonOptimizerFactory, {"lr": 1e-3}))
+        >>> create_loraplus_optimizer(
+        ...     model, MuonOptimizerFactory, lr=1e-3, loraplus_lr_ratio=16, plan=route(model)
+        ... )
     """
+
+    def __new__(cls, params: Iterable[Any] | None = None, **settings: Any) -> Any:
+        """An instance; a :class:`~hf_muon.Muon` where there are parameters.
+
+        Args:
+            params: Parameters, or groups of them.
+            **settings: Fields of :class:`~hf_muon.MuonConfig`; ``plan``, their routes.
+
+        Raises:
+            ValueError: It is not known to which model the parameters belong.
+        """
+        return super().__new__(cls) if params is None else _built(None, params, settings)
 
     def __call__(self, model: nn.Module, *ignored: Any, **settings: Any) -> Muon:
         """Build the optimizer.
@@ -79,8 +123,54 @@ class MuonOptimizerFactory:
             **settings: Fields of :class:`~hf_muon.MuonConfig`; strings are converted.
         """
         settings.pop("training_args", None)  # axolotl passes it by name
-        describe_in_model_cards()
-        check_deepspeed()
-        config = MuonConfig.from_mapping(settings)
-        # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.
-        return create_muon_optimizer(model, config, replicate_group="world")
+        given = settings.pop("optimizer_dict", None)  # sentence-transformers: its groups
+        return _built(model, given, settings)
+
+
+def _built(model: nn.Module | None, given: Iterable[Any] | None, settings: dict[str, Any]) -> Muon:
+    describe_in_model_cards()
+    forget(model)
+    plan: RoutePlan | None = settings.pop("plan", None)
+    config = _config(settings)
+    check_deepspeed(config)
+    if given is None:
+        if plan is None or model is None or not plan.fits(model):
+            _warn_of_losses(model)
+            plan = None
+    else:
+        given = as_groups(given)
+        if any("algorithm" in group for group in given):
+            return Muon(given, replicate_group="world", **_settings(config))
+    if plan is None:
+        plan = route(model or _model_of(given), config)
+    # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.
+    return _optimizer(plan, config, given, "world")
+
+
+def _config(settings: dict[str, Any]) -> MuonConfig:
+    """The settings as they were read already, or from what a client passes."""
+    read = settings.pop("config", None)
+    if not isinstance(read, MuonConfig):
+        return MuonConfig.from_mapping(settings if read is None else {**settings, "config": read})
+    same = all(getattr(read, name, ...) == value for name, value in settings.items())
+    return read if same else MuonConfig.from_mapping({**read.to_dict(), **settings})
+
+
+def _model_of(groups: Iterable[dict[str, Any]] | None) -> nn.Module:
+    model = model_of(p for group in groups or () for p in group["params"])
+    if model is None:
+        raise ValueError(
+            "Parameters alone do not say which of them are hidden matrices, and no Trainer with "
+            "optim='muon' has a model that holds these. Pass the model to "
+            "get_optimizer_cls_and_kwargs(args, model), or plan=hf_muon.route(model)."
+        )
+    return model
+
+
+def _warn_of_losses(model: nn.Module | None) -> None:
+    """sentence-transformers keeps parameters in its losses, which a factory does not get to see."""
+    if any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+        logger.warning(
+            "optimizer_cls_and_kwargs leaves out what the losses of sentence-transformers hold "
+            "themselves, such as a classifier. Choose optim='muon', which trains it."
+        )

@@ -6,13 +6,18 @@ loaded checkpoint may have changed, not from what was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.momentum import window
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "muon_report.json"
 _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspeed")
@@ -29,12 +34,18 @@ def find_muon(optimizer: object) -> Muon | None:
 
 
 def build_report(optimizer: Muon) -> dict[str, Any]:
-    """Routes with reasons and fingerprint, hyper-parameters of each group, package versions."""
+    """Settings, routes with reasons and fingerprint, what the groups train with, versions.
+
+    ``lr`` of a group is its rate before any schedule, ``scheduled_lr`` the one of this moment.
+    """
     return {
         "optimizer": describe(optimizer),
+        "config": optimizer.config.to_dict(),
         "groups": [
             {
-                **{key: value for key, value in group.items() if key not in _NOT_REPORTED},
+                **{key: _plain(value) for key, value in group.items() if key not in _NOT_REPORTED},
+                "lr": _rate(group),
+                "scheduled_lr": float(group["lr"]),
                 "parameters": len(group["params"]),
             }
             for group in optimizer.param_groups
@@ -45,6 +56,18 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
     }
 
 
+def _plain(value: Any) -> Any:
+    """What JSON holds: schedulers leave scalars of NumPy and tensors in the groups."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    try:
+        return value.item()  # of one element
+    except (AttributeError, RuntimeError, ValueError):
+        return str(value)
+
+
 def _not_routed(optimizer: Muon) -> list[str]:
     """Parameters that were added to the groups by hand."""
     routed = {route["name"] for route in (optimizer.routes or {}).get("routes", [])}
@@ -53,10 +76,22 @@ def _not_routed(optimizer: Muon) -> list[str]:
 
 
 def write_report(optimizer: Muon, folder: str | Path) -> None:
-    """Write ``muon_report.json`` into a folder, which is made if it does not exist."""
+    """Write ``muon_report.json`` into a folder, which is made if it does not exist.
+
+    A disk that is full or read-only costs the report, with a warning, and not the run; whoever
+    reads meanwhile finds the old file or the new one.
+    """
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(build_report(optimizer), indent=1), encoding="utf-8")
+    text = json.dumps(build_report(optimizer), indent=1)
+    unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning("%s could not be written: %s. Training goes on without it.", path, error)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def describe(optimizer: Muon) -> str:

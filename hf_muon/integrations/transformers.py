@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_muon.integrations.arguments import config_from_arguments, with_target_modules
+from hf_muon.integrations.arguments import forget, prepare
 from hf_muon.integrations.factory import MuonOptimizerFactory
 from hf_muon.integrations.model_card import describe_in_model_cards
 from hf_muon.integrations.names import add_names
@@ -44,6 +44,6 @@ def install_callback() -> None:
 
 def handle_muon(context: OptimizerContext) -> tuple[type[MuonOptimizerFactory], dict[str, Any]]:
     """What the Trainer calls for our names: the factory and its keyword arguments, fresh."""
-    config = config_from_arguments(context.args)
-    config = with_target_modules(config, context.args, context.model)
-    return MuonOptimizerFactory, config.to_dict()
+    found = prepare(context.args, context.model)
+    forget(context.model)
+    return MuonOptimizerFactory, {"lr": found.config.lr, "config": found.config, "plan": found.plan}

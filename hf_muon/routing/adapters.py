@@ -21,6 +21,7 @@ from hf_muon.routing.matrices import Matrices, expert_fan_out, whole
 from hf_muon.routing.survey import shape_of, unwrapped
 
 Factor = Literal["A", "B"]
+OF_RANK_ONE = "LoRA factor of rank 1, a vector"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
             found[id(a)] = _factor("A", cut_a, b if paired else None, pair)
         if cut_b:
             found[id(b)] = _factor("B", cut_b, a if paired else None, pair)
+        if not cut_a and not cut_b:
+            found[id(a)] = found[id(b)] = Adapter(f"adapter: {OF_RANK_ONE}")
     return found
 
 

@@ -8,14 +8,12 @@ two routings apart, and makes the optimizer's param groups.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +21,12 @@ import torch
 from torch import nn
 
 from hf_muon.config import LoraUpdate, MuonConfig
-from hf_muon.distributed.layout import Matrix
-from hf_muon.routing.adapters import Adapter, Factor, adapters
-from hf_muon.routing.groups import param_groups, plain
-from hf_muon.routing.rules import Algorithm, Context, Decision, Overrides, decide
-from hf_muon.routing.survey import Candidate, Survey, survey
+from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
+from hf_muon.routing.route import Route, param_groups
+from hf_muon.routing.rules import Context, Decision, Overrides, decide
+from hf_muon.routing.survey import Candidate, Survey, survey, trainable
 from hf_muon.routing.table import render
+from hf_muon.values import near
 
 logger = logging.getLogger(__name__)
 
@@ -44,45 +42,6 @@ UNDECAYED_NAMES = [
 
 
 @dataclass(frozen=True)
-class Route:
-    """What was decided for one parameter.
-
-    Attributes:
-        name: Name in the model, clean of wrappers.
-        shape: Whole shape.
-        algorithm: ``muon`` or ``adamw``.
-        reason: Why; the part before the first colon or comma is the kind.
-        matrices: What Muon orthogonalizes; empty under AdamW.
-        decay: Whether weight decay applies, by the Trainer's own rule.
-        pair: Name of the partner, for a LoRA factor whose partner is trained by Muon as well.
-        scaling: c of W₀ + cBA, for a LoRA factor.
-        factor: ``A`` or ``B``, for a LoRA factor.
-        lora_update: How a LoRA factor is updated: the setting, or ``factor`` where that cannot be.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    algorithm: Algorithm
-    reason: str
-    matrices: tuple[Matrix, ...] = ()
-    decay: bool = True
-    pair: str | None = None
-    scaling: float | None = None
-    factor: Factor | None = None
-    lora_update: LoraUpdate | None = None
-
-    @property
-    def numel(self) -> int:
-        """Elements of the parameter."""
-        return math.prod(self.shape)
-
-    @property
-    def kind(self) -> str:
-        """The first words of the reason."""
-        return re.split("[:,(]", self.reason)[0].strip()
-
-
-@dataclass(frozen=True)
 class RoutePlan:
     """One route for each trainable parameter, in the order of ``named_parameters()``.
 
@@ -91,12 +50,14 @@ class RoutePlan:
         parameters: The parameters themselves, in the same order; empty in a plan without a model.
         frozen: Number of parameters that are not trained.
         remedy: Why nothing went to Muon and what to do, where that is known; else empty.
+        headless: Whether no output layer was recognised in a model that may have one.
     """
 
     routes: tuple[Route, ...]
     parameters: tuple[nn.Parameter, ...] = field(repr=False, compare=False, default=())
     frozen: int = 0
     remedy: str = field(repr=False, compare=False, default="")
+    headless: bool = field(repr=False, compare=False, default=False)
 
     @property
     def fingerprint(self) -> str:
@@ -132,29 +93,29 @@ class RoutePlan:
             compact: Fold the numbered layers of a stack into one line. Default: only where there
                 are more than 100 parameters.
         """
-        return render(self, compact=len(self.routes) > 100 if compact is None else compact)
+        compact = len(self.routes) > 100 if compact is None else compact
+        return render(self.routes, self.totals(), self.fingerprint, compact=compact)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for JSON."""
         return {
             "fingerprint": self.fingerprint,
             "totals": self.totals(),
-            "routes": [
-                {
-                    "name": route.name,
-                    "shape": list(route.shape),
-                    "algorithm": route.algorithm,
-                    "reason": route.reason,
-                    "matrices": [plain(matrix) for matrix in route.matrices],
-                    "decay": route.decay,
-                    "pair": route.pair,
-                    "scaling": route.scaling,
-                    "factor": route.factor,
-                    "lora_update": route.lora_update,
-                }
-                for route in self.routes
-            ],
+            "routes": [route.to_dict() for route in self.routes],
         }
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the trainable parameters of a model are still those that were routed."""
+        return [id(p) for _, p in trainable(model)] == [id(p) for p in self.parameters]
+
+    def only(self, names: Container[str]) -> RoutePlan:
+        """The plan of some of the parameters."""
+        kept = [n for n, one in enumerate(self.routes) if one.name in names]
+        return dataclasses.replace(
+            self,
+            routes=tuple(self.routes[n] for n in kept),
+            parameters=tuple(self.parameters[n] for n in kept),
+        )
 
     def require_matrices(self) -> None:
         """Raise where nothing goes to Muon, with the cause.
@@ -171,13 +132,21 @@ class RoutePlan:
                 f"Nothing to train with Muon: all {self.frozen} parameters are frozen. Set "
                 "requires_grad, or attach an adapter, before the optimizer is made."
             )
-        kinds = ", ".join(sorted({route.kind for route in self.routes}))
+        kinds = sorted({route.kind for route in self.routes})
+        if any(OF_RANK_ONE in route.reason for route in self.routes):
+            hint = "Rank-1 factors are vectors, which have no polar factor: use r ≥ 2."
+        elif "conv" in kinds:
+            hint = "muon_params names kernels that Muon should train, flattened."
+        else:
+            hint = "Use a stock AdamW, or name matrices through muon_params."
         raise ValueError(
             f"Nothing to train with Muon: all {len(self.routes)} trainable parameters went to "
-            f"AdamW ({kinds}). Use a stock AdamW, or name matrices through muon_params."
+            f"AdamW ({', '.join(kinds)}). {hint}"
         )
 
-    def param_groups(self, config: MuonConfig) -> list[dict[str, Any]]:
+    def param_groups(
+        self, config: MuonConfig, given: Iterable[Any] | None = None
+    ) -> list[dict[str, Any]]:
         """The optimizer's groups: Muon first, then AdamW; decayed first; none empty.
 
         Parameters of different device meshes get different groups; so do pairs of LoRA factors
@@ -185,6 +154,10 @@ class RoutePlan:
 
         Args:
             config: Gives the hyper-parameters of both halves.
+            given: Parameters, or groups of them as another optimizer takes them. Each group is
+                split by the routes and keeps its own hyper-parameters; where it repeats the run's
+                ``lr`` or ``weight_decay``, its AdamW part follows the settings of that half.
+                Default: all parameters of the plan.
 
         Returns:
             Groups with ``params`` as ``(name, parameter)`` pairs. Muon groups hold ``matrices``,
@@ -193,12 +166,18 @@ class RoutePlan:
             well: the name of the partner, ``A`` or ``B``, and c. They are empty or 0 for others.
 
         Raises:
-            ValueError: No parameter was routed to Muon.
+            ValueError: No parameter was routed to Muon; a given parameter that needs a gradient is
+                not in the plan, or a given group leaves open which rate its AdamW part has.
         """
         self.require_matrices()
         _log_fallbacks(self.muon, config.lora_update)
-        bound = list(zip(self.routes, self.parameters, strict=True))
-        return param_groups(bound, config)
+        if self.headless:
+            logger.warning(
+                "No output head was recognised, so every matrix of a linear layer goes to Muon; "
+                "the last one is %s. A head belongs to AdamW: name it in adamw_params.",
+                next(r.name for r in reversed(self.muon)),
+            )
+        return param_groups(list(zip(self.routes, self.parameters, strict=True)), config, given)
 
 
 def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
@@ -257,6 +236,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
         frozen=facts.frozen,
         remedy=_flat_parameters(model),
+        headless=not facts.knows_heads and not any(r.kind == "head" or r.factor for r in routes),
     )
 
 
@@ -330,9 +310,8 @@ def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str
     for alias, name in aliases.items():
         if re.search(pattern, alias):
             return f"{message} {alias} is tied: the tensor is trained as {name}."
-    words = sorted({step for name in names for step in name.split(".")} | set(names))
-    near = difflib.get_close_matches(pattern.strip("^$."), words, n=3, cutoff=0.5)
-    return f"{message} Near names: {', '.join(near)}." if near else message
+    words = {step for name in names for step in name.split(".")} | set(names)
+    return message + near(pattern.strip("^$."), words)
 
 
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:

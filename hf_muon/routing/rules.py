@@ -144,6 +144,8 @@ def convolution(context: Context) -> Decision | None:
 def head(context: Context) -> Decision | None:
     """Task heads stand outside the backbone, or have one row per label or token."""
     candidate, survey = context.candidate, context.survey
+    if id(candidate.parameter) in survey.classifiers:
+        return adamw("head: the model's classifier")
     if survey.in_stack(candidate) or any(
         word in step for step in candidate.path for word in PROJECTOR_PATHS
     ):
@@ -156,14 +158,26 @@ def head(context: Context) -> Decision | None:
 
 
 def router(context: Context) -> Decision | None:
-    """Few rows with a role of their own. `gate` exactly: `gate_proj` is an ordinary map."""
-    path = context.candidate.path
+    """Few rows with a role of their own: one per expert."""
+    path, survey = context.candidate.path, context.survey
+    # The owner or what is close above it: a router of whole models is none of experts.
     by_class = any(
-        ROUTER_CLASS.search(type(module).__name__) for module in context.candidate.modules[1:]
+        ROUTER_CLASS.search(type(module).__name__) and not survey.holds_blocks(module)
+        for module in context.candidate.modules[1:][-3:]
     )
-    if by_class or (path and (path[-1] in ("router", "gate") or path[-1].endswith("_router"))):
+    by_name = bool(path) and (path[-1] == "router" or path[-1].endswith("_router"))
+    if by_class or by_name or (path and path[-1] == "gate" and _selects(context)):
         return adamw("router")
     return None
+
+
+def _selects(context: Context) -> bool:
+    """Whether a `gate` has a row per expert; where none are known, far fewer rows than columns.
+
+    `gate_proj` and square gates are ordinary maps.
+    """
+    rows, experts = context.shape[0], context.survey.experts
+    return rows in experts if experts else rows * 4 <= context.shape[-1]
 
 
 def bias_stack(context: Context) -> Decision | None:

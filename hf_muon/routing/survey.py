@@ -8,11 +8,13 @@ A survey is keyed by object identity and must not outlive the call that made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -66,10 +68,17 @@ class Survey:
     outside_backbone: set[int] = field(default_factory=set)
     stacks: set[int] = field(default_factory=set)
     label_rows: set[int] = field(default_factory=set)
+    classifiers: set[int] = field(default_factory=set)
+    experts: set[int] = field(default_factory=set)
+    knows_heads: bool = False
 
     def in_stack(self, candidate: Candidate) -> bool:
         """Whether the parameter lies in a repeated stack of blocks."""
         return any(id(module) in self.stacks for module in candidate.modules[:-1])
+
+    def holds_blocks(self, module: nn.Module) -> bool:
+        """Whether embeddings or repeated blocks lie inside a module, as in a backbone."""
+        return any(isinstance(m, EMBEDDINGS) or id(m) in self.stacks for m in module.modules())
 
 
 def survey(model: nn.Module) -> Survey:
@@ -90,7 +99,24 @@ def survey(model: nn.Module) -> Survey:
         inside = {id(m) for tower in towers for m in tower.modules()}
         facts.outside_backbone.update(id(m) for m in module.modules() if id(m) not in inside)
     facts.label_rows = _label_rows(base)
+    facts.classifiers = _classifiers(base)
+    facts.experts = {count for module in base.modules() for count in _counts_of_experts(module)}
+    facts.knows_heads = bool(facts.classifiers) or any(
+        _is_pretrained(m) or (isinstance(m, nn.Linear) and id(m.weight) in facts.embeddings)
+        for m in base.modules()
+    )
     return facts
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Clean names and trainable parameters, each once, in the order of ``named_parameters``."""
+    seen = set()
+    for _, name, module in named_modules(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                if parameter.requires_grad:
+                    yield f"{name}.{leaf}".lstrip("."), parameter
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
@@ -143,6 +169,11 @@ def _walk(facts: Survey) -> None:
             if not parameter.requires_grad:
                 facts.frozen += 1
                 continue
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(
+                    f"{name} belongs to a lazy module and has no shape yet. Run one batch through "
+                    "the model before the Trainer or the optimizer is made."
+                )
             facts.candidates.append(
                 Candidate(
                     name=name,
@@ -176,11 +207,16 @@ def _accessor(module: nn.Module, name: str) -> set[int]:
         return set()
     try:
         found = accessor()
-    except (NotImplementedError, AttributeError):  # models without such a part
+    except (NotImplementedError, AttributeError, TypeError):  # models without such a part
         return set()
-    if isinstance(found, nn.Parameter):
-        return {id(found)}
-    return set(map(id, found.parameters())) if isinstance(found, nn.Module) else set()
+    parts = found if isinstance(found, tuple | list) else [found]
+    return {id(p) for part in parts for p in _parameters(part)}
+
+
+def _parameters(part: object) -> Iterable[nn.Parameter]:
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return part.parameters() if isinstance(part, nn.Module) else []
 
 
 def _backbones(base: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
@@ -223,10 +259,61 @@ def _label_rows(base: nn.Module) -> set[int]:
     config: Any = getattr(base, "config", None)
     if not _is_pretrained(base):
         rows = {m.weight for m in base.modules() if isinstance(m, EMBEDDINGS)}
-        return {shape_of(weight)[0] for weight in rows if isinstance(weight, Tensor)}
+        tokens = {shape_of(weight)[0] for weight in rows if isinstance(weight, Tensor)}
+        return tokens | _counts(_inmost(base), _LABEL_KEYS)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = [getattr(part, key, None) for part in (config, text) for key in _LABEL_KEYS]
+    return _counts(config, _LABEL_KEYS) | _counts(text, _LABEL_KEYS)
+
+
+_LABEL_KEYS = ("vocab_size", "num_labels", "num_classes")
+
+
+def _counts(holder: object, keys: Iterable[str]) -> set[int]:
+    """The numbers above one that an object has under some names."""
+    values = [getattr(holder, key, None) for key in keys]
     return {value for value in values if isinstance(value, int) and value > 1}
 
 
-_LABEL_KEYS = ("vocab_size", "num_labels")
+def _classifiers(base: nn.Module) -> set[int]:
+    """Output layers of models outside transformers: by timm's accessor, else by a usual name.
+
+    ``head`` may be a module of its own; its last linear layer is the output.
+    """
+    found: set[int] = set()
+    for module in base.modules():
+        found |= _accessor(module, "get_classifier")
+    if found or _is_pretrained(base):
+        return found
+    for name, child in _inmost(base).named_children():
+        layers = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        if name in _HEAD_NAMES and layers and not any(map(_is_stack, child.modules())):
+            found.update(map(id, layers[-1].parameters()))
+    return found
+
+
+_HEAD_NAMES = ("head", "heads", "fc", "lm_head", "classifier")
+
+
+def _inmost(module: nn.Module) -> nn.Module:
+    """The model inside modules that hold nothing else that is trained."""
+    while not module._parameters:
+        inside = [child for child in module.children() if any(True for _ in child.parameters())]
+        if len(inside) != 1:
+            break
+        module = inside[0]
+    return module
+
+
+def _counts_of_experts(module: nn.Module) -> set[int]:
+    """How many experts a module or its configuration says that there are."""
+    config = getattr(module, "config", None)
+    named = vars(config) if config is not None and hasattr(config, "__dict__") else {}
+    said = {value for key, value in named.items() if _EXPERT_KEY.search(key)}
+    for name, child in module.named_children():
+        if name == "experts":
+            weight = next(child.parameters(recurse=False), None)
+            said.add(len(list(child.children())) if weight is None else shape_of(weight)[0])
+    return {value for value in said if isinstance(value, int) and value > 1}
+
+
+_EXPERT_KEY = re.compile(r"(?:num|n)_(?:(?!shared)\w+_)?experts$")

@@ -1,8 +1,8 @@
 """A route plan as text.
 
-In: a :class:`~hf_muon.routing.plan.RoutePlan`. Out: plain text with a line per parameter (or per
-parameter of a repeated layer), totals per reason, and the parameters that no rule knows by name.
-Where there are LoRA factors, each comes with its partner, rank and scaling.
+In: the routes of a plan, its totals and fingerprint. Out: plain text with a line per parameter (or
+per parameter of a repeated layer), totals per reason, and the parameters that no rule knows by
+name. Where there are LoRA factors, each comes with its partner, rank and scaling.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from hf_muon.routing.plan import Route, RoutePlan
+from hf_muon.routing.route import Route
 
 
-def render(plan: RoutePlan, *, compact: bool) -> str:
+def render(
+    routes: Sequence[Route], totals: dict[str, int], fingerprint: str, *, compact: bool
+) -> str:
     """The plan as a table, a summary per kind, and a paragraph on unknown parameters."""
-    lines = [text(_routes(plan, compact=compact)), text(_summary(plan)), _totals(plan)]
-    unknown = [route for route in plan.routes if route.kind == "unknown"]
+    lines = [text(_routes(routes, compact=compact)), text(_summary(routes))]
+    lines.append(f"{_totals(totals)} Fingerprint {fingerprint}.")
+    unknown = [route for route in routes if route.kind == "unknown"]
     if unknown:
         named = "\n".join(f"  {name} {shape}" for (name, shape), _ in _folded(unknown))
         lines.append(
@@ -32,8 +34,8 @@ def render(plan: RoutePlan, *, compact: bool) -> str:
     return "\n".join(lines)
 
 
-def _routes(plan: RoutePlan, *, compact: bool) -> Table:
-    adapted = any(route.factor for route in plan.routes)
+def _routes(routes: Sequence[Route], *, compact: bool) -> Table:
+    adapted = any(route.factor for route in routes)
     of_adapters = ("partner", "rank", "scaling") if adapted else ()
     table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, "decay", "reason")
 
@@ -44,11 +46,11 @@ def _routes(plan: RoutePlan, *, compact: bool) -> Table:
         return _shape(route), route.algorithm, matrices, *adapter, decay, route.reason
 
     if not compact:
-        for route in plan.routes:
+        for route in routes:
             table.add_row(route.name, *cells(route))
         return table
     seen: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for route in plan.routes:
+    for route in routes:
         seen[(_pattern(route.name), *cells(route))].append(route.name)
     for (pattern, *row), names in seen.items():
         table.add_row(names[0] if len(names) == 1 else f"{pattern}  ({len(names)} times)", *row)
@@ -80,25 +82,24 @@ def _partner(route: Route) -> str:
     return ".".join(other[shared:])
 
 
-def _summary(plan: RoutePlan) -> Table:
+def _summary(routes: Sequence[Route]) -> Table:
     table = Table("algorithm", "kind", "tensors", "matrices", "parameters")
     kinds: dict[tuple[str, str], list[Route]] = defaultdict(list)
-    for route in plan.routes:
+    for route in routes:
         kinds[route.algorithm, route.kind].append(route)
-    for (algorithm, kind), routes in sorted(kinds.items(), reverse=True):
-        matrices = sum(len(route.matrices) for route in routes)
-        size = sum(route.numel for route in routes)
-        table.add_row(algorithm, kind, str(len(routes)), str(matrices or ""), f"{size:,}")
+    for (algorithm, kind), of_kind in sorted(kinds.items(), reverse=True):
+        matrices = sum(len(route.matrices) for route in of_kind)
+        size = sum(route.numel for route in of_kind)
+        table.add_row(algorithm, kind, str(len(of_kind)), str(matrices or ""), f"{size:,}")
     return table
 
 
-def _totals(plan: RoutePlan) -> str:
-    totals = plan.totals()
+def _totals(totals: dict[str, int]) -> str:
     return (
         f"Muon: {totals['muon_parameters']:,} parameters in {totals['muon_matrices']:,} matrices "
         f"of {totals['muon_tensors']:,} tensors. "
         f"AdamW: {totals['adamw_parameters']:,} parameters in {totals['adamw_tensors']:,} tensors. "
-        f"Frozen: {totals['frozen_tensors']:,} tensors. Fingerprint {plan.fingerprint}."
+        f"Frozen: {totals['frozen_tensors']:,} tensors."
     )
 
 

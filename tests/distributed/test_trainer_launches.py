@@ -55,6 +55,7 @@ def test_the_launch_is_what_was_asked_for(kind_and_ranks):
     kind, ranks = kind_and_ranks
     assert [rank["world_size"] for rank in ranks] == [2, 2]
     assert ranks[0]["placement"] == PLACEMENTS.get(kind.partition("-")[0], "flat")
+    assert [rank["untrained"] for rank in ranks] == [[], []]  # and no warning that says otherwise
 
 
 def test_the_ranks_hold_the_same_weights(kind_and_ranks):

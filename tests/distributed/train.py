@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 import hf_muon.auto  # noqa: F401
 import tests.distributed.fsdp_on_cpu  # noqa: F401
+from hf_muon.integrations.callback import untrained
 from hf_muon.integrations.report import find_muon
 from tests.distributed.layouts import leave_together
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
@@ -133,6 +134,7 @@ if __name__ == "__main__":
         "resumed": whole_weights(kind, resumed),
         "world_size": trainer.args.world_size,
         "placement": placement(trainer),
+        "untrained": untrained(trainer.model, find_muon(trainer.optimizer)),
         "grad_norm": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
     }
     torch.save(saved, folder / f"rank{trainer.args.process_index}.pt")

@@ -79,6 +79,18 @@ def test_ordinary_settings_pass():
     check_config({"zero_optimization": OFFLOAD, "zero_force_ds_cpu_optimizer": False})
 
 
+@pytest.mark.parametrize("adamw_lr", [None, 1e-2, 1e-3])
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "OneCycle", "WarmupCosineLR"])
+def test_schedules_that_write_rates_need_one_rate_for_both_halves(kind, adamw_lr):
+    run = hf_muon.MuonConfig(lr=1e-2, adamw_lr=adamw_lr)
+    config = {**FINE, "scheduler": {"type": kind, "params": {}}}
+    if kind == "WarmupCosineLR" or adamw_lr != 1e-3:  # it scales the rates; there is one
+        check_config(config, run)
+    else:
+        with pytest.raises(ValueError, match=rf"scheduler: {kind} .*adamw_lr=0\.001 .*Remove"):
+            check_config(config, run)
+
+
 OPTIMIZER = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     "zero_optimization": {"stage": 2},
@@ -96,6 +108,13 @@ def test_a_trainer_that_would_train_with_another_optimizer_is_not_built(config, 
     hf_muon.register()
     with pytest.raises(ValueError, match="does not let Muon train"):
         trainer_under(config, tmp_path)
+
+
+def test_a_schedule_that_would_lose_a_rate_stops_the_trainer(tmp_path, alone):
+    hf_muon.register()
+    warmup = {"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR", "params": {}}}
+    with pytest.raises(ValueError, match="scheduler: WarmupLR"):
+        trainer_under(warmup, tmp_path, optim_args="adamw_lr=1e-3")
 
 
 def test_the_factory_refuses_as_well(tmp_path, alone):

@@ -61,6 +61,7 @@ AFTERWARDS = {
     "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
     "docs/learning_rates.md": "assert taken_over",
     "docs/routing.md": "assert plan.muon",
+    "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",
 }
 SLOW = {"docs/deepspeed.md", "docs/diagnostics.md"}
 

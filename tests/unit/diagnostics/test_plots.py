@@ -49,7 +49,7 @@ def test_no_samples_are_an_error_that_says_so(tmp_path):
         plot_spectra(tmp_path)
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"hf-muon\[recipes\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         spectra_figure([sample(5, NAMES[0])])

@@ -1,0 +1,161 @@
+"""A route, what was decided for one parameter, and the param groups that follow from routes.
+
+In: the decision of the rules; routes with their parameters, the settings, and the groups that a
+client made itself. Out: a :class:`Route`; groups of plain values, Muon's first, none of them empty.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_muon.config import LoraUpdate, MuonConfig
+from hf_muon.distributed.layout import Matrix
+from hf_muon.routing.adapters import Factor
+from hf_muon.routing.rules import Algorithm
+
+
+@dataclass(frozen=True)
+class Route:
+    """What was decided for one parameter.
+
+    Attributes:
+        name: Name in the model, clean of wrappers.
+        shape: Whole shape.
+        algorithm: ``muon`` or ``adamw``.
+        reason: Why; the part before the first colon or comma is the kind.
+        matrices: What Muon orthogonalizes; empty under AdamW.
+        decay: Whether weight decay applies, by the Trainer's own rule.
+        pair: Name of the partner, for a LoRA factor whose partner is trained by Muon as well.
+        scaling: c of W₀ + cBA, for a LoRA factor.
+        factor: ``A`` or ``B``, for a LoRA factor.
+        lora_update: How a LoRA factor is updated: the setting, or ``factor`` where that cannot be.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    algorithm: Algorithm
+    reason: str
+    matrices: tuple[Matrix, ...] = ()
+    decay: bool = True
+    pair: str | None = None
+    scaling: float | None = None
+    factor: Factor | None = None
+    lora_update: LoraUpdate | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        """The first words of the reason."""
+        return re.split("[:,(]", self.reason)[0].strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The route as plain values, for JSON."""
+        matrices = [plain(matrix) for matrix in self.matrices]
+        return {**vars(self), "shape": list(self.shape), "matrices": matrices}
+
+
+def plain(matrix: Matrix) -> tuple[int, tuple[int, ...], tuple[int, ...], int | None]:
+    """A matrix as nested tuples, which ``torch.load(weights_only=True)`` accepts."""
+    return (matrix.offset, tuple(matrix.shape), tuple(matrix.strides), matrix.fan_out_dim)
+
+
+Bound = tuple[Route, nn.Parameter]
+
+
+def param_groups(
+    every: Sequence[Bound], config: MuonConfig, given: Iterable[Any] | None
+) -> list[dict[str, Any]]:
+    """What :meth:`~hf_muon.routing.plan.RoutePlan.param_groups` returns."""
+    if given is None:
+        return _split(every, config, {})
+    by_identity = {id(parameter): (one, parameter) for one, parameter in every}
+    groups = [
+        part
+        for group in as_groups(given)
+        for part in _split(_bound(group, by_identity), config, group)
+    ]
+    return sorted(groups, key=lambda group: group["algorithm"] != "muon")
+
+
+def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
+    """What an optimizer takes, parameters or groups of them, as groups with unnamed parameters."""
+    items = list(given)
+    if items and not isinstance(items[0], dict):
+        items = [{"params": items}]
+    return [{**group, "params": _unnamed(group["params"])} for group in items]
+
+
+def _unnamed(params: Any) -> list[Any]:
+    params = [params] if isinstance(params, torch.Tensor) else params
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+
+
+def _bound(group: Mapping[str, Any], by_identity: Mapping[int, Bound]) -> list[Bound]:
+    wanted = [p for p in group["params"] if p.requires_grad]
+    for parameter in wanted:
+        if id(parameter) not in by_identity:
+            raise ValueError(
+                f"A param group holds a parameter of shape {tuple(parameter.shape)} that is not "
+                "in the model which was routed. Pass the model that holds all parameters to "
+                "get_optimizer_cls_and_kwargs(args, model), or plan=hf_muon.route(model)."
+            )
+    return [by_identity[id(parameter)] for parameter in wanted]
+
+
+def _split(
+    bound: Sequence[Bound], config: MuonConfig, given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Groups of one kind and mesh each, with the hyper-parameters that were given for all."""
+    own = {key: value for key, value in given.items() if key not in ("params", "param_names")}
+    mixed = len({one.algorithm for one, _ in bound}) > 1
+    if mixed and config.adamw_lr is not None and own.get("lr", config.lr) != config.lr:
+        raise ValueError(
+            f"A param group with lr={own['lr']!r} of its own holds matrices and other parameters, "
+            f"and adamw_lr={config.adamw_lr!r} is set: the group does not say which rate the "
+            "others have. Make two groups of it, or leave adamw_lr out, so that both have its lr."
+        )
+    parts: dict[Any, list[Bound]] = {}  # one group is on one device mesh; plain tensors on none
+    for one, parameter in sorted(bound, key=lambda entry: _kind(entry[0])):
+        mesh = getattr(parameter, "device_mesh", None)
+        parts.setdefault((_kind(one), mesh), []).append((one, parameter))
+    return [
+        {**_settings(members[0][0], config, own), **_members(members)} for members in parts.values()
+    ]
+
+
+def _kind(route: Route) -> tuple[bool, bool, bool]:
+    """What the members of a group share; it sorts them as groups are ordered."""
+    return route.algorithm != "muon", not route.decay, route.lora_update in ("product", "tangent")
+
+
+def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    if route.algorithm == "muon":
+        own = {key: value for key, value in own.items() if key not in ("betas", "eps")}
+        lora_update = route.lora_update or "factor"
+        return {**config.muon_group(route.decay), **own, "lora_update": lora_update}
+    run = {"lr": config.lr, "weight_decay": config.weight_decay}  # the AdamW half has its own
+    differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
+    return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
+
+
+def _members(bound: list[Bound]) -> dict[str, Any]:
+    routes = [route for route, _ in bound]
+    group: dict[str, Any] = {"params": [(route.name, parameter) for route, parameter in bound]}
+    if routes[0].algorithm == "muon":
+        group["matrices"] = tuple(tuple(map(plain, route.matrices)) for route in routes)
+        if any(route.pair for route in routes):
+            group["pairs"] = tuple(route.pair or "" for route in routes)
+            group["factors"] = tuple(route.factor or "" for route in routes)
+            group["scalings"] = tuple(route.scaling or 0.0 for route in routes)
+    return group
