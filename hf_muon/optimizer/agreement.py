@@ -9,6 +9,7 @@ compared at every step, and the settings themselves at the first one and where t
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -32,6 +33,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self._compared: set[tuple[Entry, ...]] = set()
+        self._said_small = False
 
     def reach(
         self,
@@ -56,6 +58,8 @@ class Agreement:
         gradients = [entry.tensor.grad for entry in entries]
         members = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
         problem = problem or _problem(groups)
+        if not self._said_small and problem is None:
+            self._said_small = _say_too_small(groups)
         if not members:
             if problem is not None:
                 raise problem
@@ -190,6 +194,24 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
             "dtype (momentum_dtype='float32')."
         )
     return None
+
+
+def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
+    """Warn where momentum in float16 rounds all of a gradient away; whether it did."""
+    small = [
+        entry.name
+        for of_group in groups
+        for entry in of_group
+        if entry.group.get("momentum_dtype") == "float16" and entry.tensor.grad is not None
+        if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max() < 2**-25
+    ]
+    if small:
+        warnings.warn(
+            f"The gradient is too small for momentum in float16, which stays zero, in "
+            f"{_listed(small)}. Set momentum_dtype='bfloat16' or 'float32'.",
+            stacklevel=4,
+        )
+    return bool(small)
 
 
 _ALL_BAD = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any, overload
 
@@ -38,8 +39,8 @@ from hf_muon.optimizer.launcher import (
 )
 from hf_muon.optimizer.pairs import check_decay, taking_part
 from hf_muon.optimizer.plans import Plan, Plans
-from hf_muon.optimizer.step import bucket_step, polar_function
-from hf_muon.polar import Workspace
+from hf_muon.optimizer.step import bucket_step
+from hf_muon.polar import Workspace, polar_factor
 from hf_muon.rules import check_rule, rule_of
 
 
@@ -125,7 +126,7 @@ class Muon(Optimizer):
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
         if group["algorithm"] == "muon":
-            check_rule(group, polar_function(group))
+            check_rule(group, partial(polar_factor, method="svd"))
         super().add_param_group(group)
         self._remember(self.param_groups[-1])
 

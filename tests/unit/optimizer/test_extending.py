@@ -125,7 +125,7 @@ def test_names_are_values_of_settings():
     config = MuonConfig.from_optim_args("filter=two_terms,matrix_map=polargrad,rescale=rows", lr=1)
     assert MuonConfig(**config.to_dict()) == config
     with pytest.raises(
-        ValueError, match="filter='two_term' is not one of .* Did you mean 'two_terms'"
+        ValueError, match=r"filter='two_term' is not one of .* Did you mean 'two_terms'"
     ):
         MuonConfig(filter="two_term")
 

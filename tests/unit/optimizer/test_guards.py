@@ -1,0 +1,156 @@
+"""A step is all or nothing: what is written is guarded, not only what comes in."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from hf_muon import Muon
+from hf_muon.polar import factor
+
+
+def parameter(*shape, dtype=torch.float32):
+    return nn.Parameter((0.1 * torch.randn(shape)).to(dtype))
+
+
+def everything(optimizer):
+    """All that a step may write."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [value for one in optimizer.state.values() for value in one.values()]
+    return copy.deepcopy([*tensors, *state])
+
+
+def refused(optimizer, error, match):
+    """A step that raises and changes nothing that was there before."""
+    before = everything(optimizer)
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    assert all(map(torch.equal, before, everything(optimizer)))
+
+
+def two_halves(**settings):
+    matrix, vector = parameter(6, 9), parameter(5)
+    groups = [{"params": [("w", matrix)]}, {"params": [("b", vector)], "algorithm": "adamw"}]
+    optimizer = Muon(groups, lr=0.01, **settings)
+    matrix.grad, vector.grad = torch.randn(6, 9), torch.randn(5)
+    optimizer.step()
+    return optimizer, matrix, vector
+
+
+@pytest.mark.parametrize("value", [1e38, -3e38])
+def test_gradients_that_momentum_cannot_hold_are_refused(value):
+    optimizer, matrix, _ = two_halves()
+    matrix.grad = torch.full((6, 9), value)
+    refused(optimizer, FloatingPointError, r"too large .* in w \(.*8\.5e\+37 is allowed\)")
+    matrix.grad = torch.full((6, 9), value / 10)  # its square overflows, and it does not
+    optimizer.step()
+    assert torch.isfinite(matrix).all()
+
+
+def test_gradients_whose_squares_adamw_cannot_hold_are_refused():
+    optimizer, _, vector = two_halves()
+    vector.grad = torch.full((5,), 2e19)
+    refused(optimizer, FloatingPointError, "too large .* in b ")
+
+
+def test_float16_momentum_has_its_own_range():
+    optimizer, matrix, _ = two_halves(momentum_dtype="float16")
+    matrix.grad = torch.full((6, 9), 1e5)
+    refused(optimizer, FloatingPointError, "momentum_dtype='float32'")
+
+
+def test_gradients_below_the_range_of_float16_momentum_are_said_once():
+    optimizer, matrix, _ = two_halves(momentum_dtype="float16")
+    matrix.grad = torch.full((6, 9), 1e-9)
+    with pytest.warns(UserWarning, match=r"too small for momentum in float16.* in w"):
+        optimizer.step()
+    with mock.patch("warnings.warn") as warned:
+        optimizer.step()
+    assert not warned.called
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_weights_in_low_precision_are_said(name):
+    dtype = getattr(torch, name)
+    with pytest.warns(UserWarning, match=f"Weights in pure {name} .* rounds away"):
+        Muon([parameter(4, 6, dtype=dtype)], lr=0.01)
+    with mock.patch("warnings.warn") as warned:
+        Muon([parameter(4, 6, dtype=dtype)], lr=0.01, momentum_dtype=name)
+        Muon([parameter(4, 6)], lr=0.01)
+    assert not warned.called
+
+
+def test_an_error_of_the_decomposition_leaves_everything_as_it_was():
+    optimizer, *_ = two_halves(polar_method="svd")
+    error = torch.linalg.LinAlgError("did not converge")
+    with mock.patch.object(factor, "svd_polar", side_effect=error):
+        refused(optimizer, torch.linalg.LinAlgError, "did not converge")
+    before = everything(optimizer)
+    optimizer.step()
+    assert not any(map(torch.equal, before[:2], everything(optimizer)[:2]))
+
+
+def test_the_wrong_dtype_for_a_cpu_names_the_setting_and_changes_nothing():
+    matrix = parameter(6, 9)
+    matrix.grad = torch.randn(6, 9)
+    optimizer = Muon([matrix], lr=0.01, polar_dtype="float16")
+    kept = matrix.detach().clone()
+    with pytest.raises(ValueError, match=r"polar_dtype .* is float16 on a CPU"):
+        optimizer.step()
+    assert torch.equal(matrix, kept)
+
+
+def test_every_bad_gradient_after_clipping_is_explained():
+    optimizer, matrix, vector = two_halves()
+    matrix.grad[0, 0] = float("nan")
+    refused(optimizer, FloatingPointError, "NaN or infinity in w. No")
+    torch.nn.utils.clip_grad_norm_([matrix, vector], 1.0)
+    refused(optimizer, FloatingPointError, "in w, b.* clipping by a norm that is NaN")
+
+
+def test_matrices_of_two_dtypes_are_decomposed_each_in_its_own():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(8, 12).double(), torch.randn(8, 12).double()
+    results = []
+    for others in ([], [parameter(8, 12)]):
+        matrix = nn.Parameter(start.clone())
+        optimizer = Muon([*others, matrix], lr=0.01, polar_method="svd")
+        for one in (*others, matrix):
+            one.grad = gradient.to(one.dtype)
+        optimizer.step()
+        results.append(matrix.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("order", ["pre_polar", "post_polar"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_matrix_without_gradient_moves_on_unless_it_is_skipped(order, skip):
+    stack = parameter(3, 8, 12)
+    settings = {"order": order, "weight_decay": 0.1, "skip_zero_gradients": skip}
+    optimizer = Muon([stack], lr=0.01, **settings)
+    gradient = torch.randn(3, 8, 12)
+    stack.grad = gradient.clone()
+    optimizer.step()
+    before, kept = stack.detach().clone(), optimizer.state[stack]["exp_avg"].clone()
+    stack.grad[1] = 0.0  # an expert without tokens
+    optimizer.step()
+    now = optimizer.state[stack]["exp_avg"]
+    for expert in range(3):
+        still = skip and expert == 1
+        assert torch.equal(stack[expert], before[expert]) is still
+        assert torch.equal(now[expert], kept[expert]) is still
+
+
+def test_skipping_changes_nothing_where_no_gradient_is_zero():
+    start, gradients = torch.randn(3, 8, 12), [torch.randn(3, 8, 12) for _ in range(3)]
+    results = []
+    for skip in (False, True):
+        stack = nn.Parameter(start.clone())
+        optimizer = Muon([stack], lr=0.01, skip_zero_gradients=skip)
+        for gradient in gradients:
+            stack.grad = gradient.clone()
+            optimizer.step()
+        results.append(stack.detach())
+    assert torch.equal(*results)
