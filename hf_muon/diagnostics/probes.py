@@ -24,8 +24,8 @@ from hf_muon.diagnostics.gradients import (
     muon_matrices,
     read_gradients,
 )
+from hf_muon.diagnostics.probe_report import ProbeReport
 from hf_muon.diagnostics.readings import ProbeSettings, probe_buffers
-from hf_muon.diagnostics.report import ProbeReport
 
 
 def stationary_probe(

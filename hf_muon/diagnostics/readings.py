@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hf_muon.config import MuonConfig, Order
 from hf_muon.diagnostics import metrics
+from hf_muon.diagnostics.probe_report import ProbeReport, Reading, Statistic
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
-from hf_muon.diagnostics.report import ProbeReport, Reading, Statistic
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)

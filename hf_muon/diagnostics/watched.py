@@ -17,9 +17,7 @@ from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
 from hf_muon.optimizer import Muon
-from hf_muon.optimizer.entries import Entry
-
-Group = dict[str, Any]
+from hf_muon.optimizer.entries import Entry, Group
 
 # Elements of whole matrices that a rank gathers at a time, of each kind.
 _LIMIT = 2**24

@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.momentum import window
+from hf_muon.rules import FILTERS, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,10 @@ def describe(optimizer: Muon) -> str:
     """The optimizer in one sentence: order, filter and window, polar factor, the AdamW half."""
     group = optimizer.param_groups[0]
     text = f"Muon (hf_muon {_version('hf-muon')}) with order={group['order']}"
-    if group["order"] != "polar_only":
+    others = {"filter": "ema", "matrix_map": "polar", "rescale": "none"}
+    text += "".join(f", {key}={group[key]}" for key, usual in others.items() if group[key] != usual)
+    stages = (*rule_of(group).before, *rule_of(group).after)
+    if FILTERS["ema"] in stages:
         beta = group["momentum"]
         text += f", momentum beta={beta:g} (window T=1/(1-beta)={window(beta):.4g} steps"
         text += ", Nesterov)" if group["nesterov"] else ")"

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, set_seed
 from worlds import WORLDS, World
 
 from hf_muon.diagnostics import TrajectoryProbe, stationary_probe
-from hf_muon.diagnostics.report import ProbeReport
+from hf_muon.diagnostics.probe_report import ProbeReport
 
 LAYERS = r"layers\.1\.(self_attn\.(q|v)_proj|mlp\.(up|down)_proj)"
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)

@@ -22,7 +22,7 @@ ALLOWED = {
     "optimizer": {"config", "distributed", "polar", "rules", "values"},
     "routing": {"config", "distributed", "rules", "values"},
     "diagnostics": {"config", "distributed", "optimizer", "polar", "routing", "rules", "values"},
-    "integrations": {"config", "optimizer", "routing", "values"},
+    "integrations": {"config", "optimizer", "routing", "rules", "values"},
     "commands": {"config", "diagnostics", "distributed", "optimizer", "polar", "routing", "values"},
     "run": {"integrations"},
     "auto": {"integrations"},

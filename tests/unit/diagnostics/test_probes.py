@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_muon import diagnostics as d
 from hf_muon.config import MuonConfig
+from hf_muon.diagnostics.probe_report import Reading, Statistic
 from hf_muon.diagnostics.readings import Flipped, balanced_signs
 from hf_muon.diagnostics.replay import ema, stages
-from hf_muon.diagnostics.report import Reading, Statistic
 
 ORDERS = ("pre_polar", "post_polar", "polar_only")
 
