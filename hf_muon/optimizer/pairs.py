@@ -87,17 +87,12 @@ def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entr
     Args:
         entries: All of one group that this call of the optimizer was given.
         active: The entries that have a gradient on some rank.
-
-    Raises:
-        ValueError: The partner of a factor was not given.
     """
     if not entries or not moves_pairs(entries[0].group):
         return [entry for entry in entries if entry in active]
     holder = {index: entry for entry in entries for index in entry.indices}
     chosen = set()
     for index, partner in enumerate(partners(entries[0].group)):
-        if index in holder and partner not in holder:
-            raise ValueError(_split(entries[0].group, partner))
         if index in holder and (holder[index] in active or holder[partner] in active):
             chosen.add(holder[index])
     return [entry for entry in entries if entry in chosen]
@@ -118,6 +113,9 @@ def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], 
     Args:
         group: A group that moves pairs.
         entries: Those of the step; a matrix is numbered as in :attr:`Entry.matrices`.
+
+    Raises:
+        ValueError: The partner of a factor was not given.
     """
     places: dict[int, list[Place]] = {}
     for number, entry in enumerate(entries):
@@ -126,6 +124,9 @@ def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], 
             count = len(group["matrices"][index])
             places[index] = [(number, first + one) for one in range(count)]
             first += count
+    for index, partner in enumerate(partners(group)):
+        if index in places and partner not in places:
+            raise ValueError(_split(group, partner))
     return tuple(
         pair
         for index, partner in enumerate(partners(group))
