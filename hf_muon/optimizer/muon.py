@@ -28,11 +28,18 @@ from hf_muon.distributed.find import (
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
-from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
+from hf_muon.optimizer.buffers import buffer_dtype, check_fit, check_state, restore
+from hf_muon.optimizer.checkpoint import checked
 from hf_muon.optimizer.deepspeed import complete_state, settings_of, with_own_settings
 from hf_muon.optimizer.entries import Entry, Origins
 from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
-from hf_muon.optimizer.groups import complete_group, named_groups
+from hf_muon.optimizer.groups import (
+    complete_group,
+    hyperparameters,
+    make_plain,
+    named_groups,
+    plain,
+)
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pair_step import pair_step
 from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
@@ -82,7 +89,7 @@ class Muon(Optimizer):
         replicate_group: torch.distributed.ProcessGroup | str | None = None,
         **settings: Any,
     ) -> None:
-        self.config = MuonConfig(lr=lr, **settings)
+        self.config = MuonConfig(lr=plain(lr), **plain(settings))
         if isinstance(replicate_group, str) and replicate_group != "world":
             raise ValueError(
                 f"replicate_group={replicate_group!r}: a process group, 'world' or None is "
@@ -91,9 +98,11 @@ class Muon(Optimizer):
         self.replicate_group = replicate_group
         self._origins = Origins()
         self._settings: list[Group] = []
+        self._is_checked = False  # whether a step has looked at state that others may have left
         self._plans, self._workspace = Plans(), Workspace()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
-        super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
+        defaults = {"lr": self.config.muon_group()["lr"], "momentum": self.config.momentum}
+        super().__init__(named_groups(params), defaults)
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
         _warn_of_bfloat16_momentum(self.param_groups)
 
@@ -101,12 +110,13 @@ class Muon(Optimizer):
         """Unpickle or load: what was planned for other parameters is forgotten."""
         super().__setstate__(state)
         self._plans, self._workspace = Plans(), Workspace()
+        self._is_checked = False
         self.__dict__.setdefault("replicate_group", None)
         self._every_group = self.param_groups
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
             self._origins, self._settings = Origins(), []
             for number, group in enumerate(self.param_groups):
-                group["group_id"] = number
+                group.update(hyperparameters(group, self.config), group_id=number)
                 self._remember(group)
         self._origins.forget_flats()
 
@@ -120,7 +130,10 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
+        keys = {*group, "param_names"}
         super().add_param_group(group)
+        for key in self.param_groups[-1].keys() - keys:  # defaults that are not of this algorithm
+            del self.param_groups[-1][key]
         self._remember(self.param_groups[-1])
 
     def _remember(self, group: Group) -> None:
@@ -208,21 +221,27 @@ class Muon(Optimizer):
         return replicate_ranks(self.replicate_group)
 
     def _create_state(self) -> None:
-        """State of every tensor, with or without a gradient, at the first step.
+        """State of every trained tensor, with or without a gradient, at the first step.
 
-        Not in ``__init__``, because accelerate replaces the parameters after it; for all, because
-        a checkpoint that lacks the state of a parameter cannot be resumed. Also for groups that
-        DeepSpeed leaves out of this call: it looks for their state after the first one.
+        What is there already must fit, before anything moves. Not in ``__init__``, because
+        accelerate replaces the parameters after it; for all, because a checkpoint that lacks the
+        state of a parameter cannot be resumed. Also for groups that DeepSpeed leaves out of this
+        call: it looks for their state after the first one.
         """
         groups = self._every_group if self._origins.are_flattened else self.param_groups
         for entry in chain.from_iterable(self._origins.entries(groups)):
-            state = self.state[entry.tensor]
+            state = self.state.get(entry.tensor, {})
             if entry.group["algorithm"] == "muon":
                 check_placement(entry, state)
-            if not state:
+            if state:
+                check = check_fit if self._is_checked else check_state
+                check(entry, state)
+            elif _is_trained(entry):
+                state = self.state[entry.tensor]
                 state.update(_new_state(entry.group, entry.tensor))
             if entry.flat is not None:
                 complete_state(entry.group, state, entry.tensor)
+        self._is_checked = True
 
     def _is_rehearsal(self, entries: list[Entry]) -> bool:
         """Whether DeepSpeed only wants to see memory allocated; such a step must do nothing.
@@ -234,26 +253,45 @@ class Muon(Optimizer):
         fresh = bool(copies) and not any(self.state[entry.tensor] for entry in entries)
         return fresh and not any(_is_nonzero(entry.tensor.grad) for entry in entries)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and groups; what schedulers wrote in NumPy's types is plain."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            make_plain(group)
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer.
+        """Load a checkpoint of this optimizer; its settings are used, as everywhere in torch.
+
+        The user's hooks run first, and last, as torch documents.
 
         Raises:
-            ValueError: The checkpoint was trained with other routes or in another order; the
-                message names the parameters.
+            ValueError: It was trained with other routes, in another order, or with settings that
+                are not allowed, or its state does not fit; the message names the parameters, and
+                nothing was changed.
         """
-        state_dict = with_plain_groups(state_dict)
-        check_routing(self.param_groups, state_dict["param_groups"])
-        own = [settings_of(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, own, strict=True):
-            for name, value in before.items():  # what an older checkpoint does not know
-                group.setdefault(name, value)
-            group["group_id"] = before["group_id"]
-            self._settings[group["group_id"]] = settings_of(group)
-        keep_momentum_dtype(self, state_dict)
-        for state in self.state.values():  # torch keeps the checkpoint's own tensor
-            if "step" in state:
-                state["step"] = state["step"].clone()
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(checked(self.param_groups, given, self.config, bool(self.state)))
+            return loaded
+
+        def finish(_: Optimizer) -> None:
+            restore(self.param_groups, self.state, loaded)
+            for group in self.param_groups:
+                self._settings[group["group_id"]] = settings_of(group)
+
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; a dict is expected.")
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _sharing(entries: list[Entry], replicate: Ranks) -> list[Ranks]:
@@ -270,15 +308,20 @@ def _several_ranks() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
+def _is_trained(entry: Entry) -> bool:
+    """Whether it needs state; launchers' own tensors do, and plain ones that are not frozen."""
+    tensor = entry.tensor
+    own = entry.flat is None and not entry.is_copy
+    return not own or tensor.requires_grad or tensor.grad is not None
+
+
 def _new_state(group: Group, parameter: Tensor) -> dict[str, Tensor]:
     """Step count and, where the order has one, the momentum buffer M₀ = 0."""
     if group["algorithm"] == "adamw":
-        return new_adamw_state(parameter, group["fused"])
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+        return new_adamw_state(parameter)
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     if group["order"] != "polar_only":
-        name = group["momentum_dtype"]
-        dtype = parameter.dtype if name == "parameter" else getattr(torch, name)
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=buffer_dtype(group, parameter))
     return state
 
 
