@@ -101,7 +101,6 @@ def _is_group(group: Any) -> bool:
         (isinstance(algorithm, str) and algorithm in ("muon", "adamw"))
         and _all(names, str)
         and _all(group.get("matrices", ()), list | tuple)
-        and ("param_names" not in group or len(names) == len(group["params"]))
     )
 
 
@@ -145,11 +144,15 @@ def _identity(group: Group, named: bool) -> Any:
 
 
 def _labels(number: int, *groups: Group) -> list[str]:
-    """Names of the parameters of a group that has them, else their places."""
+    """Names of a group's tensors where one of the sides has them, else their places.
+
+    DeepSpeed has put several parameters into one tensor.
+    """
+    count = len(groups[0]["params"])
     for group in groups:
-        if "param_names" in group:
+        if len(group.get("param_names", ())) == count:
             return list(group["param_names"])
-    return [f"parameter {i} of group {number}" for i in range(len(groups[0]["params"]))]
+    return [f"tensor {i} of group {number}" for i in range(count)]
 
 
 def _warn_of_another_order(saved: list[Group], ordered: list[Group]) -> None:
@@ -220,8 +223,9 @@ def _loaded_group(own: Group, loaded: Group, config: MuonConfig, number: int) ->
             f"Group {number} of the checkpoint cannot be used: {str(error)[:700]} Use another "
             "checkpoint, or correct the group in its 'param_groups'."
         ) from error
-    names = {"param_names": list(loaded["param_names"])} if "param_names" in loaded else {}
-    return {**structure, **settings, **names, "params": list(loaded["params"])}
+    if len(loaded.get("param_names", ())) == len(loaded["params"]):  # torch takes them over too
+        structure["param_names"] = list(loaded["param_names"])
+    return {**structure, **settings, "params": list(loaded["params"])}
 
 
 def _check_order(own: Group, loaded: Group) -> None:
@@ -250,7 +254,8 @@ def _changes(own: Group, loaded: Group) -> list[str]:
         skipped.add("momentum_start")  # follows from momentum, and is not used
     if "max_momentum" in loaded:
         skipped |= {"momentum", "base_momentum", "max_momentum"}  # a scheduler cycles it
-    pairs = [(key, own[key], loaded[key]) for key in sorted(own.keys() & loaded.keys() - skipped)]
+    both = sorted(own.keys() & loaded.keys() - skipped, key=str)
+    pairs = [(key, own[key], loaded[key]) for key in both]
     if "initial_lr" in own or "max_lr" not in loaded:  # before any schedule
         pairs.insert(0, ("lr", *(group.get("initial_lr", group["lr"]) for group in (own, loaded))))
     adamw = own["algorithm"] == "adamw"
