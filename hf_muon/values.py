@@ -6,13 +6,18 @@ these types, or an error that names the setting, the value and what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
 
 
 def require_known(name: str, allowed: Iterable[str], kind: str) -> None:
@@ -80,9 +85,38 @@ def _split_outside_brackets(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
+def plain(value: Any) -> Any:
+    """The value in a type that ``torch.load(weights_only=True)`` reads.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # a scalar of NumPy
+    if value is None or isinstance(value, bool | torch.dtype | torch.device):
+        return value
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(plain, value))
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, str):
+        return "".join(value)
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise TypeError(f"{type(value).__name__} is not a type that a checkpoint can hold")
+
+
 def typed(name: str, value: Any, hint: Any) -> Any:
     """The value in its declared type; int passes for float and a list for a tuple."""
     options = get_args(hint)
+    with contextlib.suppress(TypeError):
+        value = plain(value)
     if type(None) in options:
         if value is None:
             return None

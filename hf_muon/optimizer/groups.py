@@ -9,19 +9,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import numbers
 from collections.abc import Iterable
-from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.pairs import check_pairs, moves_pairs
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.values import require_known, typed
+from hf_muon.values import plain, require_known, typed
 
 Group = dict[str, Any]
 
@@ -45,33 +42,6 @@ _OF_OTHERS = {
     "amsgrad", "maximize", "capturable", "differentiable", "dampening", "ns_steps",
     "ns_coefficients", "adjust_lr_fn",
 }  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """The value in a type that ``torch.load(weights_only=True)`` reads.
-
-    Raises:
-        TypeError: There is none.
-    """
-    if isinstance(value, Enum):
-        value = value.value
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()  # a scalar of NumPy
-    if value is None or isinstance(value, bool | torch.dtype | torch.device):
-        return value
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return list(map(plain, value))
-    if isinstance(value, tuple):
-        return tuple(map(plain, value))
-    if isinstance(value, str):
-        return "".join(value)
-    if isinstance(value, numbers.Real):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    raise TypeError(f"{type(value).__name__} is not a type that a checkpoint can hold")
 
 
 def make_plain(group: Group) -> None:

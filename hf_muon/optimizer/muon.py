@@ -38,7 +38,6 @@ from hf_muon.optimizer.groups import (
     hyperparameters,
     make_plain,
     named_groups,
-    plain,
 )
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pair_step import pair_step
@@ -65,8 +64,10 @@ class Muon(Optimizer):
     Args:
         params: Matrices, or named matrices, or groups. A group is a dict with ``params`` and
             ``algorithm``, ``"muon"`` (default) or ``"adamw"``; other keys override the settings
-            below. Tensors with more than two dimensions are stacks of matrices.
-        lr: Learning rate of the matrices, ≥ 0.
+            below. Tensors with three dimensions are stacks of matrices. Keys of others
+            (``lr_scale``) are kept; ``OneCycleLR`` and ``CyclicLR`` cycle ``momentum``, which is
+            β of the matrices and β₁ of the AdamW half.
+        lr: Learning rate of the matrices, ≥ 0. A tensor is read once: schedulers write numbers.
         replicate_group: The ranks that hold copies of the plain tensors and share the work on them
             (``"world"``: all, found at the first step). DTensors need none. Default: no others.
         **settings: Fields of :class:`~hf_muon.MuonConfig`.
@@ -74,6 +75,7 @@ class Muon(Optimizer):
     Raises:
         ValueError: A setting that is not allowed, a group that holds a parameter which its
             algorithm cannot train, or no matrix at all.
+        TypeError: As in torch, for parameters in a set and for what is no tensor.
         FloatingPointError: From ``step``: a gradient is NaN or infinite. Parameters and state are
             as before the step.
 
@@ -89,7 +91,7 @@ class Muon(Optimizer):
         replicate_group: torch.distributed.ProcessGroup | str | None = None,
         **settings: Any,
     ) -> None:
-        self.config = MuonConfig(lr=plain(lr), **plain(settings))
+        self.config = MuonConfig(lr=lr, **settings)
         if isinstance(replicate_group, str) and replicate_group != "world":
             raise ValueError(
                 f"replicate_group={replicate_group!r}: a process group, 'world' or None is "
@@ -256,7 +258,7 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and groups; what schedulers wrote in NumPy's types is plain."""
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):
             make_plain(group)
         return state_dict
 

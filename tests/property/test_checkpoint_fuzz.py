@@ -59,14 +59,15 @@ def changed(saved, chance):
         if kind == "remove":
             del parent[last]
         elif kind == "add" and isinstance(parent, dict):
-            parent[chance.choice(["x", 99, "exp_avg", "params"])] = chance.choice(HOSTILE)
+            key = chance.choice(["x", 99, "exp_avg", "params"])
+            parent[key] = copy.deepcopy(chance.choice(HOSTILE))
         elif kind == "reshape" and isinstance(parent[last], torch.Tensor):
             parent[last] = reshaped(parent[last], chance)
         elif kind == "swap":
             other = chance.choice(list(parent)) if isinstance(parent, dict) else 0
             parent[last], parent[other] = parent[other], parent[last]
         else:
-            parent[last] = chance.choice(HOSTILE)
+            parent[last] = copy.deepcopy(chance.choice(HOSTILE))
         if not saved:
             break
     return written(saved)
@@ -124,7 +125,8 @@ def test_damaged_checkpoints_load_or_are_refused(damage):
         assert same(before, everything(net, optimizer))
     train_on(net, optimizer, 1, seed=3)
     assert sum(results.values()) == CASES
-    assert results["unreadable" if damage is truncated else "refused"] >= CASES / 20
+    reached = {"unreadable"} if damage is truncated else {"refused", "loaded"}
+    assert all(results[kind] >= 3 for kind in reached), results
 
 
 def refused(optimizer, saved):
