@@ -52,18 +52,26 @@ def _may_fuse(p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
     It runs through the memory of the four tensors side by side, whatever their strides (torch
     2.13), and would pair the wrong entries or write beyond those of a slice.
     """
-    first, *others = (local(x) for x in (p, gradient, state["exp_avg"], state["exp_avg_sq"]))
-    if first.device.type not in _get_fused_kernels_supported_devices():
+    first, *others = map(local, (p, gradient, state["exp_avg"], state["exp_avg_sq"]))
+    kind = (first.dtype, first.device, first.shape)
+    if any((x.dtype, x.device, x.shape) != kind for x in others):
         return False
-    kind = (first.dtype, first.device, first.shape, first.stride())
-    alike = all((x.dtype, x.device, x.shape, x.stride()) == kind for x in others)
-    return alike and first.is_floating_point() and _is_dense(first)
+    if not all(x.is_contiguous() for x in (first, *others)):
+        strides = _strides(first)
+        if not _is_dense(first) or any(_strides(x) != strides for x in others):
+            return False
+    devices = _get_fused_kernels_supported_devices()
+    return first.is_floating_point() and first.device.type in devices
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that count: gradients have others where a dimension has one entry."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in pairs if size != 1]
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its entries fill their memory, in any order of dimensions."""
-    if tensor.is_contiguous():
-        return True
     dense = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != dense:

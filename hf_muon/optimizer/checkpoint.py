@@ -257,7 +257,8 @@ def _changes(own: Group, loaded: Group) -> list[str]:
     both = sorted(own.keys() & loaded.keys() - skipped, key=str)
     pairs = [(key, own[key], loaded[key]) for key in both]
     if "initial_lr" in own or "max_lr" not in loaded:  # before any schedule
-        pairs.insert(0, ("lr", *(group.get("initial_lr", group["lr"]) for group in (own, loaded))))
+        mine, theirs = (group.get("initial_lr", group["lr"]) for group in (own, loaded))
+        pairs.insert(0, ("lr", mine, theirs))
     adamw = own["algorithm"] == "adamw"
     return [
         f"{ADAMW_SETTINGS.get(key, key) if adamw else key}={theirs!r} (not {mine!r})"

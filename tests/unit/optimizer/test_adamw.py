@@ -114,6 +114,14 @@ def test_the_fused_kernel_runs_exactly_where_it_is_right(monkeypatch, make, grad
     assert seen == [True if fused else None, None]
 
 
+def test_dimensions_of_one_entry_have_any_stride(monkeypatch):
+    seen = []
+    monkeypatch.setattr(adamw, "adamw", lambda *args, **kw: seen.append(kw["fused"]))
+    p = nn.Parameter(torch.zeros(1, 5))
+    run(optimizer_of(p), p, [torch.ones(5).as_strided((1, 5), (77, 1))])
+    assert seen == [True]
+
+
 def test_one_group_may_hold_every_layout():
     ours, theirs = ([parameter_of(make)[0] for make in LAYOUTS] for _ in range(2))
     matrix = {"params": [nn.Parameter(torch.eye(2))]}
