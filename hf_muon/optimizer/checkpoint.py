@@ -21,18 +21,15 @@ Group = dict[str, Any]
 _NOT_COMPARED = STRUCTURE | {"lr", "initial_lr", "order"}
 
 
-def checked(
-    own: Sequence[Group], state_dict: Mapping[str, Any], config: MuonConfig, stepped: bool
-) -> dict[str, Any]:
+def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) -> dict[str, Any]:
     """The state dict, if all of it fits, with complete plain groups in the optimizer's order.
 
     Groups are matched by their parameters' names; where a side has none, by place and size.
 
     Args:
-        own: The optimizer's groups.
+        own: The optimizer's groups; their settings complete those of an older checkpoint.
         state_dict: What ``state_dict()`` returned, perhaps through ``torch.distributed.checkpoint``
             (torch 2.13), which makes lists of tuples and names of numbers.
-        config: Settings for what an older checkpoint does not know.
         stepped: Whether the optimizer has state that would be lost.
 
     Raises:
@@ -41,7 +38,7 @@ def checked(
     """
     groups = _matched(own, _groups_of(state_dict))
     loaded = [
-        _loaded_group(mine, theirs, config, number)
+        _loaded_group(mine, theirs, number)
         for number, (mine, theirs) in enumerate(zip(own, groups, strict=True))
     ]
     state = _loaded_state(own, loaded, state_dict["state"], stepped)
@@ -58,7 +55,7 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
         every: What stood in all groups.
 
     Raises:
-        ValueError: Names up to five of the parameters that differ.
+        ValueError: Names up to five of the parameters that differ, or a setting out of range.
     """
     here, there = _routes(every), _routes([loaded])
     names = sorted(
@@ -68,7 +65,7 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
     )
     if names:
         raise ValueError(_routing_message(names, here, there, "in another group"))
-    _check_order(own, loaded)
+    _loaded_settings(own, loaded, "A group")
     _warn_of_changes([(own, loaded)], stacklevel=4)
 
 
@@ -211,21 +208,26 @@ def _routing_message(
     )
 
 
-def _loaded_group(own: Group, loaded: Group, config: MuonConfig, number: int) -> Group:
+def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
     """A group of the checkpoint with its own settings, and this optimizer's structure."""
-    _check_order(own, loaded)
     structure = {key: own[key] for key in STRUCTURE & own.keys()}
-    known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
-    try:
-        settings = hyperparameters({**own, **known}, config)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(
-            f"Group {number} of the checkpoint cannot be used: {str(error)[:700]} Use another "
-            "checkpoint, or correct the group in its 'param_groups'."
-        ) from error
+    settings = _loaded_settings(own, loaded, f"Group {number}")
     if len(loaded.get("param_names", ())) == len(loaded["params"]):  # torch takes them over too
         structure["param_names"] = list(loaded["param_names"])
     return {**structure, **settings, "params": list(loaded["params"])}
+
+
+def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
+    """The settings of a loaded group, checked as those of a new one are."""
+    _check_order(own, loaded)
+    known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
+    try:
+        return hyperparameters({**own, **known}, MuonConfig(lr=0.0))  # all come from the groups
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"{which} of the checkpoint cannot be used: {str(error)[:700]} Use another "
+            "checkpoint, or correct the group in its 'param_groups'."
+        ) from error
 
 
 def _check_order(own: Group, loaded: Group) -> None:

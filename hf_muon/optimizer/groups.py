@@ -135,12 +135,8 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
     Raises:
         ValueError: Names the setting, the value and what is allowed.
     """
-    given = {}
-    for key in group.keys() - STRUCTURE:
-        try:
-            given[key] = plain(group[key])
-        except TypeError as error:
-            raise ValueError(f"{key} of a param group: {error}.") from None
+    given = {key: value for key, value in group.items() if key not in STRUCTURE}
+    make_plain(given)
     if "initial_lr" in given:
         typed("initial_lr", given["initial_lr"], float)
     if group["algorithm"] == "adamw":
@@ -167,6 +163,10 @@ def _check_keys(group: Group, config: MuonConfig) -> None:
         extended = near and (f"_{near[0]}" in str(key) or f"{near[0]}_" in str(key))
         if key in settings or (key in _OF_OTHERS and group[key]) or (near and not extended):
             require_known(str(key), known, f"key of a group with algorithm={group['algorithm']!r}")
+        try:
+            plain(group[key])
+        except TypeError as error:
+            raise ValueError(f"{key} of a param group: {error}.") from None
 
 
 def _default(parameter: Tensor) -> tuple[Matrix, ...]:

@@ -105,7 +105,7 @@ def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tenso
     if "momentum_buffer" in state:
         share = 1 - group["momentum"] if moonlight else 1.0
         return {"step": torch.zeros(()), "exp_avg": state["momentum_buffer"] * share}
-    if moonlight and "moment1" in state:
+    if moonlight and state.keys() >= {"moment1", "moment2", "step"}:
         step = torch.tensor(float(state["step"]))
         moments = {"exp_avg": state["moment1"].clone(), "exp_avg_sq": state["moment2"].clone()}
         return {"step": step, **moments}

@@ -275,7 +275,7 @@ class Muon(Optimizer):
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(checked(self.param_groups, given, self.config, bool(self.state)))
+            loaded.update(checked(self.param_groups, given, bool(self.state)))
             return loaded
 
         def finish(_: Optimizer) -> None:

@@ -105,6 +105,15 @@ def test_another_order_is_refused():
         with_own_settings(optimizer.param_groups, optimizer._settings)
 
 
+@pytest.mark.parametrize("load", [load_as_stage_2, load_as_stage_3])
+def test_settings_out_of_range_are_refused(load):
+    optimizer, saved = build(), build()
+    saved.param_groups[0]["momentum"] = 2.0
+    load(optimizer, saved)
+    with pytest.raises(ValueError, match=r"A group of the .*momentum=2\.0 is out of range"):
+        with_own_settings(optimizer.param_groups, optimizer._settings)
+
+
 def test_what_an_ordinary_load_changed_is_not_reported_twice(recwarn):
     optimizer = build(nesterov=False)
     with pytest.warns(UserWarning, match="nesterov=True"):
