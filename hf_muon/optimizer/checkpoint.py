@@ -126,12 +126,8 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
             "from the same model code, or pass model.named_parameters() on both sides."
         )
     if not named:
-        labelled = [
-            [{**group, "param_names": names} for group, names in zip(side, labels, strict=True)]
-            for labels in [list(map(_labels, range(len(own)), own, saved))]
-            for side in (own, saved)
-        ]
-        _compare_routes(*map(_routes, labelled))
+        labels = list(map(_labels, range(len(own)), own, saved))
+        _compare_routes(_routes(own, labels), _routes(saved, labels))
     return saved
 
 
@@ -163,11 +159,13 @@ def _warn_of_another_order(saved: list[Group], ordered: list[Group]) -> None:
         )
 
 
-def _routes(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Parameter name -> (algorithm, matrices)."""
+def _routes(
+    groups: Sequence[Group], labels: Sequence[list[str]] | None = None
+) -> dict[str, tuple[str, Any]]:
+    """Parameter name, or label -> (algorithm, matrices)."""
     routes = {}
-    for group in groups:
-        names = group.get("param_names", [])
+    for number, group in enumerate(groups):
+        names = labels[number] if labels else group.get("param_names", [])
         matrices = _tuples(group.get("matrices", [()] * len(names)))
         for name, inside in zip(names, matrices, strict=False):
             routes[name] = (group["algorithm"], inside)
@@ -221,6 +219,8 @@ def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
     """The settings of a loaded group, checked as those of a new one are."""
     _check_order(own, loaded)
     known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
+    if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
+        known["lr"] = 0.0  # a schedule that ends at zero has rounded
     try:
         return hyperparameters({**own, **known}, MuonConfig(lr=0.0))  # all come from the groups
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:

@@ -33,12 +33,7 @@ from hf_muon.optimizer.checkpoint import checked
 from hf_muon.optimizer.deepspeed import complete_state, settings_of, with_own_settings
 from hf_muon.optimizer.entries import Entry, Origins
 from hf_muon.optimizer.gradients import agree_on_gradients, check_placement
-from hf_muon.optimizer.groups import (
-    complete_group,
-    hyperparameters,
-    make_plain,
-    named_groups,
-)
+from hf_muon.optimizer.groups import complete_group, make_plain, named_groups
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pair_step import pair_step
 from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
@@ -118,7 +113,8 @@ class Muon(Optimizer):
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
             self._origins, self._settings = Origins(), []
             for number, group in enumerate(self.param_groups):
-                group.update(hyperparameters(group, self.config), group_id=number)
+                known = self.config.muon_group() if group["algorithm"] == "muon" else {}
+                group.update({key: known[key] for key in known.keys() - group}, group_id=number)
                 self._remember(group)
         self._origins.forget_flats()
 

@@ -332,6 +332,14 @@ def test_rates_that_were_passed_and_do_not_train_are_said_once(scheduled):
     assert other.param_groups[0]["lr"] == saved["param_groups"][0]["lr"]
 
 
+def test_a_schedule_that_rounded_below_zero_is_loaded():
+    optimizer = trained()[1]
+    optimizer.param_groups[0].update(initial_lr=0.02, lr=-1e-18)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0
+    copy.deepcopy(optimizer)
+
+
 def test_a_cycled_schedule_resumes_in_silence():
     def build_one():
         net = model()
