@@ -20,6 +20,7 @@ from hf_muon.optimizer.entries import Entry
 Group = dict[str, Any]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STEPS = 2**53
 _REMEDY = "Load the checkpoint of this model, or start the optimizer afresh."
 
 
@@ -55,15 +56,23 @@ def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None
     for key in ("step", *_buffers(group)):
         if key not in state:
             raise ValueError(f"The state of {name} has no {key!r}. {_REMEDY}")
-    count = state["step"]
-    single = isinstance(count, Tensor) and count.numel() == 1 and not count.is_complex()
-    if not (single or isinstance(count, numbers.Real)) or not 0 <= float(count) < math.inf:
+    if not 0 <= _number(state["step"]) < _STEPS:
         raise ValueError(
-            f"'step' in the state of {name} is {str(count)[:90]}; a number ≥ 0 is expected. "
-            f"{_REMEDY}"
+            f"'step' in the state of {name} is {str(state['step'])[:90]}; a number ≥ 0 is "
+            f"expected. {_REMEDY}"
         )
     for key in _buffers(group):
         _check_buffer(f"{key!r} in the state of {name}", key, state[key], parameter)
+
+
+def _number(value: Any) -> float:
+    """A step count; NaN where it is none."""
+    if not isinstance(value, Tensor | numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except (OverflowError, ValueError, RuntimeError):  # huge; of many entries; complex; meta
+        return math.nan
 
 
 def _check_buffer(what: str, key: str, value: Any, parameter: Tensor) -> None:

@@ -73,6 +73,8 @@ DAMAGED = {
     "negative": (entry(3, exp_avg_sq=torch.full((8,), -1.0)), "holds -1; an average of squares"),
     "step NaN": (entry(0, step=torch.tensor(NAN)), "'step' in the state of 0.weight is tensor.nan"),
     "step < 0": (entry(3, step=-2), "'step' in the state of 0.bias is -2; a number ≥ 0"),
+    "step huge": (entry(3, step=10**400), "'step' in the state of 0.bias is 1000"),
+    "steps": (entry(3, step=torch.ones(2)), "'step' in the state of 0.bias is tensor"),
     "step string": (entry(3, step="many"), "is many; a number ≥ 0"),
     "no momentum": (lost(0, "exp_avg"), "state of 0.weight has no 'exp_avg'"),
     "no step": (lost(3, "step"), "state of 0.bias has no 'step'"),
