@@ -14,8 +14,12 @@ import numbers
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
 
 LONGEST_SHOWN = 160
 LONGEST_PATTERN, MOST_REPETITIONS = 1000, 20
@@ -116,12 +120,41 @@ def _from_string(name: str, text: str, hint: Any) -> Any:
         raise ValueError(f"{name}={shown(text)}: {_KIND[hint]}.") from None
 
 
+def plain(value: Any) -> Any:
+    """The value in a type that ``torch.load(weights_only=True)`` reads.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # a scalar of NumPy
+    if value is None or isinstance(value, bool | torch.dtype | torch.device):
+        return value
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(plain, value))
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, str):
+        return "".join(value)
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise TypeError(f"{type(value).__name__} is not a type that a checkpoint can hold")
+
+
 def typed(name: str, value: Any, hint: Any) -> Any:
     """The value in its declared type; int passes for float and a list for a tuple.
 
-    Subclasses, such as NumPy's scalars and members of enums, become the plain type: checkpoints
-    that are read with ``weights_only=True`` hold nothing else.
+    Subclasses, such as NumPy's scalars and members of enums, and tensors of one element become the
+    plain type: checkpoints that are read with ``weights_only=True`` hold nothing else.
     """
+    if isinstance(value, Tensor) or getattr(value, "ndim", None) == 0:
+        value = plain(value)
     if type(None) in get_args(hint):
         if value is None:
             return None

@@ -67,8 +67,8 @@ def _optimizer(
     given: Iterable[Any] | None,
     replicate_group: ProcessGroup | str | None,
 ) -> Muon:
-    groups, settings = plan.param_groups(config, given), _settings(config)
-    optimizer = Muon(groups, replicate_group=replicate_group, **settings)
+    groups = plan.param_groups(config, given)
+    optimizer = Muon(groups, replicate_group=replicate_group, config=config)
     if given is not None:
         plan = plan.only({name for group in groups for name, _ in group["params"]})
     optimizer.routes = plan.to_dict()
@@ -81,10 +81,6 @@ def _optimizer(
         totals["adamw_parameters"],
     )
     return optimizer
-
-
-def _settings(config: MuonConfig) -> dict[str, Any]:
-    return config.to_dict()
 
 
 class MuonOptimizerFactory:
@@ -140,7 +136,7 @@ def _built(model: nn.Module | None, given: Iterable[Any] | None, settings: dict[
     else:
         given = as_groups(given)
         if any("algorithm" in group for group in given):
-            return Muon(given, replicate_group="world", **_settings(config))
+            return Muon(given, replicate_group="world", config=config)
     if plan is None:
         plan = route(model or _model_of(given), config)
     # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.

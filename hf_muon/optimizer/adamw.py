@@ -6,7 +6,7 @@ place, exactly as torch.optim.AdamW would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -14,19 +14,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from hf_muon.distributed.find import is_dtensor
+from hf_muon.distributed.find import is_dtensor, local
 
 
-def has_fused_kernel(parameters: Iterable[Tensor]) -> bool:
-    """Whether torch's fused AdamW runs on all of these parameters."""
-    devices = _get_fused_kernels_supported_devices()
-    return all(p.device.type in devices and p.is_floating_point() for p in parameters)
-
-
-def new_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
-    """The state of a parameter before its first step; a fused kernel counts on its device."""
+def new_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first step."""
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
     }
@@ -35,29 +29,79 @@ def new_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
 def adamw_step(
     group: dict[str, Any], state: MutableMapping[Tensor, dict[str, Tensor]], active: list[Tensor]
 ) -> None:
-    """One AdamW step (arXiv 1711.05101) on parameters of a group; no gradient counts as zero."""
-    for sharded in (False, True):  # a fused kernel takes no mixture
-        params = [p for p in active if is_dtensor(p) is sharded]
-        if params:
-            _functional_adamw(group, params, [state[p] for p in params])
+    """One AdamW step (arXiv 1711.05101) on parameters of a group; no gradient counts as zero.
+
+    Args:
+        group: Settings. ``momentum`` is β₁ where a scheduler that cycles it (``OneCycleLR``,
+            ``CyclicLR``) has written one; ``fused=False`` keeps to torch's default kernels.
+        state: Of each parameter.
+        active: The parameters that take part.
+    """
+    kinds: dict[tuple[bool, bool], list[tuple[Tensor, Tensor]]] = {}
+    for p in active:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        fused = group.get("fused") is not False and _may_fuse(p, gradient, state[p])
+        kinds.setdefault((is_dtensor(p), fused), []).append((p, gradient))
+    for (_, fused), members in kinds.items():  # a kernel takes no mixture
+        _functional_adamw(group, members, [state[p] for p, _ in members], fused)
+
+
+def _may_fuse(p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether torch's fused kernel is right here.
+
+    It runs through the memory of the four tensors side by side, whatever their strides (torch
+    2.13), and would pair the wrong entries or write beyond those of a slice.
+    """
+    first, *others = map(local, (p, gradient, state["exp_avg"], state["exp_avg_sq"]))
+    kind = (first.dtype, first.device, first.shape)
+    if any((x.dtype, x.device, x.shape) != kind for x in others):
+        return False
+    if not all(x.is_contiguous() for x in (first, *others)):
+        strides = _strides(first)
+        if not _is_dense(first) or any(_strides(x) != strides for x in others):
+            return False
+    devices = _get_fused_kernels_supported_devices()
+    return first.is_floating_point() and first.device.type in devices
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that count: gradients have others where a dimension has one entry."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in pairs if size != 1]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its entries fill their memory, in any order of dimensions."""
+    dense = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != dense:
+            return False
+        dense *= size
+    return True
 
 
 def _functional_adamw(
-    group: dict[str, Any], params: list[Tensor], states: list[dict[str, Tensor]]
+    group: dict[str, Any],
+    members: list[tuple[Tensor, Tensor]],
+    states: list[dict[str, Tensor]],
+    fused: bool,
 ) -> None:
     beta1, beta2 = group["betas"]
+    if fused:  # the kernel counts on its own device
+        for (p, _), state in zip(members, states, strict=True):
+            state["step"] = state["step"].to(p.device)
     adamw(
-        params,
-        [torch.zeros_like(p) if p.grad is None else p.grad for p in params],
+        [p for p, _ in members],
+        [gradient for _, gradient in members],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],
         [s["step"] for s in states],
-        fused=True if group["fused"] else None,
+        fused=True if fused else None,
         amsgrad=False,
-        beta1=beta1,
+        beta1=group.get("momentum", beta1),
         beta2=beta2,
-        lr=group["lr"],
+        lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,

@@ -1,69 +1,49 @@
 """Loading a checkpoint: what must agree, and what torch's loader would lose.
 
-In: the optimizer and a state dict. Out: nothing, or an error or a warning that names what differs.
+In: the optimizer's groups and a state dict, after the user's own hooks. Out: a state dict that
+torch's loader can take as it is, or an error or a warning that names what differs. Everything is
+checked before anything is changed. :mod:`~hf_muon.optimizer.buffers` looks at the state itself.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from hf_muon.config import MuonConfig
+from hf_muon.optimizer.buffers import check_values, step_count
+from hf_muon.optimizer.groups import ADAMW_SETTINGS, STRUCTURE, hyperparameters
 
 Group = dict[str, Any]
 
-# Values that change while training, or that say where the group's parameters are.
-_TUPLES = {"matrices", "pairs", "factors", "scalings", "betas"}
-_NOT_COMPARED = {
-    "params", "param_names", "matrices", "pairs", "factors", "lr", "initial_lr", "group_id",
-}  # fmt: skip
+# Compared elsewhere, or not.
+_NOT_COMPARED = STRUCTURE | {"lr", "initial_lr", "order", "filter", "rescale"}
 
 
-def with_plain_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with tuples where torch.distributed.checkpoint has made lists of them.
+def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) -> dict[str, Any]:
+    """The state dict, if all of it fits, with complete plain groups in the optimizer's order.
 
-    Seen in torch 2.13 with ``full_state_dict=True``.
-    """
-    groups = [
-        {key: _tuples(value) if key in _TUPLES else value for key, value in group.items()}
-        for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "param_groups": groups}
+    Groups are matched by their parameters' names; where a side has none, by place and size.
 
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def check_routing(own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse a checkpoint of another optimizer, of other routes, or of another order.
-
-    Groups without parameter names are compared by number and size only.
+    Args:
+        own: The optimizer's groups; their settings complete those of an older checkpoint.
+        state_dict: What ``state_dict()`` returned, perhaps through ``torch.distributed.checkpoint``
+            (torch 2.13), which makes lists of tuples and names of numbers.
+        stepped: Whether the optimizer has state that would be lost.
 
     Raises:
-        ValueError: Names up to five of the parameters that differ.
+        ValueError: Other routes, another order, settings out of range, or state that is incomplete,
+            not finite, or of another shape. The message names the parameters.
     """
-    if any("algorithm" not in group for group in saved):
-        raise ValueError(
-            "The checkpoint holds the state of another optimizer. Start afresh (from the Trainer: "
-            "delete optimizer.pt in the checkpoint), or take over the momentum of "
-            "torch.optim.Muon or Moonlight with hf_muon.optimizer.import_state."
-        )
-    mine, theirs = _routes(own), _routes(saved)
-    differing = sorted(
-        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
-    )
-    if mine and theirs and differing:
-        raise ValueError(_routing_message(differing, mine, theirs))
-    if _order_of_names(own) != _order_of_names(saved):
-        raise ValueError(
-            "The checkpoint has the same parameters in other groups or in another order, and "
-            "state is loaded by position. Build the optimizer from the same model code and with "
-            "the same settings."
-        )
-    for group, loaded in zip(own, saved, strict=True):
-        _check_settings(group, loaded)
+    groups = _matched(own, _groups_of(state_dict))
+    loaded = [
+        _loaded_group(mine, theirs, number)
+        for number, (mine, theirs) in enumerate(zip(own, groups, strict=True))
+    ]
+    state = _loaded_state(own, loaded, state_dict["state"], stepped)
+    _warn_of_changes(list(zip(own, loaded, strict=True)), stacklevel=7)
+    return {**state_dict, "state": state, "param_groups": loaded}
 
 
 def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None:
@@ -75,7 +55,7 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
         every: What stood in all groups.
 
     Raises:
-        ValueError: Names up to five of the parameters that differ.
+        ValueError: Names up to five of the parameters that differ, or a setting out of range.
     """
     here, there = _routes(every), _routes([loaded])
     names = sorted(
@@ -85,24 +65,122 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
     )
     if names:
         raise ValueError(_routing_message(names, here, there, "in another group"))
-    _check_settings(own, loaded)
+    _loaded_settings(own, loaded, "A group")
+    _warn_of_changes([(own, loaded)], stacklevel=4)
 
 
-def _order_of_names(groups: Sequence[Group]) -> list[Any]:
-    """What torch's loader goes by: the names of each group in turn, or their number."""
-    named = all("param_names" in group for group in groups)
-    return [group["param_names"] if named else len(group["params"]) for group in groups]
+# --- groups -------------------------------------------------------------------------------------
 
 
-def _routes(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Parameter name -> (algorithm, matrices)."""
-    routes = {}
+def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
+    """The groups of a checkpoint, which must have the form of one."""
+    groups = state_dict.get("param_groups")
+    formed = isinstance(state_dict.get("state"), Mapping) and isinstance(groups, list | tuple)
+    if not formed or not groups or not all(map(_is_group, groups)):
+        raise ValueError(
+            "The checkpoint is damaged, or is none of an optimizer: a dict of 'state' and of "
+            "'param_groups' with 'params' is expected. Use another checkpoint."
+        )
+    if any("algorithm" not in group for group in groups):
+        raise ValueError(
+            "The checkpoint holds the state of another optimizer. Start afresh (from the Trainer: "
+            "delete optimizer.pt in the checkpoint), or take over the momentum of "
+            "torch.optim.Muon or Moonlight with hf_muon.optimizer.import_state."
+        )
+    return list(groups)
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, Mapping) or not _all(group.get("params"), int | str):
+        return False
+    names, algorithm = group.get("param_names", []), group.get("algorithm", "muon")
+    return (
+        (isinstance(algorithm, str) and algorithm in ("muon", "adamw"))
+        and _all(names, str)
+        and _all(group.get("matrices", ()), list | tuple)
+    )
+
+
+def _all(values: Any, kind: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+
+
+def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
+    """The saved groups in the order of the optimizer's own."""
+    named = all("param_names" in group for group in (*own, *saved))
+    mine, theirs = ([_identity(group, named) for group in side] for side in (own, saved))
+    if named:
+        _compare_routes(_routes(own), _routes(saved))
+        if mine != theirs and sorted(mine) == sorted(theirs):  # groups were added in another order
+            ordered = [saved[theirs.index(names)] for names in mine]
+            _warn_of_another_order(saved, ordered)
+            return ordered
+    if mine != theirs:
+        raise ValueError(
+            "The checkpoint has the same parameters in other groups or in another order, and "
+            "state is loaded by position. Build the optimizer from the same model code and with "
+            "the same settings."
+            if named
+            else f"The checkpoint has groups of {theirs} parameters and this optimizer of {mine}, "
+            "and state is loaded by position where parameters have no names. Build the optimizer "
+            "from the same model code, or pass model.named_parameters() on both sides."
+        )
+    if not named:
+        labels = list(map(_labels, range(len(own)), own, saved))
+        _compare_routes(_routes(own, labels), _routes(saved, labels))
+    return saved
+
+
+def _identity(group: Group, named: bool) -> Any:
+    """What torch's loader goes by: the names of a group in turn, or their number."""
+    return tuple(group["param_names"]) if named else len(group["params"])
+
+
+def _labels(number: int, *groups: Group) -> list[str]:
+    """Names of a group's tensors where one of the sides has them, else their places.
+
+    DeepSpeed has put several parameters into one tensor.
+    """
+    count = len(groups[0]["params"])
     for group in groups:
-        names = group.get("param_names", [])
-        matrices = group.get("matrices", [()] * len(names))
+        if len(group.get("param_names", ())) == count:
+            return list(group["param_names"])
+    return [f"tensor {i} of group {number}" for i in range(count)]
+
+
+def _warn_of_another_order(saved: list[Group], ordered: list[Group]) -> None:
+    rates = [[group.get("initial_lr", group.get("lr")) for group in gs] for gs in (saved, ordered)]
+    if rates[0] != rates[1]:
+        warnings.warn(
+            "The checkpoint has the same groups in another order, and they were matched by name. "
+            "The state of a learning-rate scheduler goes by position: do not load it, or give its "
+            f"base_lrs the order {rates[1]}.",
+            stacklevel=8,
+        )
+
+
+def _routes(
+    groups: Sequence[Group], labels: Sequence[list[str]] | None = None
+) -> dict[str, tuple[str, Any]]:
+    """Parameter name, or label -> (algorithm, matrices)."""
+    routes = {}
+    for number, group in enumerate(groups):
+        names = labels[number] if labels else group.get("param_names", [])
+        matrices = _tuples(group.get("matrices", [()] * len(names)))
         for name, inside in zip(names, matrices, strict=False):
             routes[name] = (group["algorithm"], inside)
     return routes
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _compare_routes(mine: dict[str, tuple[str, Any]], theirs: dict[str, tuple[str, Any]]) -> None:
+    names = mine.keys() | theirs.keys()
+    differing = sorted(name for name in names if mine.get(name) != theirs.get(name))
+    if differing:
+        raise ValueError(_routing_message(differing, mine, theirs))
 
 
 def _routing_message(
@@ -113,10 +191,11 @@ def _routing_message(
 ) -> str:
     def said(routes: dict[str, tuple[str, Any]], name: str, otherwise: str) -> str:
         algorithm, inside = routes.get(name, (otherwise, ()))
-        return f"{algorithm} as {len(inside)} matrices" if algorithm == "muon" else algorithm
+        count = len(inside) if isinstance(inside, tuple) else 0
+        return f"{algorithm} as {count} matrices" if algorithm == "muon" else algorithm
 
     listed = "; ".join(
-        f"{name}: {said(theirs, name, otherwise)} there, {said(mine, name, 'absent')} here"
+        f"{name[:90]}: {said(theirs, name, otherwise)} there, {said(mine, name, 'absent')} here"
         for name in names[:5]
     )
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
@@ -127,41 +206,100 @@ def _routing_message(
     )
 
 
-def _check_settings(group: Group, loaded: Group) -> None:
-    if group.get("order") != loaded.get("order", group.get("order")):
+def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
+    """A group of the checkpoint with its own settings, and this optimizer's structure."""
+    structure = {key: own[key] for key in STRUCTURE & own.keys()}
+    settings = _loaded_settings(own, loaded, f"Group {number}")
+    if len(loaded.get("param_names", ())) == len(loaded["params"]):  # torch takes them over too
+        structure["param_names"] = list(loaded["param_names"])
+    return {**structure, **settings, "params": list(loaded["params"])}
+
+
+def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
+    """The settings of a loaded group, checked as those of a new one are."""
+    _check_order(own, loaded)
+    known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
+    if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
+        known["lr"] = 0.0  # a schedule that ends at zero has rounded
+    try:
+        return hyperparameters({**own, **known}, MuonConfig(lr=0.0))  # all come from the groups
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(
-            f"The checkpoint was trained with order={loaded['order']!r} and this optimizer has "
-            f"order={group['order']!r}: their buffers hold different things. Use the same order, "
-            "or start the optimizer afresh."
-        )
-    skipped = set(_NOT_COMPARED)
-    if not group.get("momentum_warmup_steps") and not loaded.get("momentum_warmup_steps"):
-        skipped.add("momentum_start")  # follows from momentum, and is not used
-    changed = [
-        f"{key}={loaded[key]!r} (not {group[key]!r})"
-        for key in sorted(group.keys() & loaded.keys() - skipped)
-        if group[key] != loaded[key]
-    ]
+            f"{which} of the checkpoint cannot be used: {str(error)[:700]} Use another "
+            "checkpoint, or correct the group in its 'param_groups'."
+        ) from error
+
+
+def _check_order(own: Group, loaded: Group) -> None:
+    for key in ("order", "filter", "rescale"):
+        if own.get(key) != loaded.get(key, own.get(key)):
+            raise ValueError(
+                f"The checkpoint was trained with {key}={str(loaded[key])[:90]!r} and this "
+                f"optimizer has {key}={own[key]!r}: their buffers hold different things. Use the "
+                f"same {key}, or start the optimizer afresh."
+            )
+
+
+def _warn_of_changes(groups: list[tuple[Group, Group]], stacklevel: int) -> None:
+    """Say once which values train where those of this optimizer are others."""
+    changed = {text: None for own, loaded in groups for text in _changes(own, loaded)}
     if changed:
         warnings.warn(
             "The checkpoint's settings are used where they differ from this optimizer's: "
             + ", ".join(changed),
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
-def keep_momentum_dtype(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put back momentum in its own dtype: torch's loader casts state to the parameter's.
+def _changes(own: Group, loaded: Group) -> list[str]:
+    skipped = set(_NOT_COMPARED)
+    if not own.get("momentum_warmup_steps") and not loaded.get("momentum_warmup_steps"):
+        skipped.add("momentum_start")  # follows from momentum, and is not used
+    if "max_momentum" in loaded:
+        skipped |= {"momentum", "base_momentum", "max_momentum"}  # a scheduler cycles it
+    both = sorted(own.keys() & loaded.keys() - skipped, key=str)
+    pairs = [(key, own[key], loaded[key]) for key in both]
+    if "initial_lr" in own or "max_lr" not in loaded:  # before any schedule
+        mine, theirs = (group.get("initial_lr", group["lr"]) for group in (own, loaded))
+        pairs.insert(0, ("lr", mine, theirs))
+    adamw = own["algorithm"] == "adamw"
+    return [
+        f"{ADAMW_SETTINGS.get(key, key) if adamw else key}={theirs!r} (not {mine!r})"
+        for key, mine, theirs in pairs
+        if isinstance(theirs, str | float | int | tuple) and mine != theirs
+    ]
 
-    Seen in torch 2.13, ``Optimizer._process_value_according_to_param_policy``.
-    """
-    saved_groups = state_dict["param_groups"]
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        if group.get("momentum_dtype", "parameter") == "parameter":
-            continue
-        for parameter, index in zip(group["params"], saved["params"], strict=True):
-            buffer = state_dict["state"].get(index, {}).get("exp_avg")
-            if buffer is not None:
-                dtype = getattr(torch, group["momentum_dtype"])
-                moved = buffer.to(device=parameter.device, dtype=dtype, copy=True)
-                optimizer.state[parameter]["exp_avg"] = moved
+
+# --- state --------------------------------------------------------------------------------------
+
+
+def _loaded_state(
+    own: Sequence[Group], loaded: Sequence[Group], saved: Mapping[Any, Any], stepped: bool
+) -> dict[Any, Any]:
+    """The state of a checkpoint, with step counts as tensors; without what is empty."""
+    state, missing, trained = dict(saved), [], 0
+    indices = [index for group in loaded for index in group["params"]]
+    if len(set(indices)) != len({id(p) for group in own for p in group["params"]}):
+        raise ValueError(
+            "The checkpoint is damaged: a parameter stands twice in its groups. Use another one."
+        )
+    for number, (mine, theirs) in enumerate(zip(own, loaded, strict=True)):
+        names = _labels(number, theirs)
+        for name, p, index in zip(names, mine["params"], theirs["params"], strict=True):
+            entry = state.get(index)
+            if entry is None or (isinstance(entry, Mapping) and not entry):
+                state.pop(index, None)
+                missing += [name] if p.requires_grad else []
+            else:
+                check_values(name, theirs, p, entry)
+                state[index] = {**entry, "step": step_count(entry["step"])}
+            trained += p.requires_grad
+    if missing and (stepped or len(missing) < trained):  # else: it was saved before a first step
+        listed = ", ".join(name[:90] for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        warnings.warn(
+            f"The checkpoint holds no state for {len(missing)} of {trained} trained parameters: "
+            f"{listed}{more}. Their momentum starts from zero.",
+            stacklevel=7,
+        )
+    return state

@@ -7,6 +7,7 @@ values are plain, Muon's first, none of them empty.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,38 +16,60 @@ from torch import Tensor
 
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.layout import Matrix
-from hf_muon.optimizer.adamw import has_fused_kernel
 from hf_muon.optimizer.pairs import check_pairs, moves_pairs
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.values import require_known
+from hf_muon.values import plain, require_known, typed
 
 Group = dict[str, Any]
 
-# What a group holds besides hyper-parameters: torch's own keys, the schedulers' and the routes'.
-_STRUCTURE = {
-    "params", "param_names", "algorithm", "initial_lr", "matrices", "pairs", "factors", "scalings",
-    "fused", "group_id",
+# What a group holds besides hyper-parameters and what others keep in it.
+STRUCTURE = {
+    "params", "param_names", "matrices", "pairs", "factors", "scalings", "fused", "group_id",
 }  # fmt: skip
 
-# torch's names of AdamW's hyper-parameters -> the settings that complete them.
-_ADAMW_SETTINGS = {
+# torch's names of AdamW's hyper-parameters -> the settings that complete them. Schedulers that
+# cycle a momentum (OneCycleLR, CyclicLR) write it into every group; AdamW reads it as β₁.
+ADAMW_SETTINGS = {
     "lr": "adamw_lr",
     "betas": "adamw_betas",
     "eps": "adamw_eps",
     "weight_decay": "adamw_weight_decay",
+    "momentum": "momentum",
 }
+
+# Settings of torch's Muon, AdamW and SGD that would be without effect here.
+_OF_OTHERS = {
+    "amsgrad", "maximize", "capturable", "differentiable", "dampening", "ns_steps",
+    "ns_coefficients", "adjust_lr_fn",
+}  # fmt: skip
+
+
+def make_plain(group: Group) -> None:
+    """Turn what can be turned into plain values, in place; others may have written into a group."""
+    for key, value in group.items():
+        if key not in STRUCTURE and type(value) not in (float, int, bool, str):
+            try:
+                group[key] = plain(value)
+            except TypeError:
+                continue
 
 
 def named_groups(params: Iterable[Any]) -> list[Group]:
-    """Groups with an algorithm, Muon's first because the Trainer logs the first one's rate."""
-    items = list(params)
+    """Groups with an algorithm, Muon's first because the Trainer logs the first one's rate.
+
+    Raises:
+        TypeError: As torch's optimizers do, for a tensor, a set, or what is no tensor.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params is one tensor; a list of tensors, of (name, tensor), or of groups is expected."
+        )
+    items = _in_order(params)
     if items and not isinstance(items[0], dict):
         items = [{"params": items}]
-    groups = [{"algorithm": "muon", **group, "params": _as_list(group)} for group in items]
+    groups = [_with_algorithm(group) for group in items]
     groups = [group for group in groups if group["params"]]
     if not any(group["algorithm"] == "muon" for group in groups):
-        for group in groups:
-            require_known(group["algorithm"], ("muon", "adamw"), "algorithm")
         raise ValueError(
             "Muon got no matrix to train: pass at least one group with algorithm='muon', or use "
             "torch.optim.AdamW."
@@ -54,61 +77,108 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
     return sorted(groups, key=lambda group: group["algorithm"] != "muon")
 
 
-def _as_list(group: Group) -> list[Any]:
-    params = group.get("params")
+def _with_algorithm(group: Any) -> Group:
+    """The group with its algorithm and a list of parameters, each of them a tensor or named."""
+    if not isinstance(group, dict):
+        raise TypeError(f"A param group is a {type(group).__name__}; a dict is expected.")
+    algorithm, params = plain(group.get("algorithm", "muon")), group.get("params")
+    require_known(str(algorithm), ("muon", "adamw"), "algorithm")
     if params is None:
         raise ValueError(f"A param group has no 'params', only {sorted(group)}.")
-    return [params] if isinstance(params, Tensor) else list(params)
+    listed = [params] if isinstance(params, Tensor) else list(map(_checked, _in_order(params)))
+    return {**group, "algorithm": algorithm, "params": listed}
+
+
+def _in_order(params: Iterable[Any]) -> list[Any]:
+    if isinstance(params, set | frozenset):
+        raise TypeError("params is a set, whose order changes between runs; a list is expected.")
+    return list(params)
+
+
+def _checked(item: Any) -> Any:
+    tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"One of the params is a {type(item).__name__}; tensors are expected, or pairs of a "
+            "name and a tensor."
+        )
+    return item if item is tensor else (str(item[0]), tensor)
 
 
 def complete_group(group: Group, config: MuonConfig) -> Group:
-    """The group with every hyper-parameter that it does not give itself, checked."""
-    group = {"algorithm": "muon", **group, "params": _as_list(group)}
-    require_known(group["algorithm"], ("muon", "adamw"), "algorithm")
-    muon = group["algorithm"] == "muon"
-    given = {key: value for key, value in group.items() if key not in _STRUCTURE}
-    group = {**group, **(_muon_settings(given, config) if muon else _adamw_settings(given, config))}
+    """The group with every hyper-parameter that it does not give itself, checked and plain."""
+    group = _with_algorithm(group)
     tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     if not tensors:
         raise ValueError("A param group is empty; checkpoints cannot hold empty groups.")
+    muon = group["algorithm"] == "muon"
+    _check_keys(group, config)
+    group.update(hyperparameters(group, config))
     _check_dtypes(group, tensors)
     if muon:
-        group["matrices"] = _plain(group.get("matrices") or [_default(p) for p in tensors])
+        given = group.get("matrices") or [_default(p) for p in tensors]
+        group["matrices"] = tuple(tuple(map(plain, inside)) for inside in given)
+        for key in {"pairs", "factors", "scalings"} & group.keys():
+            group[key] = tuple(map(plain, group[key]))
         _check_cover(group, tensors)
         for inside in set(group["matrices"]):
             for matrix in inside:
                 step_size(group["adjust_lr"], Matrix(*matrix))  # raises where it cannot be known
         if moves_pairs(group):
             check_pairs(group, [p[0] for p in group["params"] if isinstance(p, tuple)])
-    else:
-        group.setdefault("fused", has_fused_kernel(tensors))
     return group
 
 
-def _muon_settings(given: Group, config: MuonConfig) -> Group:
-    defaults = config.muon_group()
-    for key in given:
-        require_known(key, defaults, "key of a group with algorithm='muon'")
-    values = {**defaults, **given}
-    dataclasses.replace(config, **_as_settings(values))
-    return values
+def hyperparameters(group: Group, config: MuonConfig) -> Group:
+    """What a group holds besides its structure: checked, completed from the settings, and plain.
+
+    Raises:
+        ValueError: Names the setting, the value and what is allowed.
+    """
+    given = {key: value for key, value in group.items() if key not in STRUCTURE}
+    make_plain(given)
+    if "initial_lr" in given:
+        typed("initial_lr", given["initial_lr"], float)
+    for configured in _configured(group, config):  # it was checked when it was built
+        if configured == {**configured, **given}:
+            return configured
+    if group["algorithm"] == "adamw":
+        own = {ADAMW_SETTINGS[key]: given[key] for key in ADAMW_SETTINGS.keys() & given.keys()}
+        checked = dataclasses.replace(config, **own)
+        cycled = {"momentum": checked.momentum} if "momentum" in given else {}
+        return {**given, **checked.adamw_group(), **cycled}
+    values = {**config.muon_group(), **given}
+    if values["momentum_dtype"] == "parameter":
+        values["momentum_dtype"] = None
+    if not values["momentum_warmup_steps"]:
+        values["momentum_start"] = None
+    own = {key: values[key] for key in config.muon_group() if key != "algorithm"}
+    return {**given, **dataclasses.replace(config, **own).muon_group()}
 
 
-def _as_settings(values: Group) -> Group:
-    """Group values under the names and in the form of MuonConfig, so that it can check them."""
-    settings = {key: value for key, value in values.items() if key != "algorithm"}
-    if settings["momentum_dtype"] == "parameter":
-        settings["momentum_dtype"] = None
-    if not settings["momentum_warmup_steps"]:
-        settings["momentum_start"] = None
-    return settings
+def _configured(group: Group, config: MuonConfig) -> list[Group]:
+    """What the settings give a group of this kind, with decay and without."""
+    if group["algorithm"] == "muon":
+        return [config.muon_group(decay) for decay in (True, False)]
+    if config.adamw_lr is None and config.adjust_lr != "match_rms_adamw":
+        return []
+    return [config.adamw_group(decay) for decay in (True, False)]
 
 
-def _adamw_settings(given: Group, config: MuonConfig) -> Group:
-    for key in given:
-        require_known(key, _ADAMW_SETTINGS, "key of a group with algorithm='adamw'")
-    own = {_ADAMW_SETTINGS[key]: value for key, value in given.items()}
-    return dataclasses.replace(config, **own).adamw_group()
+def _check_keys(group: Group, config: MuonConfig) -> None:
+    """Refuse a key that stands for another setting; others' keys (``lr_scale``) are kept."""
+    of_muon = set(config.muon_group())
+    known = of_muon if group["algorithm"] == "muon" else {"algorithm", *ADAMW_SETTINGS}
+    settings = {field.name for field in dataclasses.fields(config)} | of_muon | {*ADAMW_SETTINGS}
+    for key in group.keys() - STRUCTURE - known:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.82)
+        extended = near and (f"_{near[0]}" in str(key) or f"{near[0]}_" in str(key))
+        if key in settings or (key in _OF_OTHERS and group[key]) or (near and not extended):
+            require_known(str(key), known, f"key of a group with algorithm={group['algorithm']!r}")
+        try:
+            plain(group[key])
+        except TypeError as error:
+            raise ValueError(f"{key} of a param group: {error}.") from None
 
 
 def _default(parameter: Tensor) -> tuple[Matrix, ...]:
@@ -120,19 +190,18 @@ def _default(parameter: Tensor) -> tuple[Matrix, ...]:
             "a group with algorithm='adamw', or let hf_muon.create_muon_optimizer(model) route "
             "the parameters. Under FSDP1, whose parameters are flat, use FSDP2 (fsdp_version: 2)."
         )
+    if len(shape) > 3:
+        raise ValueError(
+            f"A Muon group holds a parameter of shape {shape}, such as a convolution's kernel, "
+            "which is not a stack of matrices. Let hf_muon.create_muon_optimizer(model) flatten "
+            "it, give the group 'matrices', or put it into a group with algorithm='adamw'."
+        )
     if len(shape) == 2:
         return (Matrix.whole(shape),)
     rows, cols = shape[-2:]
     count = parameter.numel() // max(rows * cols, 1)
     # A stack does not say which of its last two dimensions is fan_out.
     return tuple(Matrix(i * rows * cols, (rows, cols), (cols, 1), None) for i in range(count))
-
-
-def _plain(matrices: Iterable[Iterable[Matrix]]) -> tuple[Any, ...]:
-    """Nested plain tuples: checkpoints are read with ``weights_only=True``."""
-    return tuple(
-        tuple((m[0], tuple(m[1]), tuple(m[2]), m[3]) for m in inside) for inside in matrices
-    )
 
 
 def _check_dtypes(group: Group, tensors: list[Tensor]) -> None:
@@ -153,7 +222,13 @@ def _check_cover(group: Group, tensors: list[Tensor]) -> None:
         )
     for index, (tensor, inside) in enumerate(zip(tensors, group["matrices"], strict=True)):
         matrices = [Matrix(*matrix) for matrix in inside]
-        size = math.prod(getattr(tensor, "ds_shape", tensor.shape))
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        size = math.prod(shape)
+        if not size:
+            raise ValueError(
+                f"{_name(group, index)} has shape {shape}: a matrix without entries cannot be "
+                "trained. Leave it out, or put it into a group with algorithm='adamw'."
+            )
         covered = sum(matrix.numel for matrix in matrices)
         distinct = len({matrix.offset for matrix in matrices}) == len(matrices)
         if covered != size or not distinct or any(m.last_index >= size for m in matrices):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.optimizer.muon import Muon
+from hf_muon.rules import FILTERS, rule_of
 
 
 def import_state(
@@ -41,11 +42,11 @@ def import_state(
         torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py.
     """
     own = _own_parameters(optimizer)
-    order = optimizer.param_groups[0]["order"]
-    if order != "pre_polar":
+    group = optimizer.param_groups[0]
+    if rule_of(group).before != (FILTERS["ema"],):
         raise ValueError(
-            f"The state holds averages of gradients, which order='pre_polar' keeps; "
-            f"order={order!r} cannot continue from them."
+            "The state holds averages of gradients, which order='pre_polar' with filter='ema' "
+            f"keeps; filter={group['filter']!r} with order={group['order']!r} cannot continue."
         )
     found = {
         name: _translated(state, group)
@@ -105,7 +106,7 @@ def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tenso
     if "momentum_buffer" in state:
         share = 1 - group["momentum"] if moonlight else 1.0
         return {"step": torch.zeros(()), "exp_avg": state["momentum_buffer"] * share}
-    if moonlight and "moment1" in state:
+    if moonlight and state.keys() >= {"moment1", "moment2", "step"}:
         step = torch.tensor(float(state["step"]))
         moments = {"exp_avg": state["moment1"].clone(), "exp_avg_sq": state["moment2"].clone()}
         return {"step": step, **moments}

@@ -23,13 +23,13 @@ def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None
 
     What Muon has no use for are zeros that take no memory; a loader may have made whole tensors of
     them. The step count, which AdamW increments in place, is copied, since a loader may have given
-    the same tensor to others, and goes where a fused kernel expects it.
+    the same tensor to others; Muon's is read on the CPU.
     """
     for name in _unused(group):
         if name not in state or any(state[name].stride()):
             state[name] = flat.detach().new_zeros(()).expand(flat.shape)
-    device = flat.device if group.get("fused") else "cpu"
-    state["step"] = state["step"].to(device, copy=True)
+    on_cpu = group["algorithm"] == "muon"
+    state["step"] = state["step"].to("cpu", copy=True) if on_cpu else state["step"].clone()
 
 
 def _unused(group: Group) -> tuple[str, ...]:
@@ -54,6 +54,13 @@ def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
 def settings_of(group: Group) -> Group:
     """What a group holds besides its tensors."""
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def was_loaded(groups: Sequence[Group], settings: Sequence[Group]) -> bool:
+    """Whether a loader has written over a group since ``settings`` were taken."""
+    own = (settings[group["group_id"]] for group in groups)
+    pairs = zip(groups, own, strict=True)
+    return any(group.get("param_names") is not one.get("param_names") for group, one in pairs)
 
 
 def with_own_settings(groups: list[Group], settings: list[Group]) -> list[Group]:

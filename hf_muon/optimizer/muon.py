@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_muon.config import MuonConfig
@@ -26,18 +25,19 @@ from hf_muon.distributed.find import (
 )
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
-from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_placement
-from hf_muon.optimizer.checkpoint import check_routing, keep_momentum_dtype, with_plain_groups
+from hf_muon.optimizer.buffers import check_fit, check_state, fits, new_state, restore
+from hf_muon.optimizer.checkpoint import checked
 from hf_muon.optimizer.entries import Entry, Group, Origins
-from hf_muon.optimizer.groups import complete_group, named_groups
+from hf_muon.optimizer.groups import complete_group, make_plain, named_groups
 from hf_muon.optimizer.launcher import (
     complete_state,
     is_rehearsal,
     settings_of,
+    was_loaded,
     with_own_settings,
 )
-from hf_muon.optimizer.pairs import check_decay, taking_part
+from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plan, Plans
 from hf_muon.optimizer.step import bucket_step
 from hf_muon.polar import Workspace, polar_factor
@@ -59,15 +59,19 @@ class Muon(Optimizer):
     Args:
         params: Matrices, or named matrices, or groups. A group is a dict with ``params`` and
             ``algorithm``, ``"muon"`` (default) or ``"adamw"``; other keys override the settings
-            below. Tensors with more than two dimensions are stacks of matrices.
-        lr: Learning rate of the matrices, ≥ 0.
+            below. Tensors with three dimensions are stacks of matrices. Keys of others
+            (``lr_scale``) are kept; ``OneCycleLR`` and ``CyclicLR`` cycle ``momentum``, which is
+            β of the matrices and β₁ of the AdamW half.
+        lr: Learning rate of the matrices, ≥ 0. A tensor is read once: schedulers write numbers.
         replicate_group: The ranks that hold copies of the plain tensors and share the work on them
             (``"world"``: all, found at the first step). DTensors need none. Default: no others.
+        config: All settings at once, in place of ``lr`` and ``settings``.
         **settings: Fields of :class:`~hf_muon.MuonConfig`.
 
     Raises:
         ValueError: A setting that is not allowed, a group that holds a parameter which its
             algorithm cannot train, or no matrix at all.
+        TypeError: As in torch, for parameters in a set and for what is no tensor.
         FloatingPointError: From ``step``: a gradient is NaN or infinite. Parameters and state are
             as before the step.
 
@@ -81,9 +85,14 @@ class Muon(Optimizer):
         lr: float | None = None,
         *,
         replicate_group: torch.distributed.ProcessGroup | str | None = None,
+        config: MuonConfig | None = None,
         **settings: Any,
     ) -> None:
-        self.config = MuonConfig(lr=lr, **settings)
+        self.config = MuonConfig(lr=lr, **settings) if config is None else config
+        if config is not None and (settings or lr is not None):
+            raise ValueError(
+                f"config is given together with {', '.join(['lr', *settings])}: give one of them."
+            )
         if isinstance(replicate_group, str) and replicate_group != "world":
             raise ValueError(
                 f"replicate_group={replicate_group!r}: a process group, 'world' or None is "
@@ -94,7 +103,8 @@ class Muon(Optimizer):
         self._settings: list[Group] = []
         self._forget()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
-        super().__init__(named_groups(params), {"lr": self.config.muon_group()["lr"]})
+        defaults = {"lr": self.config.muon_group()["lr"], "momentum": self.config.momentum}
+        super().__init__(named_groups(params), defaults)
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
         _warn_of_low_precision(self.param_groups)
 
@@ -107,13 +117,15 @@ class Muon(Optimizer):
         if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
             self._origins, self._settings = Origins(), []
             for number, group in enumerate(self.param_groups):
-                group["group_id"] = number
+                known = self.config.muon_group() if group["algorithm"] == "muon" else {}
+                group.update({key: known[key] for key in known.keys() - group}, group_id=number)
                 self._remember(group)
         self._origins.forget_flats()
 
     def _forget(self) -> None:
         """Plan anew, and agree anew, before the next step."""
         self._plans, self._workspace, self._agreement = Plans(), Workspace(), Agreement()
+        self._is_checked = False  # whether a step has looked at state that others may have left
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
@@ -127,7 +139,10 @@ class Muon(Optimizer):
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
         if group["algorithm"] == "muon":
             check_rule(group, partial(polar_factor, method="svd"))
+        keys = {*group, "param_names"}
         super().add_param_group(group)
+        for key in self.param_groups[-1].keys() - keys:  # defaults that are not of this algorithm
+            del self.param_groups[-1][key]
         self._remember(self.param_groups[-1])
 
     def _remember(self, group: Group) -> None:
@@ -159,6 +174,7 @@ class Muon(Optimizer):
     def _entries(self) -> list[list[Entry]]:
         """What each group has; nothing where the call only rehearses."""
         if self._origins.are_flattened:
+            self._is_checked &= not was_loaded(self.param_groups, self._settings)
             self._settings = with_own_settings(self.param_groups, self._settings)
         groups = self._origins.entries(self.param_groups)
         return [] if is_rehearsal(list(chain(*groups)), self.state) else groups
@@ -176,7 +192,10 @@ class Muon(Optimizer):
             return plans, error
         return plans, None
 
-    def _plan(self, entries: list[Entry]) -> Plan:
+    def _plan(self, entries: list[Entry]) -> Plan | None:
+        entries = [entry for entry in entries if _is_trained(entry)]
+        if not entries:
+            return None
         plan = self._plans.of(entries[0].group, entries, replicate_ranks(self.replicate_group))
         states = [self.state[entry.tensor] for entry in entries]
         if plan.refresh(states):
@@ -224,40 +243,71 @@ class Muon(Optimizer):
         return [*sharing_ranks((entry.tensor for entry in entries), replicate), *flats]
 
     def _create_state(self) -> None:
-        """State of every tensor, with or without a gradient, at the first step.
+        """State of every trained tensor, with or without a gradient, at the first step.
 
-        Not in ``__init__``, because accelerate replaces the parameters after it; for all, because
-        a checkpoint that lacks the state of a parameter cannot be resumed. Also for groups that
-        DeepSpeed leaves out of this call: it looks for their state after the first one.
+        What is there already must fit, before anything moves. Not in ``__init__``, because
+        accelerate replaces the parameters after it; for all, because a checkpoint that lacks the
+        state of a parameter cannot be resumed. Also for groups that DeepSpeed leaves out of this
+        call: it looks for their state after the first one.
         """
         groups = self._every_group if self._origins.are_flattened else self.param_groups
-        for entry in chain.from_iterable(self._origins.entries(groups)):
+        for entries in self._origins.entries(groups):
+            states = [self.state.get(entry.tensor) for entry in entries]
+            if not (self._is_checked and fits(entries, states)):
+                for entry, state in zip(entries, states, strict=True):
+                    self._complete(entry, state)
+        self._is_checked = True
+
+    def _complete(self, entry: Entry, state: dict[str, Any] | None) -> None:
+        """Make the state of one tensor, or check what is there."""
+        if state:
+            check = check_fit if self._is_checked else check_state
+            check(entry, state)
+        elif _is_trained(entry):
             state = self.state[entry.tensor]
-            if not state:
-                state.update(_new_state(entry))
-            if entry.flat is not None:
-                complete_state(entry.group, state, entry.tensor)
+            state.update(new_state(entry))
+        if entry.flat is not None and state is not None:
+            complete_state(entry.group, state, entry.tensor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and groups; what schedulers wrote in NumPy's types is plain."""
+        state_dict = super().state_dict()
+        for group in state_dict.get("param_groups", ()):
+            make_plain(group)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer.
+        """Load a checkpoint of this optimizer; its settings are used, as everywhere in torch.
+
+        The user's hooks run first, and last, as torch documents.
 
         Raises:
-            ValueError: The checkpoint was trained with other routes or in another order; the
-                message names the parameters.
+            ValueError: It was trained with other routes, in another order, or with settings that
+                are not allowed, or its state does not fit; the message names the parameters, and
+                nothing was changed.
         """
-        state_dict = with_plain_groups(state_dict)
-        check_routing(self.param_groups, state_dict["param_groups"])
-        own = [settings_of(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, own, strict=True):
-            for name, value in before.items():  # what an older checkpoint does not know
-                group.setdefault(name, value)
-            group["group_id"] = before["group_id"]
-            self._settings[group["group_id"]] = settings_of(group)
-        keep_momentum_dtype(self, state_dict)
-        for state in self.state.values():  # torch keeps the checkpoint's own tensor
-            if "step" in state:
-                state["step"] = state["step"].clone()
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(checked(self.param_groups, given, bool(self.state)))
+            return loaded
+
+        def finish(_: Optimizer) -> None:
+            restore(self.param_groups, self.state, loaded)
+            for group in self.param_groups:
+                self._settings[group["group_id"]] = settings_of(group)
+
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; a dict is expected.")
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _facts(plans: Iterable[Plan | None]) -> dict[str, Any]:
@@ -268,21 +318,11 @@ def _several_ranks() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _new_state(entry: Entry) -> dict[str, Tensor]:
-    """Step count and the buffers of the rule, which begin with zeros."""
-    group, parameter = entry.group, entry.tensor
-    if group["algorithm"] == "adamw":
-        return new_adamw_state(parameter, group["fused"])
-    chosen = group["momentum_dtype"]
-    dtype = parameter.dtype if chosen == "parameter" else getattr(torch, chosen)
-    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    for buffer in rule_of(group).buffers:
-        if buffer.kind == "rows":
-            rows = len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
-            state[buffer.name] = parameter.new_zeros(rows, dtype=buffer.dtype or torch.float32)
-        else:
-            state[buffer.name] = torch.zeros_like(parameter, dtype=buffer.dtype or dtype)
-    return state
+def _is_trained(entry: Entry) -> bool:
+    """Whether it needs state; launchers' own tensors do, and plain ones that are not frozen."""
+    tensor = entry.tensor
+    needed = entry.flat is not None or entry.is_copy or moves_pairs(entry.group)
+    return needed or tensor.requires_grad or tensor.grad is not None
 
 
 def _warn_of_low_precision(groups: list[Group]) -> None:

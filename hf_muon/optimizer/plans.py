@@ -71,19 +71,8 @@ class Plan:
         _check_whole(self.rule, entries, buckets)
 
     def refresh(self, states: Sequence[State]) -> bool:
-        """Take note of the tensors and their state; whether they are others than before.
-
-        Raises:
-            ValueError: A state lacks a buffer.
-        """
+        """Take note of the tensors and their state; whether they are others than before."""
         names = [buffer.name for buffer in self.rule.buffers]
-        for name in ["step", *names]:
-            for entry, state in zip(self.entries, states, strict=True):
-                if name not in state:
-                    raise ValueError(
-                        f"The state of {entry.name} has no {name!r}. Load a checkpoint that holds "
-                        "it, or delete the whole state of the parameter to start it afresh."
-                    )
         self._states = states
         self._weights = locals_of([entry.tensor for entry in self.entries])
         self._kept = {name: locals_of([state[name] for state in states]) for name in names}

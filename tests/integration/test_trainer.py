@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_resume_is_bitwise(tmp_path, optim_args):
     fresh = trainer_of(tmp_path, model=tiny_llama(seed=1), **settings)
     fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert largest_difference(weights(uninterrupted), weights(fresh)) > 1e-4
+
+
+def test_rates_that_a_resumed_run_does_not_use_are_said(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 0.01}
+    trained(tmp_path, **settings)
+    other = trainer_of(tmp_path, **{**settings, "learning_rate": 0.03})
+    with pytest.warns(UserWarning, match=r"lr=0.01 \(not 0.03\), adamw_lr=0.01 \(not 0.03\)$"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.optimizer.param_groups[0]["initial_lr"] == 0.01
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*settings are used")
+        same = trainer_of(tmp_path, **settings)
+        same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_resume_with_other_routes_names_the_parameters(tmp_path):

@@ -317,3 +317,19 @@ def test_group_values_are_plain():
     config = MuonConfig(lr=1e-3)
     for group in (config.muon_group(), config.adamw_group(decay=False)):
         assert all(isinstance(value, str | int | float | bool | tuple) for value in group.values())
+
+
+def test_values_of_other_libraries_become_plain():
+    given = {
+        "order": np.str_("post_polar"),
+        "momentum": np.float32(0.5),
+        "polar_steps": np.int64(4),
+        "nesterov": np.bool_(False),
+        "lr": torch.tensor([0.25]),
+        "adamw_betas": [np.float64(0.5), torch.tensor(0.75)],
+    }
+    plain = {**given, "order": "post_polar", "momentum": 0.5, "polar_steps": 4, "nesterov": False}
+    config = MuonConfig(**given)
+    assert config == MuonConfig(**{**plain, "lr": 0.25, "adamw_betas": (0.5, 0.75)})
+    flat = [*config.to_dict().values(), *config.adamw_betas]
+    assert {type(value) for value in flat} <= {str, float, int, bool, tuple, type(None)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_muon import Muon
+from hf_muon import Muon, MuonConfig
 from tests.unit.optimizer.test_step import parameter
 
 WRONG_GROUPS = [
@@ -126,3 +126,21 @@ def test_a_checkpoint_that_lacks_newer_keys_is_loaded():
         del group["group_id"], group["lora_damping"]
     optimizer.load_state_dict(saved)
     optimizer.step()
+
+
+def test_settings_are_checked_once_where_groups_add_none(monkeypatch):
+    counts = []
+    check = MuonConfig.__post_init__
+    monkeypatch.setattr(MuonConfig, "__post_init__", lambda self: counts.append(1) or check(self))
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2, 3))]},
+        {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw", "weight_decay": 0.0},
+    ]
+    optimizer = Muon(groups, config=MuonConfig(lr=0.1, weight_decay=0.2))
+    assert len(counts) == 1
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    groups[0]["momentum"] = 0.5
+    assert Muon(groups, config=optimizer.config).param_groups[0]["momentum"] == 0.5
+    assert len(counts) == 2
+    with pytest.raises(ValueError, match="config is given together with lr"):
+        Muon(groups, lr=0.1, config=optimizer.config)

@@ -105,6 +105,15 @@ def test_another_order_is_refused():
         with_own_settings(optimizer.param_groups, optimizer._settings)
 
 
+@pytest.mark.parametrize("load", [load_as_stage_2, load_as_stage_3])
+def test_settings_out_of_range_are_refused(load):
+    optimizer, saved = build(), build()
+    saved.param_groups[0]["momentum"] = 2.0
+    load(optimizer, saved)
+    with pytest.raises(ValueError, match=r"A group of the .*momentum=2\.0 is out of range"):
+        with_own_settings(optimizer.param_groups, optimizer._settings)
+
+
 def test_what_an_ordinary_load_changed_is_not_reported_twice(recwarn):
     optimizer = build(nesterov=False)
     with pytest.warns(UserWarning, match="nesterov=True"):
@@ -155,12 +164,12 @@ def test_step_counts_of_their_own():
     assert len({id(own["step"]) for own in [*states, {"step": shared}]}) == 4
 
 
-def test_a_fused_kernel_counts_on_its_device():
-    group = build().param_groups[1]
+@pytest.mark.parametrize(("number", "device"), [(0, "cpu"), (1, "meta")])
+def test_matrices_count_on_the_cpu_and_adamw_where_its_kernel_does(number, device):
+    group = build().param_groups[number]
     flat = torch.empty(4, device="meta")
-    own = {"step": torch.tensor(3.0), "exp_avg": flat, "exp_avg_sq": flat}
-    complete_state({**group, "fused": True}, own, flat)
-    assert own["step"].device == flat.device
-    own["step"] = torch.tensor(3.0)
-    complete_state({**group, "fused": False}, own, flat)
-    assert own["step"].device.type == "cpu"
+    own = {"step": torch.tensor(3.0, device=device), "exp_avg": flat, "exp_avg_sq": flat}
+    before = own["step"]
+    complete_state(group, own, flat)
+    assert own["step"].device.type == device
+    assert own["step"] is not before

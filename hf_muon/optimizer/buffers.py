@@ -1,0 +1,226 @@
+"""Whether state fits its tensors, and what torch's loader would lose of it.
+
+In: the state of parameters, as it was saved, loaded, or left by others. Out: the same in the dtype,
+layout and place that a step needs, or an error that names the parameter and what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_muon.distributed.find import is_dtensor, local
+from hf_muon.optimizer.adamw import new_state as new_adamw_state
+from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.rules import Buffer, rule_of
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STEPS = 2**53
+_REMEDY = "Load the checkpoint of this model, or start the optimizer afresh."
+
+
+_OF_ADAMW = (Buffer("exp_avg"), Buffer("exp_avg_sq"))
+
+
+def buffer_dtype(group: Group, parameter: Tensor, buffer: Buffer) -> torch.dtype:
+    """The dtype of what a stage keeps of a parameter."""
+    if buffer.dtype is not None:
+        return buffer.dtype
+    if buffer.kind == "rows":
+        return torch.float32
+    name = group.get("momentum_dtype", "parameter")
+    dtype: torch.dtype = parameter.dtype if name == "parameter" else getattr(torch, name)
+    return dtype
+
+
+def buffers_of(group: Group) -> tuple[Buffer, ...]:
+    """What a step keeps of each parameter of a group."""
+    return _OF_ADAMW if group["algorithm"] == "adamw" else rule_of(group).buffers
+
+
+def new_state(entry: Entry) -> dict[str, Tensor]:
+    """Step count and the buffers of the rule, which begin with zeros."""
+    group, parameter = entry.group, entry.tensor
+    if group["algorithm"] == "adamw":
+        return new_adamw_state(parameter)
+    state = {"step": step_count(0)}
+    for buffer in rule_of(group).buffers:
+        dtype = buffer_dtype(group, parameter, buffer)
+        if buffer.kind == "rows":
+            rows = len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
+            state[buffer.name] = parameter.new_zeros(rows, dtype=dtype)
+        else:
+            state[buffer.name] = torch.zeros_like(parameter, dtype=dtype)
+    return state
+
+
+def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None:
+    """Raise for state that a parameter cannot be trained with.
+
+    Args:
+        name: Of the parameter, for the message.
+        group: Its group.
+        parameter: What the state belongs to.
+        state: Its ``step`` and buffers, in any real dtype.
+
+    Raises:
+        ValueError: Something is missing, of another shape, not a real tensor, or not finite.
+    """
+    name = name[:90]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"The state of {name} is a {type(state).__name__}, not a dict. {_REMEDY}")
+    buffers = buffers_of(group)
+    for key in ("step", *(buffer.name for buffer in buffers)):
+        if key not in state:
+            raise ValueError(f"The state of {name} has no {key!r}. {_REMEDY}")
+    if not 0 <= _number(state["step"]) < _STEPS:
+        raise ValueError(
+            f"'step' in the state of {name} is {str(state['step'])[:90]}; a number ≥ 0 is "
+            f"expected. {_REMEDY}"
+        )
+    for buffer in buffers:
+        what = f"{buffer.name!r} in the state of {name}"
+        _check_buffer(what, buffer, state[buffer.name], parameter)
+
+
+def _number(value: Any) -> float:
+    """A step count; NaN where it is none."""
+    if not isinstance(value, Tensor | numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except (OverflowError, ValueError, RuntimeError):  # huge; of many entries; complex; meta
+        return math.nan
+
+
+def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} is a {type(value).__name__}; a tensor is expected. {_REMEDY}")
+    if value.dtype not in _FLOATS or value.layout is not torch.strided:
+        raise ValueError(
+            f"{what} is a {value.layout} tensor of {value.dtype}; a dense one of real "
+            f"floating-point numbers is expected. {_REMEDY}"
+        )
+    if value.shape != parameter.shape and buffer.kind == "entries":
+        raise ValueError(
+            f"{what} has shape {str(tuple(value.shape))[:90]} and the parameter "
+            f"{tuple(parameter.shape)}. {_REMEDY}"
+        )
+    part = local(value).detach()
+    if part.is_meta != local(parameter).is_meta:
+        raise ValueError(f"{what} is on the meta device and holds no values. {_REMEDY}")
+    if part.numel() and not part.is_meta:
+        low, high = torch.stack(torch.aminmax(part)).tolist()
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"{what} holds NaN or infinity. {_REMEDY}")
+        if buffer is _OF_ADAMW[1] and low < 0:
+            raise ValueError(f"{what} holds {low:g}; an average of squares is ≥ 0. {_REMEDY}")
+
+
+def step_count(value: Any) -> Tensor:
+    """The count as a tensor of its own on the CPU; torch before 1.12 saved a Python number."""
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+
+
+def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
+    """Raise for state that no longer fits its tensor; cheap enough for every step.
+
+    Args:
+        entry: A tensor of the optimizer.
+        state: Its state, not empty.
+
+    Raises:
+        ValueError: A buffer is missing, or has another shape or dtype than it was created with.
+    """
+    group, tensor = entry.group, entry.tensor
+    buffers = buffers_of(group)
+    if not state.keys() >= {"step", *(buffer.name for buffer in buffers)}:
+        raise ValueError(f"The state of {entry.name} holds only {sorted(state)}. {_REMEDY}")
+    for buffer in buffers:
+        value, expected = state[buffer.name], buffer_dtype(group, tensor, buffer)
+        if value.shape != tensor.shape and buffer.kind == "entries":
+            raise ValueError(
+                f"{buffer.name!r} in the state of {entry.name} has shape {tuple(value.shape)} and "
+                f"the parameter {tuple(tensor.shape)}: was the model resized after the optimizer "
+                "was built? Build the optimizer afresh."
+            )
+        if value.dtype != expected and entry.flat is None:
+            raise ValueError(
+                f"{buffer.name!r} in the state of {entry.name} has dtype {value.dtype} and "
+                f"{expected} is expected: was the model converted after the optimizer's first "
+                "step? Convert the state too: optimizer.load_state_dict(optimizer.state_dict())."
+            )
+
+
+def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -> bool:
+    """Whether :func:`check_fit` finds nothing in the states of a group; without a call for each."""
+    group = entries[0].group
+    for buffer in buffers_of(group):
+        try:
+            found = [(s[buffer.name].dtype, s[buffer.name].shape) for s in states if s is not None]
+        except KeyError:
+            return False
+        tensors = [entry.tensor for entry in entries]
+        dtypes = {t.dtype: buffer_dtype(group, t, buffer) for t in tensors}
+        if buffer.kind == "rows" or found != [(dtypes[t.dtype], t.shape) for t in tensors]:
+            return False
+    return all(
+        [
+            s is not None and "step" in s and e.flat is None
+            for s, e in zip(states, entries, strict=True)
+        ]
+    )
+
+
+def check_state(entry: Entry, state: MutableMapping[str, Any]) -> None:
+    """Raise for state that others have left; reads it all, so only for the step after a load.
+
+    A step count that is a number becomes a tensor.
+
+    Raises:
+        ValueError: As :func:`check_values` and :func:`check_fit`.
+    """
+    check_values(entry.name, entry.group, entry.tensor, state)
+    check_fit(entry, state)
+    if not isinstance(state["step"], Tensor):
+        state["step"] = step_count(state["step"])
+
+
+def restore(
+    own: Sequence[Group], state: MutableMapping[Any, Any], loaded: Mapping[str, Any]
+) -> None:
+    """Give loaded buffers the dtype and layout of new ones, and step counts their own memory.
+
+    torch's loader (2.13, ``Optimizer._process_value_according_to_param_policy``) casts momentum to
+    the parameter's dtype, and keeps the strides and step counts of the checkpoint.
+
+    Args:
+        own: The optimizer's groups, loaded.
+        state: Its state, loaded; written.
+        loaded: The state dict that was loaded.
+    """
+    for group, theirs in zip(own, loaded["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], theirs["params"], strict=True):
+            if index not in loaded["state"]:
+                continue
+            entry, source = state[parameter], loaded["state"][index]
+            for buffer in buffers_of(group):
+                key, dtype = buffer.name, buffer_dtype(group, parameter, buffer)
+                if buffer.kind == "rows":
+                    entry[key] = source[key].to(parameter.device, dtype, copy=True)
+                else:
+                    entry[key] = _laid_out(parameter, entry[key], source[key], dtype)
+
+
+def _laid_out(parameter: Tensor, cast: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    if is_dtensor(cast) != is_dtensor(parameter):
+        return cast  # refused by the step, which says what to do
+    strides = torch.empty_like(local(parameter), device="meta").stride()
+    if cast.dtype == dtype and local(cast).stride() == strides:
+        return cast
+    return torch.empty_like(parameter, dtype=dtype).copy_(source)
