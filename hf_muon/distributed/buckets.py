@@ -9,12 +9,13 @@ it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
@@ -97,6 +98,16 @@ class Bucket:
     def own(self) -> list[Item]:
         """This rank's pieces of the units that it computes."""
         return [(unit, piece) for unit in self.mine for piece in unit.pieces[self.shard.index]]
+
+    def blocks(self, matrices: Mapping[Unit, Tensor]) -> list[Tensor]:
+        """The blocks of :attr:`own` in whole matrices, as views."""
+        if self._are_whole:
+            return [matrices[unit] for unit, _ in self.own]
+        return [piece.of_matrix(matrices[unit]) for unit, piece in self.own]
+
+    @cached_property
+    def _are_whole(self) -> bool:
+        return all((piece.rows, piece.cols) == unit.shape for unit, piece in self.own)
 
     @cached_property
     def reads(self) -> list[Item]:

@@ -99,7 +99,7 @@ def scatter(
     bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
 ) -> Generator[None, None, Result]:
     """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all."""
-    results = {item: item[1].of_matrix(outputs[item[0]]) for item in bucket.own}
+    results = dict(zip(bucket.own, bucket.blocks(outputs), strict=True))
     if bucket.gathers:
         yield from _scattered(bucket, outputs, results, wire)
     if bucket.replicate.size > 1:
@@ -133,7 +133,7 @@ def _gather(
 
     A function of its own, so that no name keeps the buffers through the polar factors.
     """
-    own = [piece.of_matrix(matrices[unit]) for unit, piece in bucket.own]
+    own = bucket.blocks(matrices)
     if not bucket.gathers:
         fill(own)
         return

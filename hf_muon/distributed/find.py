@@ -75,14 +75,14 @@ def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
     return flags
 
 
-def sharing_ranks(parameters: Iterable[Tensor], replicate: Ranks) -> list[Ranks]:
+def sharing_ranks(parameters: Iterable[Any], replicate: Ranks) -> list[Ranks]:
     """The groups of ranks that train some tensors together.
 
     Args:
         parameters: Plain tensors, of which ``replicate`` holds copies, and DTensors.
         replicate: Those ranks.
     """
-    meshes = {p.device_mesh: None for p in parameters if is_dtensor(p)}
+    meshes = dict.fromkeys([p.device_mesh for p in parameters if hasattr(p, "device_mesh")])
     if not meshes:
         return [replicate]
     from hf_muon.distributed.dtensor import mesh_ranks

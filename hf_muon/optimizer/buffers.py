@@ -159,14 +159,14 @@ def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
 
 def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -> bool:
     """Whether :func:`check_fit` finds nothing in the states of a group; without a call for each."""
-    group = entries[0].group
+    group, tensors = entries[0].group, [entry.tensor for entry in entries]
+    one_of = {t.dtype: t for t in tensors}
     for buffer in buffers_of(group):
         try:
             found = [(s[buffer.name].dtype, s[buffer.name].shape) for s in states if s is not None]
         except KeyError:
             return False
-        tensors = [entry.tensor for entry in entries]
-        dtypes = {t.dtype: buffer_dtype(group, t, buffer) for t in tensors}
+        dtypes = {dtype: buffer_dtype(group, one, buffer) for dtype, one in one_of.items()}
         if buffer.kind == "rows" or found != [(dtypes[t.dtype], t.shape) for t in tensors]:
             return False
     return all(

@@ -37,9 +37,11 @@ def filtered(
 def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """The filter of ``torch.optim.Muon`` as a stage: M ← βM + (1−β)X; M, or (1−β)X + βM."""
     [exp_avg] = buffers
-    x = _like(x, exp_avg)
-    accumulate(x, exp_avg, given.momentum)
-    return filtered(x, exp_avg, given.momentum, given.settings["nesterov"])
+    momentum, like = given.momentum, _like(x, exp_avg)
+    torch._foreach_lerp_(exp_avg, like, 1 - momentum)
+    if not given.settings["nesterov"]:
+        return exp_avg
+    return list(torch._foreach_lerp(like, exp_avg, momentum))
 
 
 FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),))

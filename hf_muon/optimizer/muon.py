@@ -18,11 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.exchange import run_overlapped
-from hf_muon.distributed.find import (
-    is_dtensor,
-    replicate_ranks,
-    sharing_ranks,
-)
+from hf_muon.distributed.find import is_dtensor, replicate_ranks, sharing_ranks
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_placement
@@ -186,14 +182,13 @@ class Muon(Optimizer):
             check_decay(self.param_groups)
             self._create_state()
             for entries in groups:
-                muon = bool(entries) and entries[0].group["algorithm"] == "muon"
-                plans.append(self._plan(entries) if muon else None)
+                of_muon = entries if entries and entries[0].group["algorithm"] == "muon" else []
+                plans.append(self._plan(_trained(of_muon)))
         except (ValueError, TypeError, RuntimeError) as error:
             return plans, error
         return plans, None
 
     def _plan(self, entries: list[Entry]) -> Plan | None:
-        entries = [entry for entry in entries if _is_trained(entry)]
         if not entries:
             return None
         plan = self._plans.of(entries[0].group, entries, replicate_ranks(self.replicate_group))
@@ -238,9 +233,9 @@ class Muon(Optimizer):
                         "replicate_group=torch.distributed.group.WORLD, so that they share the "
                         "work; if not, distribute='redundant', so that each does its own."
                     )
-        flats = {entry.flat.ranks: None for entry in entries if entry.flat is not None}
+        flats = dict.fromkeys([entry.flat.ranks for entry in entries if entry.flat is not None])
         replicate = replicate_ranks(self.replicate_group)
-        return [*sharing_ranks((entry.tensor for entry in entries), replicate), *flats]
+        return [*sharing_ranks([entry.tensor for entry in entries], replicate), *flats]
 
     def _create_state(self) -> None:
         """State of every trained tensor, with or without a gradient, at the first step.
@@ -251,7 +246,7 @@ class Muon(Optimizer):
         call: it looks for their state after the first one.
         """
         groups = self._every_group if self._origins.are_flattened else self.param_groups
-        for entries in self._origins.entries(groups):
+        for entries in filter(None, self._origins.entries(groups)):  # of a call, some are empty
             states = [self.state.get(entry.tensor) for entry in entries]
             if not (self._is_checked and fits(entries, states)):
                 for entry, state in zip(entries, states, strict=True):
@@ -263,7 +258,7 @@ class Muon(Optimizer):
         if state:
             check = check_fit if self._is_checked else check_state
             check(entry, state)
-        elif _is_trained(entry):
+        elif _trained([entry]):
             state = self.state[entry.tensor]
             state.update(new_state(entry))
         if entry.flat is not None and state is not None:
@@ -318,11 +313,13 @@ def _several_ranks() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _is_trained(entry: Entry) -> bool:
-    """Whether it needs state; launchers' own tensors do, and plain ones that are not frozen."""
-    tensor = entry.tensor
-    needed = entry.flat is not None or entry.is_copy or moves_pairs(entry.group)
-    return needed or tensor.requires_grad or tensor.grad is not None
+def _trained(entries: list[Entry]) -> list[Entry]:
+    """Those of a group that need state: launchers' tensors, and plain ones that are not frozen."""
+    first = entries[0] if entries else None
+    if first is None or moves_pairs(first.group) or first.flat is not None or first.is_copy:
+        return entries
+    tensors = [(entry, entry.tensor) for entry in entries]
+    return [entry for entry, t in tensors if t.requires_grad or t.grad is not None]
 
 
 def _warn_of_low_precision(groups: list[Group]) -> None:

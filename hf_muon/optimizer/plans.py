@@ -79,7 +79,7 @@ class Plan:
         # A view keeps its storage alive, so that another one cannot have its address.
         seen = [
             (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
-            for t in (*self._weights, *chain.from_iterable(self._kept.values()))
+            for t in chain(self._weights, *self._kept.values())
         ]
         is_new = bool(seen != self._seen)
         if is_new:
