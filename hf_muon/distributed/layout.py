@@ -110,8 +110,9 @@ class Piece(NamedTuple):
             return local
         if not local.is_contiguous():
             raise ValueError(
-                f"A parameter of shape {tuple(local.shape)} holds several matrices and is not "
-                "contiguous in memory: make it contiguous before training."
+                f"A parameter of shape {tuple(local.shape)} is not contiguous in memory, so that "
+                "its matrix, or its matrices, are not where they are expected (channels_last, or a "
+                "transposed view): make it contiguous before training."
             )
         strides = (self.row_stride, self.col_stride)
         return local.as_strided(

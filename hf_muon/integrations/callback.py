@@ -64,10 +64,18 @@ class MuonCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn where a run goes on and its schedule begins anew; here all callbacks have begun."""
-        scheduler = kwargs.get("lr_scheduler")
-        fresh = isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0
-        if fresh and state.global_step and find_muon(kwargs.get("optimizer")) is not None:
+        """Warn where a run goes on and its schedule, or its momentum, begins anew."""
+        scheduler, optimizer = kwargs.get("lr_scheduler"), find_muon(kwargs.get("optimizer"))
+        if optimizer is None or not state.global_step:
+            return
+        if not optimizer.state:
+            logger.warning(
+                "Training goes on at step %d without the state of the optimizer: the checkpoint "
+                "has no optimizer.pt, or an empty one, or no scheduler.pt beside it. Momentum "
+                "begins at zero.",
+                state.global_step,
+            )
+        if isinstance(scheduler, LambdaLR) and scheduler.last_epoch == 0:  # callbacks have begun
             logger.warning(
                 "Training goes on at step %d with a schedule that begins anew: the Trainer reads "
                 "scheduler.pt only beside optimizer.pt. To keep the schedule, let a callback call "

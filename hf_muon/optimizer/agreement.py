@@ -248,7 +248,13 @@ def check_placement(entry: Entry, buffer: Tensor | None = None) -> None:
         return
     tensor, matrices = entry.tensor, entry.matrices
     expected = sum(matrix.numel for matrix in matrices)
-    if tensor.ndim < 2 or tensor.numel() != expected:
+    if tensor.numel() != expected and tensor.ndim >= 2:
+        raise ValueError(
+            f"{entry.name} has shape {tuple(tensor.shape)}, where matrices of {expected} elements "
+            "in all are expected: it was resized after the optimizer was built. Build the "
+            "optimizer afresh."
+        )
+    if tensor.ndim < 2:
         raise ValueError(
             f"{entry.name} is a flat shard: {type(tensor).__name__} of shape "
             f"{tuple(tensor.shape)}, where matrices of {expected} elements in all are expected. "
@@ -258,8 +264,9 @@ def check_placement(entry: Entry, buffer: Tensor | None = None) -> None:
         )
     if len(matrices) > 1 and not local(tensor).is_contiguous():
         raise ValueError(
-            f"{entry.name} holds several matrices and is not contiguous in memory: make it "
-            "contiguous before training."
+            f"{entry.name} is not contiguous in memory, so that its {len(matrices)} matrices are "
+            "not where they are expected (channels_last, or a transposed view): make it contiguous "
+            "before training."
         )
     if buffer is not None and is_dtensor(buffer) != is_dtensor(tensor):
         raise ValueError(

@@ -196,6 +196,7 @@ class Muon(Optimizer):
         if plan.refresh(states):
             for entry, state in zip(entries, states, strict=True):
                 check_placement(entry, state.get("exp_avg"))
+            plan.held(entries)  # views that cannot be made raise here, before anything is written
         return plan
 
     def _train_matrices(

@@ -384,6 +384,7 @@ def test_a_schedule_that_begins_anew_is_said_and_can_be_kept(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_muon"):
         assert resumed() != rates
         assert "Training goes on at step 2 with a schedule that begins anew" in caplog.text
+        assert "Training goes on at step 2 without the state of the optimizer" in caplog.text
         caplog.clear()
         assert resumed(KeepSchedule()) == rates
         assert "begins anew" not in caplog.text

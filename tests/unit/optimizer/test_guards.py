@@ -154,3 +154,25 @@ def test_skipping_changes_nothing_where_no_gradient_is_zero():
             optimizer.step()
         results.append(stack.detach())
     assert torch.equal(*results)
+
+
+def test_a_matrix_that_was_resized_is_named():
+    matrix = parameter(6, 9)
+    optimizer = Muon([("w", matrix)], lr=0.01)
+    matrix.data = torch.zeros(8, 9)
+    matrix.grad = torch.ones(8, 9)
+    with pytest.raises(ValueError, match=r"w has shape \(8, 9\).* it was resized"):
+        optimizer.step()
+    assert not matrix.any()
+
+
+def test_a_kernel_in_another_memory_format_is_named():
+    kernel = parameter(4, 3, 2, 2)
+    inside = (((0, (4, 12), (12, 1), 0),),)
+    optimizer = Muon([{"params": [("conv", kernel)], "matrices": inside}], lr=0.01)
+    kernel.data = kernel.data.to(memory_format=torch.channels_last)
+    kernel.grad = torch.ones_like(kernel)
+    before = kernel.detach().clone()
+    with pytest.raises(ValueError, match=r"its matrix, .*channels_last.* make it contiguous"):
+        optimizer.step()
+    assert torch.equal(kernel, before)
