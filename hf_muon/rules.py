@@ -207,12 +207,15 @@ def _registered(setting: str, name: str, table: dict[str, _Entry]) -> _Entry:
     return table[name]
 
 
-def check_rule(settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor]) -> None:
+def check_rule(
+    settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     """Try what users have registered on small matrices, so that faults show before training.
 
     Args:
         settings: Of the param group.
         polar: The polar factor; not as the settings ask for it, which may be for an accelerator.
+        dtype: Of the parameters and so of gradients; that of buffers is ``momentum_dtype``.
 
     Raises:
         ValueError: A stage or map gives other shapes, no floating-point numbers, or changes its
@@ -222,11 +225,12 @@ def check_rule(settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor]) -
         return
     rule = rule_of(settings)
     shapes = [(4, 6), (6, 4)]
-    x = [torch.ones(shape, device="cpu") for shape in shapes]
+    x = [torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes]
+    chosen = settings["momentum_dtype"]
+    kept_in = dtype if chosen == "parameter" else getattr(torch, chosen)
     for stage in (*rule.before, *rule.after):
         kept = tuple(
-            [torch.zeros(m, n if buffer.kind == "entries" else 1, device="cpu") for m, n in shapes]
-            for buffer in stage.buffers
+            [_zeros(buffer, shape, kept_in) for shape in shapes] for buffer in stage.buffers
         )
         norms = [one.double().norm() for one in x]
         given = Given(settings, settings["momentum"], shapes, norms)
@@ -234,6 +238,12 @@ def check_rule(settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor]) -
     if not rule.whole.of_pairs:
         run = rule.whole.run
         _check_result(run, x, [run(one, polar, settings) for one in x])
+
+
+def _zeros(buffer: Buffer, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if buffer.kind == "rows":
+        return torch.zeros(shape[0], 1, dtype=buffer.dtype or torch.float32, device="cpu")
+    return torch.zeros(shape, dtype=buffer.dtype or dtype, device="cpu")
 
 
 def _check_result(run: Callable[..., Any], x: Tensors, found: Any) -> None:

@@ -69,7 +69,7 @@ class Agreement:
         settings = _settings(groups)
         if tuple(entries) not in self._compared:
             # Before the first message whose length follows from them.
-            _compare({**settings, **facts()}, members)
+            _compare({**settings, **facts()}, members, problem)
         number = zlib.crc32(repr(settings).encode()) >> 1
         flags = [_kind(problem), number, -number, *(g is not None for g in gradients)]
         device = compute_device(entries[0].tensor, entries[0].flat is not None)
@@ -78,29 +78,31 @@ class Agreement:
         if most != -least:
             _compare(settings, members)
         if kind:
-            raise problem or _OF_OTHERS[kind - 1]
+            raise problem or _of_others(kind)
         self._compared.add(tuple(entries))
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
-
-
-_OF_OTHERS = (
-    FloatingPointError(
-        "Another rank has a gradient that cannot be used: NaN, infinite, or out of range. No "
-        "parameter and no state was changed; that rank's error names the parameter."
-    ),
-    ValueError(
-        "Another rank cannot step: its error says why. No parameter and no state was changed."
-    ),
-)
 
 
 def _kind(problem: Exception | None) -> int:
     return 0 if problem is None else 1 if isinstance(problem, FloatingPointError) else 2
 
 
-def agree_on_failure(failures: Sequence[Exception], members: Sequence[Ranks]) -> Exception | None:
-    """What stopped some rank's maps in a step, known to all ranks."""
-    found = torch.tensor([len(failures)], dtype=torch.int32)
+def _of_others(kind: int) -> Exception:
+    if kind == 1:
+        return FloatingPointError(
+            "Another rank has a gradient that cannot be used: NaN, infinite, or out of range. No "
+            "parameter and no state was changed; that rank's error names the parameter."
+        )
+    return ValueError(
+        "Another rank cannot step: its error says why. No parameter and no state was changed."
+    )
+
+
+def agree_on_failure(
+    failures: Sequence[Exception], members: Sequence[Ranks], device: torch.device
+) -> Exception | None:
+    """What stopped some rank's maps in a step, known to all ranks; messages are on a device."""
+    found = torch.tensor([len(failures)], dtype=torch.int32, device=device)
     others = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
     if others and not agreed(found, others).item():
         return None
@@ -127,18 +129,20 @@ def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:
     }
 
 
-def _compare(said: Facts, members: Sequence[Ranks]) -> None:
-    """Raise, on all ranks, where they do not say the same; all of them must call."""
+def _compare(said: Facts, members: Sequence[Ranks], problem: Exception | None = None) -> None:
+    """Raise, on all ranks, where one has a problem or they do not say the same; all must call."""
     found: dict[str, str] = {}
     for ranks in members:
         everyone: list[Any] = [None] * ranks.size
-        dist.all_gather_object(everyone, said, group=ranks.group)
-        for key in dict.fromkeys(chain.from_iterable(everyone)):
+        dist.all_gather_object(everyone, (_kind(problem), said), group=ranks.group)
+        if kind := max(kind for kind, _ in everyone):
+            raise problem or _of_others(kind)
+        for key in dict.fromkeys(chain.from_iterable(one for _, one in everyone)):
             values: dict[str, int] = {}
-            for rank, one in zip(ranks.ranks, everyone, strict=True):
-                values.setdefault(repr(one.get(key))[:80], rank)
+            for rank, (_, one) in zip(ranks.ranks, everyone, strict=True):
+                values.setdefault(repr(one.get(key)), rank)
             if len(values) > 1:
-                listed = ", ".join(f"{value} on rank {rank}" for value, rank in values.items())
+                listed = ", ".join(f"{value[:80]} on rank {rank}" for value, rank in values.items())
                 found[key] = f"{key}: {listed}"
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
@@ -201,8 +205,9 @@ def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
     small = [
         entry.name
         for of_group in groups
+        if of_group and of_group[0].group.get("momentum_dtype") == "float16"
         for entry in of_group
-        if entry.group.get("momentum_dtype") == "float16" and entry.tensor.grad is not None
+        if entry.tensor.grad is not None
         if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max() < 2**-25
     ]
     if small:

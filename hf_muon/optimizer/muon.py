@@ -134,7 +134,9 @@ class Muon(Optimizer):
         """Add a group, its hyper-parameters completed from the settings of the optimizer."""
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
         if group["algorithm"] == "muon":
-            check_rule(group, partial(polar_factor, method="svd"))
+            first = group["params"][0]
+            dtype = (first[1] if isinstance(first, tuple) else first).dtype
+            check_rule(group, partial(polar_factor, method="svd"), dtype)
         keys = {*group, "param_names"}
         super().add_param_group(group)
         for key in self.param_groups[-1].keys() - keys:  # defaults that are not of this algorithm
@@ -210,7 +212,8 @@ class Muon(Optimizer):
             step = plan.step(entries, self._workspace)
             run_overlapped(bucket_step(held, step) for held in plan.held(entries))
             failures += step.failures
-        if copies and (error := agree_on_failure(failures, members)):
+        device = chosen[0][0].buckets[0].device if copies else None
+        if device is not None and (error := agree_on_failure(failures, members, device)):
             for tensor, copy in copies:
                 tensor.copy_(copy)
             raise error

@@ -161,6 +161,19 @@ def test_what_a_strangers_function_may_not_do_shows_when_the_optimizer_is_built(
         Muon([nn.Parameter(torch.zeros(3, 4))], lr=LR, **{field: "wrong"})
 
 
+def test_functions_are_tried_in_the_dtypes_that_they_will_get(tables):
+    def careless(x, buffers, given):
+        for gradient, average in zip(x, *buffers, strict=True):
+            average.lerp_(gradient, 0.1)
+        return buffers[0]
+
+    register_filter("careless", careless)
+    weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.bfloat16))
+    Muon([weight], lr=LR, filter="careless", momentum_dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="dtype"):
+        Muon([weight], lr=LR, filter="careless", momentum_dtype="float32")
+
+
 def test_buffers_of_one_name_are_refused(tables):
     register_rescale("kept", lambda x, *_: x, [Buffer("exp_avg")])
     with pytest.raises(ValueError, match="buffers of one name"):
