@@ -58,6 +58,7 @@ AFTERWARDS = {
     "README.md": "assert type(optimizer).__name__ == 'Muon'",
     "docs/checkpoints.md": "import pathlib\nassert pathlib.Path('out/checkpoint-4').is_dir()",
     "docs/deepspeed.md": "assert engine.zero_optimization_stage() == 2",
+    "docs/extending.md": "assert optimizer.param_groups[0]['filter'] == 'two_terms'",
     "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
     "docs/learning_rates.md": "assert taken_over",
     "docs/routing.md": "assert plan.muon",
