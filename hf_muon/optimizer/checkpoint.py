@@ -13,9 +13,8 @@ from typing import Any
 
 from hf_muon.config import MuonConfig
 from hf_muon.optimizer.buffers import check_values, step_count
+from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.groups import ADAMW_SETTINGS, STRUCTURE, hyperparameters
-
-Group = dict[str, Any]
 
 # Compared elsewhere, or not.
 _NOT_COMPARED = STRUCTURE | {"lr", "initial_lr", "order", "filter", "rescale"}
@@ -84,7 +83,8 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
     if any("algorithm" not in group for group in groups):
         raise ValueError(
             "The checkpoint holds the state of another optimizer. Start afresh (from the Trainer: "
-            "delete optimizer.pt in the checkpoint), or take over the momentum of "
+            "delete optimizer.pt in the checkpoint; the schedule begins anew too, unless a "
+            "callback keeps it, as docs/troubleshooting.md shows), or take over the momentum of "
             "torch.optim.Muon or Moonlight with hf_muon.optimizer.import_state."
         )
     return list(groups)

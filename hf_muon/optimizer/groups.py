@@ -16,11 +16,10 @@ from torch import Tensor
 
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.layout import Matrix
+from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.pairs import check_pairs, moves_pairs
 from hf_muon.optimizer.scaling import step_size
 from hf_muon.values import plain, require_known, typed
-
-Group = dict[str, Any]
 
 # What a group holds besides hyper-parameters and what others keep in it.
 STRUCTURE = {
