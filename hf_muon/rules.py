@@ -22,8 +22,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-ORDERS = ("pre_polar", "post_polar", "polar_only")
-
 
 class Buffer(NamedTuple):
     """What a stage keeps of each parameter from step to step; it begins with zeros.
@@ -70,12 +68,14 @@ class Stage(NamedTuple):
         buffers: What it keeps.
         needs: ``entries``: nothing but them; ``norms``: those of the whole matrices, in
             ``given.norms``; ``matrices``: whole matrices as x, which it only gets where every rank
-            holds them whole (one process, DDP).
+            holds them whole (one process, DDP). Buffers of rows need them.
+        may_fail: Whether it may raise; see :class:`WholeMap`.
     """
 
     run: Run
     buffers: tuple[Buffer, ...] = ()
     needs: Literal["entries", "norms", "matrices"] = "entries"
+    may_fail: bool = True
 
 
 class WholeMap(NamedTuple):
@@ -108,9 +108,19 @@ class Rule(NamedTuple):
     after: tuple[Stage, ...]
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those before the map and those after it."""
+        return (*self.before, *self.after)
+
+    @property
     def buffers(self) -> tuple[Buffer, ...]:
         """What all stages keep."""
-        return tuple(b for stage in (*self.before, *self.after) for b in stage.buffers)
+        return tuple(buffer for stage in self.stages for buffer in stage.buffers)
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether the map or a stage may raise for finite input."""
+        return self.whole.may_fail or any(stage.may_fail for stage in self.stages)
 
 
 FILTERS: dict[str, Stage] = {}
@@ -137,9 +147,9 @@ def register_filter(
         needs: See :class:`Stage`.
 
     Raises:
-        ValueError: A name that is taken or cannot be one.
+        ValueError: A name that is taken or cannot be one, or needs that do not fit the buffers.
     """
-    _register(FILTERS, name, Stage(run, tuple(buffers), needs))
+    _register(FILTERS, name, _stage(name, run, buffers, needs))
 
 
 def register_map(name: str, run: Callable[..., Tensor]) -> None:
@@ -151,7 +161,15 @@ def register_rescale(
     name: str, run: Run, buffers: Sequence[Buffer] = (), needs: Any = "entries"
 ) -> None:
     """Make a rescaling of updates a valid value of ``rescale``; see :func:`register_filter`."""
-    _register(RESCALES, name, (Stage(run, tuple(buffers), needs),))
+    _register(RESCALES, name, (_stage(name, run, buffers, needs),))
+
+
+def _stage(name: str, run: Run, buffers: Sequence[Buffer], needs: Any) -> Stage:
+    if needs not in ("entries", "norms", "matrices"):
+        raise ValueError(f"{name}: needs={needs!r} is not 'entries', 'norms' or 'matrices'.")
+    if needs != "matrices" and any(buffer.kind == "rows" for buffer in buffers):
+        raise ValueError(f"{name} keeps numbers for rows, which takes needs='matrices'.")
+    return Stage(run, tuple(buffers), needs)
 
 
 def _register(table: dict[str, _Entry], name: str, entry: _Entry) -> None:
@@ -228,7 +246,7 @@ def check_rule(
     x = [torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes]
     chosen = settings["momentum_dtype"]
     kept_in = dtype if chosen == "parameter" else getattr(torch, chosen)
-    for stage in (*rule.before, *rule.after):
+    for stage in rule.stages:
         kept = tuple(
             [_zeros(buffer, shape, kept_in) for shape in shapes] for buffer in stage.buffers
         )

@@ -66,21 +66,42 @@ class Agreement:
             pairs = zip(entries, gradients, strict=True)
             return {entry for entry, gradient in pairs if gradient is not None}
 
-        settings = _settings(groups)
+        settings, device = _settings(groups), _device(entries)
         if tuple(entries) not in self._compared:
-            # Before the first message whose length follows from them.
-            _compare({**settings, **facts()}, members, problem)
-        number = zlib.crc32(repr(settings).encode()) >> 1
-        flags = [_kind(problem), number, -number, *(g is not None for g in gradients)]
-        device = compute_device(entries[0].tensor, entries[0].flat is not None)
-        sent = torch.tensor(flags, dtype=torch.int32, device=device)
-        kind, most, least, *active = agreed(sent, members).tolist()
-        if most != -least:
-            _compare(settings, members)
-        if kind:
-            raise problem or _of_others(kind)
+            # Before the first message whose length follows from what is compared.
+            every = {**settings, **facts()}
+            _raise_differences([_kind(problem), *_number(every)], every, problem, members, device)
+        flags = [_kind(problem), *_number(settings), *(g is not None for g in gradients)]
+        active = _raise_differences(flags, settings, problem, members, device)
         self._compared.add(tuple(entries))
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
+
+
+def _device(entries: Sequence[Entry]) -> torch.device:
+    return compute_device(entries[0].tensor, entries[0].flat is not None)
+
+
+def _number(said: Facts) -> tuple[int, int]:
+    """A number that follows from facts, and its negative: of both the largest is asked for."""
+    number = zlib.crc32(repr(said).encode()) >> 1
+    return number, -number
+
+
+def _raise_differences(
+    flags: Sequence[int],
+    said: Facts,
+    problem: Exception | None,
+    members: Sequence[Ranks],
+    device: torch.device,
+) -> list[int]:
+    """The flags that are set on any rank; an error on all of them if they do not say the same."""
+    sent = torch.tensor(flags, dtype=torch.int32, device=device)
+    kind, most, least, *others = agreed(sent, members).tolist()
+    if kind:
+        raise problem or _of_others(kind)
+    if most != -least:
+        raise _differences(said, members)
+    return others
 
 
 def _kind(problem: Exception | None) -> int:
@@ -129,28 +150,25 @@ def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:
     }
 
 
-def _compare(said: Facts, members: Sequence[Ranks], problem: Exception | None = None) -> None:
-    """Raise, on all ranks, where one has a problem or they do not say the same; all must call."""
+def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
+    """What ranks say that do not say the same; all of them must call."""
     found: dict[str, str] = {}
     for ranks in members:
         everyone: list[Any] = [None] * ranks.size
-        dist.all_gather_object(everyone, (_kind(problem), said), group=ranks.group)
-        if kind := max(kind for kind, _ in everyone):
-            raise problem or _of_others(kind)
-        for key in dict.fromkeys(chain.from_iterable(one for _, one in everyone)):
+        dist.all_gather_object(everyone, said, group=ranks.group)
+        for key in dict.fromkeys(chain.from_iterable(everyone)):
             values: dict[str, int] = {}
-            for rank, (_, one) in zip(ranks.ranks, everyone, strict=True):
+            for rank, one in zip(ranks.ranks, everyone, strict=True):
                 values.setdefault(repr(one.get(key)), rank)
             if len(values) > 1:
                 listed = ", ".join(f"{value[:80]} on rank {rank}" for value, rank in values.items())
                 found[key] = f"{key}: {listed}"
-    if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-        raise ValueError(
-            f"The ranks do not train the same: {'; '.join(list(found.values())[:4])}{more}. Give "
-            "every rank the same model and settings; where the wire dtype differs, name a "
-            "polar_dtype, since 'auto' follows the hardware. No parameter and no state was changed."
-        )
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    return ValueError(
+        f"The ranks do not train the same: {'; '.join(list(found.values())[:4])}{more}. Give "
+        "every rank the same model and settings; where the wire dtype differs, name a "
+        "polar_dtype, since 'auto' follows the hardware. No parameter and no state was changed."
+    )
 
 
 def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
@@ -173,7 +191,8 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
                 "(an embedding: sparse=False)."
             )
     norm = torch.nn.utils.get_total_norm(locals_of([gradient for _, gradient in given]))
-    if norm <= min((_limit(of_group[0]) for of_group in groups if of_group), default=math.inf):
+    kinds = {(id(entry.group), entry.tensor.dtype): entry for entry, _ in given}
+    if norm <= min(map(_limit, kinds.values()), default=math.inf):
         return None
     bad: list[str] = []
     large: list[str] = []
@@ -194,8 +213,8 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
     if large:
         return FloatingPointError(
             f"The gradient is too large for what is kept of it in {_listed(large)}. No parameter "
-            "and no state was changed. Clip gradients (max_grad_norm), or keep momentum in a wider "
-            "dtype (momentum_dtype='float32')."
+            "and no state was changed. Clip gradients (max_grad_norm), or use a wider dtype: of "
+            "weights, or for Muon momentum_dtype='float32'."
         )
     return None
 
@@ -207,7 +226,7 @@ def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
         for of_group in groups
         if of_group and of_group[0].group.get("momentum_dtype") == "float16"
         for entry in of_group
-        if entry.tensor.grad is not None
+        if entry.tensor.grad is not None and local(entry.tensor.grad).numel()
         if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max() < 2**-25
     ]
     if small:
@@ -226,14 +245,17 @@ _ALL_BAD = (
 
 
 def _limit(entry: Entry) -> float:
-    """The largest gradient with which nothing that is kept of it can overflow."""
+    """The largest gradient with which nothing that is made of it can overflow."""
     group, dtype = entry.group, entry.tensor.dtype
     if group["algorithm"] == "adamw":  # which keeps squares
         return math.sqrt(torch.finfo(dtype).max) / 2
     if group["momentum_dtype"] != "parameter":
         dtype = getattr(torch, group["momentum_dtype"])
-    largest = torch.finfo(dtype).max
-    return largest / 4 if rule_of(group).buffers else largest  # differences, too
+    largest = torch.finfo(dtype).max / (4 if rule_of(group).buffers else 1)  # differences, too
+    in_double = group["polar_method"] == "svd" and group["polar_dtype"] == "auto"
+    if in_double or group["polar_dtype"] == "float64":
+        return largest
+    return min(largest, torch.finfo(torch.float32).max / (4 if dtype == torch.float64 else 1))
 
 
 def _listed(names: list[str]) -> str:

@@ -52,11 +52,15 @@ def new_state(entry: Entry) -> dict[str, Tensor]:
     for buffer in rule_of(group).buffers:
         dtype = buffer_dtype(group, parameter, buffer)
         if buffer.kind == "rows":
-            rows = len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
-            state[buffer.name] = parameter.new_zeros(rows, dtype=dtype)
+            state[buffer.name] = parameter.new_zeros(rows_of(entry), dtype=dtype)
         else:
             state[buffer.name] = torch.zeros_like(parameter, dtype=dtype)
     return state
+
+
+def rows_of(entry: Entry) -> tuple[int, int]:
+    """Shape of a buffer of rows: matrices, and the rows of the largest."""
+    return len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
 
 
 def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None:
@@ -85,7 +89,8 @@ def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None
         )
     for buffer in buffers:
         what = f"{buffer.name!r} in the state of {name}"
-        _check_buffer(what, buffer, state[buffer.name], parameter)
+        dtype = buffer_dtype(group, parameter, buffer)
+        _check_buffer(what, buffer, state[buffer.name], parameter, torch.finfo(dtype).max)
 
 
 def _number(value: Any) -> float:
@@ -98,7 +103,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor) -> None:
+def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor, largest: float) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}; a tensor is expected. {_REMEDY}")
     if value.dtype not in _FLOATS or value.layout is not torch.strided:
@@ -118,6 +123,8 @@ def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor) -> N
         low, high = torch.stack(torch.aminmax(part)).tolist()
         if not -math.inf < low <= high < math.inf:
             raise ValueError(f"{what} holds NaN or infinity. {_REMEDY}")
+        if max(-low, high) > largest:
+            raise ValueError(f"{what} holds more than its dtype here, {largest:g}. {_REMEDY}")
         if buffer is _OF_ADAMW[1] and low < 0:
             raise ValueError(f"{what} holds {low:g}; an average of squares is ≥ 0. {_REMEDY}")
 
@@ -143,11 +150,12 @@ def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
         raise ValueError(f"The state of {entry.name} holds only {sorted(state)}. {_REMEDY}")
     for buffer in buffers:
         value, expected = state[buffer.name], buffer_dtype(group, tensor, buffer)
-        if value.shape != tensor.shape and buffer.kind == "entries":
+        shape = tensor.shape if buffer.kind == "entries" else rows_of(entry)
+        if value.shape != shape:
             raise ValueError(
                 f"{buffer.name!r} in the state of {entry.name} has shape {tuple(value.shape)} and "
-                f"the parameter {tuple(tensor.shape)}: was the model resized after the optimizer "
-                "was built? Build the optimizer afresh."
+                f"{tuple(shape)} is expected: was the model resized after the optimizer was built? "
+                "Build the optimizer afresh."
             )
         if value.dtype != expected and entry.flat is None:
             raise ValueError(

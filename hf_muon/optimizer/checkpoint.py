@@ -239,6 +239,12 @@ def _check_order(own: Group, loaded: Group) -> None:
                 f"same {key}, or start the optimizer afresh."
             )
 
+    if loaded.get("lora_update", "factor") != "factor" and "pairs" not in own:
+        raise ValueError(
+            f"The checkpoint was trained with lora_update={str(loaded['lora_update'])[:90]!r}, and "
+            "this optimizer does not know which factors are pairs. Build it with that setting."
+        )
+
 
 def _warn_of_changes(groups: list[tuple[Group, Group]], stacklevel: int) -> None:
     """Say once which values train where those of this optimizer are others."""

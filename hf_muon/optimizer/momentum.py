@@ -44,7 +44,7 @@ def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> lis
     return list(torch._foreach_lerp(like, exp_avg, momentum))
 
 
-FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),))
+FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),), may_fail=False)
 
 
 def _like(x: list[Tensor], exp_avg: list[Tensor]) -> list[Tensor]:

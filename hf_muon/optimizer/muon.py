@@ -186,7 +186,7 @@ class Muon(Optimizer):
             for entries in groups:
                 of_muon = entries if entries and entries[0].group["algorithm"] == "muon" else []
                 plans.append(self._plan(_trained(of_muon)))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # the others would wait
             return plans, error
         return plans, None
 
@@ -206,7 +206,8 @@ class Muon(Optimizer):
     ) -> None:
         """One step of the Muon groups: all of it, or, where a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
-        copies = [pair for plan, _ in chosen if plan.may_fail for pair in plan.copies()]
+        guarded = any(plan.may_fail for plan, _ in chosen)
+        copies = [pair for plan, _ in chosen if guarded for pair in plan.copies()]
         failures: list[Exception] = []
         for plan, entries in chosen:
             step = plan.step(entries, self._workspace)

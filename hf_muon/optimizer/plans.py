@@ -35,17 +35,14 @@ from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
 from hf_muon.optimizer.step import Held, Step, may_fail, wire_dtype
 from hf_muon.polar import Workspace
-from hf_muon.rules import Rule, rule_of
+from hf_muon.rules import Buffer, Rule, rule_of
 
 State = dict[str, Any]
 
-# The settings of a group that a plan follows from.
+# The settings of a group that a plan follows from, beside its rule.
 _PLANNED_BY = (
-    "order", "filter", "matrix_map", "rescale", "match_update_rms", "bucket_mb", "distribute",
-    "polar_method", "polar_dtype", "polar_steps", "lora_update", "adjust_lr",
+    "bucket_mb", "distribute", "polar_method", "polar_dtype", "polar_steps", "adjust_lr",
 )  # fmt: skip
-# Plans of other tensors that are kept: more than DeepSpeed's third stage has sub-groups.
-_MOST = 64
 
 
 class Plan:
@@ -65,17 +62,19 @@ class Plan:
         self._sizes = _step_sizes(group, entries, buckets)
         self._states: Sequence[State] = ()
         self._weights: list[Tensor] = []
-        self._kept: dict[str, list[Tensor]] = {}
+        self._kept: dict[Buffer, list[Tensor]] = {}
         self._seen: Any = None
         self._held: tuple[frozenset[int], list[Held]] = frozenset(), []
         _check_whole(self.rule, entries, buckets)
 
     def refresh(self, states: Sequence[State]) -> bool:
         """Take note of the tensors and their state; whether they are others than before."""
-        names = [buffer.name for buffer in self.rule.buffers]
         self._states = states
         self._weights = locals_of([entry.tensor for entry in self.entries])
-        self._kept = {name: locals_of([state[name] for state in states]) for name in names}
+        self._kept = {
+            buffer: locals_of([state[buffer.name] for state in states])
+            for buffer in self.rule.buffers
+        }
         # A view keeps its storage alive, so that another one cannot have its address.
         seen = [
             (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
@@ -154,13 +153,14 @@ class Plans:
     def of(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> Plan:
         """The plan of a group; ``replicate`` holds copies of plain tensors."""
         settings = tuple(group[name] for name in _PLANNED_BY)
-        key = (tuple(entries), replicate, id(replicate.group), settings)
+        key = (tuple(entries), replicate, id(replicate.group), rule_of(group), settings)
         if key not in self._plans:
-            while len(self._plans) >= _MOST:
-                self._plans.pop(next(iter(self._plans)))
             for entry in entries:
                 check_placement(entry)
-            self._plans[key] = Plan(group, entries, self._buckets(group, entries, replicate))
+            plan = Plan(group, entries, self._buckets(group, entries, replicate))
+            # Of a group one plan is kept, or those of the flat tensors that it has in turn.
+            self._plans = {k: p for k, p in self._plans.items() if not _replaced(p, entries)}
+            self._plans[key] = plan
         return self._plans[key]
 
     def _buckets(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> list[Bucket]:
@@ -196,9 +196,15 @@ class Plans:
         return self._layouts[key]
 
 
+def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:
+    """Whether a plan for some entries takes the place of another one."""
+    same = plan.group["group_id"] == entries[0].group["group_id"]
+    return same and (entries[0].flat is None or not {*plan.entries}.isdisjoint(entries))
+
+
 def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]) -> None:
     """Raise where a stage needs whole matrices and this rank, or another, holds parts of them."""
-    if all(stage.needs != "matrices" for stage in (*rule.before, *rule.after)):
+    if all(stage.needs != "matrices" for stage in rule.stages):
         return
     for unit in (unit for bucket in buckets for unit in bucket.units):
         if any((p.rows, p.cols) != unit.shape for of_rank in unit.pieces for p in of_rank):

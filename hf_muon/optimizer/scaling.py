@@ -71,4 +71,4 @@ def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
     return [u * factor.to(u) for u, factor in zip(x, factors, strict=True)]
 
 
-RESCALES["frobenius"] = (Stage(frobenius, needs="norms"),)
+RESCALES["frobenius"] = (Stage(frobenius, needs="norms", may_fail=False),)

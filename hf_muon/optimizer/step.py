@@ -10,6 +10,7 @@ everything else works on the pieces that this rank holds::
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from hf_muon.optimizer.lora_tangent import rescale
 from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
 from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 from hf_muon.polar.precision import svd_dtype
-from hf_muon.rules import MAPS, Given, Rule, Stage, WholeMap
+from hf_muon.rules import MAPS, Buffer, Given, Rule, Stage, WholeMap
 
 Settings = Mapping[str, Any]
 Lists = Iterable[list[Tensor]]
@@ -56,6 +57,19 @@ class Step:
     counts: list[Tensor]
     workspace: Workspace
     failures: list[Exception] = field(default_factory=list)
+
+    @contextmanager
+    def guarded(self) -> Iterator[list[Tensor]]:
+        """Keep an error of what may fail, and go on with a list that may stay empty.
+
+        It may be of one rank alone, and others wait for its part of the step.
+        """
+        found: list[Tensor] = []
+        try:
+            yield found
+        except Exception as error:  # whatever a decomposition or a stranger's function raises
+            found.clear()
+            self.failures.append(error)
 
 
 class Part(NamedTuple):
@@ -85,14 +99,17 @@ class Held:
         self,
         bucket: Bucket,
         weights: Sequence[Tensor],
-        buffers: Mapping[str, Sequence[Tensor]],
+        buffers: Mapping[Buffer, Sequence[Tensor]],
         sizes: Mapping[Unit, float],
     ) -> None:
         """Find the views in the tensors of all parameters, as this rank holds them."""
         self._tensors = weights, buffers
         self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
         self.weights = self.views(weights)
-        self.buffers = {name: self._kept_of(of_all) for name, of_all in buffers.items()}
+        self.buffers = {
+            buffer.name: self.views(of_all) if buffer.kind == "entries" else self._rows(of_all)
+            for buffer, of_all in buffers.items()
+        }
         self.scales = [sizes[unit] for unit, _ in self.items]
         self.device = self.weights[0].device if self.weights else bucket.device
         self._shapes = [unit.shape for unit, _ in self.items]
@@ -104,19 +121,21 @@ class Held:
         """The pieces, (rows, cols), of what belongs to the parameters."""
         return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
 
-    def _kept_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of a buffer: of entries, or a row of numbers for each matrix."""
-        if tensors and tensors[0].shape == self._tensors[0][0].shape:
-            return self.views(tensors)
-        of_rows = [(tensors[unit.parameter][unit.matrix], unit) for unit, _ in self.items]
-        return [numbers[: unit.shape[0], None] for numbers, unit in of_rows]
+    def _rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A number for each row of each matrix, (m, 1)."""
+        return [tensors[u.parameter][u.matrix, : u.shape[0], None] for u, _ in self.items]
 
-    def moving(self, gradients: Sequence[Tensor]) -> Generator[None, None, Held]:
-        """The same without the matrices whose gradients are exactly zero on all ranks."""
+    def moving(self, gradients: Sequence[Tensor], of_pairs: bool) -> Generator[None, None, Held]:
+        """The same without what has gradients of exactly zero on all ranks: matrices, or pairs."""
         parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
         views = self.views(gradients)
         norms = yield from self._norms(parts, (part.portion.of(views) for part in parts))
-        units = [unit for unit, norm in zip(self.bucket.units, norms.tolist(), strict=True) if norm]
+        units, found = self.bucket.units, [norm > 0 for norm in norms.tolist()]
+        if of_pairs:  # a factor moves with its partner
+            found = [
+                one for a, b in zip(found[::2], found[1::2], strict=True) for one in [a or b] * 2
+            ]
+        units = [unit for unit, moves in zip(units, found, strict=True) if moves]
         return Held(self.bucket.only(units), *self._tensors, self.sizes)
 
     def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
@@ -187,8 +206,13 @@ def _through(
     for part, x in zip(parts, lists, strict=True):
         of_part = part.portion.each(norms) if norms else ()
         given = Given(step.settings, part.momentum, part.shapes, of_part)
-        kept = part.kept
-        yield stage.run(x, tuple([kept[name] for name in names]), given)
+        kept = tuple([part.kept[name] for name in names])
+        if not stage.may_fail:
+            yield stage.run(x, kept, given)
+            continue
+        with step.guarded() as found:
+            found += stage.run(x, kept, given)
+        yield found or [torch.zeros_like(one) for one in x]
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
@@ -199,7 +223,7 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
         step: What the step has of its group.
     """
     if step.settings["skip_zero_gradients"]:
-        held = yield from held.moving(step.gradients)
+        held = yield from held.moving(step.gradients, step.rule.whole.of_pairs)
     momenta = [step.momenta[unit.parameter] for unit, _ in held.items]
     before = held.parts("before", [(momentum, 0.0) for momentum in momenta], step.rule.before)
     after = held.parts("after", [*zip(momenta, held.scales, strict=True)], step.rule.after)
@@ -208,7 +232,8 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
     inputs = yield from held.passed(step, step.rule.before, before, gradients)
     whole = _map_pairs if step.rule.whole.of_pairs else _map_matrices
     results, due, balance = yield from whole(held, step, partial(held.fill, before, inputs))
-    factors = [results[item].to(held.device) for item in held.items]  # weights may be offloaded
+    pairs = zip(held.items, held.weights, strict=True)
+    factors = [results[item].to(weight.device) for item, weight in pairs]  # may be offloaded
     updates = yield from held.passed(step, step.rule.after, after, factors)
     for part, update in zip(after, updates, strict=True):
         _write(part, update, step)
@@ -236,7 +261,11 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     gradients = yield from gather(bucket, fill, bucket.wire)
     polar = polar_function(settings, step.workspace)
     update = partial(rule.whole.run, polar=polar, settings=settings)
-    changes, balance = map_pairs(bucket, weights, gradients, held.sizes, update, due)
+    changes: dict[Unit, Tensor] = {}
+    balance: dict[Unit, Tensor] = {}
+    with step.guarded():
+        changes, balance = map_pairs(bucket, weights, gradients, held.sizes, update, due)
+    changes = changes or {unit: torch.zeros_like(weights[unit]) for unit in bucket.mine}
     weights.clear()
     gradients.clear()
     return (yield from scatter(bucket, changes, bucket.wire)), due, balance
@@ -263,30 +292,33 @@ MAPS["polar"] = WholeMap(_polar, replaces=True, may_fail=False)
 
 
 def may_fail(rule: Rule, settings: Settings) -> bool:
-    """Whether a map may raise for finite input; a decomposition may not converge."""
-    return rule.whole.may_fail or settings["polar_method"] == "svd"
+    """Whether a step may have to be taken back; a decomposition may not converge."""
+    return rule.may_fail or settings["polar_method"] == "svd"
 
 
 def _replacing(step: Step) -> Callable[[Tensor], None]:
-    """A map as a function that replaces matrices by what it makes of them.
-
-    An error is kept and gives zeros: it may be of one rank alone, and others wait for its result.
-    """
+    """A map as a function that replaces matrices by what it makes of them; an error gives zeros."""
     whole, settings = step.rule.whole, step.settings
     polar = polar_function(settings, step.workspace)
 
     def replace(X: Tensor) -> None:
-        try:
-            found = whole.run(X, partial(polar, out=X) if whole.replaces else polar, settings)
-            if found is not X:
-                X.copy_(found)
-        except Exception as error:  # whatever a decomposition or a stranger's function raises
-            if not may_fail(step.rule, settings):
-                raise
-            step.failures.append(error)
-            X.zero_()
+        if whole.replaces and settings["polar_method"] != "svd":
+            whole.run(X, partial(polar, out=X), settings)
+            return
+        with step.guarded() as found:
+            found.append(whole.run(X, polar, settings))
+            _check_mapped(found[0], X)
+        X.copy_(found[0]) if found else X.zero_()
 
     return replace
+
+
+def _check_mapped(found: Tensor, X: Tensor) -> None:
+    if found.shape != X.shape or not torch.isfinite(found).all():
+        raise ValueError(
+            f"A map made of a matrix of shape {tuple(X.shape)} one of shape {tuple(found.shape)}, "
+            "or one that holds NaN or infinity."
+        )
 
 
 def polar_function(settings: Settings, workspace: Workspace | None = None) -> Callable[..., Tensor]:

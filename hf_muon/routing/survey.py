@@ -258,13 +258,15 @@ def _label_rows(base: nn.Module) -> set[int]:
     """Row counts that betray a head: the vocabulary, the labels."""
     config: Any = getattr(base, "config", None)
     if not _is_pretrained(base):
-        rows = {m.weight for m in base.modules() if isinstance(m, EMBEDDINGS)}
+        tables = [(n, m) for n, m in base.named_modules() if isinstance(m, EMBEDDINGS)]
+        rows = {m.weight for n, m in tables if not _POSITIONS.search(n.rpartition(".")[2])}
         tokens = {shape_of(weight)[0] for weight in rows if isinstance(weight, Tensor)}
         return tokens | _counts(_inmost(base), _LABEL_KEYS)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return _counts(config, _LABEL_KEYS) | _counts(text, _LABEL_KEYS)
 
 
+_POSITIONS = re.compile(r"pos|wpe|time|type")  # whose rows no output counts
 _LABEL_KEYS = ("vocab_size", "num_labels", "num_classes")
 
 
@@ -277,17 +279,18 @@ def _counts(holder: object, keys: Iterable[str]) -> set[int]:
 def _classifiers(base: nn.Module) -> set[int]:
     """Output layers of models outside transformers: by timm's accessor, else by a usual name.
 
-    ``head`` may be a module of its own; its last linear layer is the output.
+    By name only if no linear layer comes after it. ``head`` may be a module of its own.
     """
     found: set[int] = set()
     for module in base.modules():
         found |= _accessor(module, "get_classifier")
     if found or _is_pretrained(base):
         return found
+    every = [module for module in base.modules() if isinstance(module, nn.Linear)]
     for name, child in _inmost(base).named_children():
-        layers = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        layers = [module for module in child.modules() if module is every[-1]] if every else []
         if name in _HEAD_NAMES and layers and not any(map(_is_stack, child.modules())):
-            found.update(map(id, layers[-1].parameters()))
+            found.update(map(id, layers[0].parameters()))
     return found
 
 

@@ -208,3 +208,27 @@ def test_a_gate_is_a_router_if_it_has_a_row_per_expert(case):
 def test_lazy_modules_are_refused_by_name():
     with pytest.raises(ValueError, match=r"1\.weight belongs to a lazy module.*Run one batch"):
         route(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)))
+
+
+class Named(nn.Module):
+    """Hidden layers under names, and in numbers, that outputs usually have."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.wpe = nn.Embedding(WIDTH, WIDTH)
+        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.heads = nn.ModuleDict({"query": nn.Linear(WIDTH, WIDTH), "out": nn.Linear(WIDTH, 24)})
+        self.blocks = nn.ModuleList([Block()])
+        self.add_module(last, nn.Linear(WIDTH, 5))
+
+
+@pytest.mark.parametrize("last", ["head", "pi"])
+def test_hidden_layers_with_names_of_heads_go_to_muon(last, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_muon"):
+        plan = route(Named(last))
+        plan.param_groups(MuonConfig(lr=0.1))
+    routes = {one.name: one for one in plan.routes}
+    for name in ("fc", "heads.query", "heads.out"):
+        assert routes[f"{name}.weight"].algorithm == "muon", name
+    assert routes[f"{last}.weight"].algorithm == ("adamw" if last == "head" else "muon")
+    assert ("head" in caplog.text) is (last == "pi")
