@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_muon import Muon
+from hf_muon import Muon, rules
 from hf_muon.polar import factor
 
 
@@ -176,3 +176,106 @@ def test_a_kernel_in_another_memory_format_is_named():
     with pytest.raises(ValueError, match=r"its matrix, .*channels_last.* make it contiguous"):
         optimizer.step()
     assert torch.equal(kernel, before)
+
+
+def fails(*_, **__):
+    raise RuntimeError("no result")
+
+
+def test_groups_whose_maps_cannot_fail_are_taken_back_too():
+    iterated, decomposed = parameter(6, 9), parameter(6, 9)
+    groups = [{"params": [iterated]}, {"params": [decomposed], "polar_method": "svd"}]
+    optimizer = Muon(groups, lr=0.01)
+    for one in (iterated, decomposed):
+        one.grad = torch.randn(6, 9)
+    optimizer.step()
+    with mock.patch.object(factor, "svd_polar", fails):
+        refused(optimizer, RuntimeError, "no result")
+
+
+def pairs_optimizer(b, **settings):
+    a = nn.Parameter(torch.randn(2, 9))
+    structure = {
+        "params": [("A", a), ("B", b)], "pairs": ("B", "A"), "factors": ("A", "B"),
+        "scalings": (1.0, 1.0),
+    }  # fmt: skip
+    optimizer = Muon([structure], lr=0.01, **settings)
+    a.grad, b.grad = torch.randn(2, 9), torch.randn(6, 2)
+    return optimizer, a
+
+
+@pytest.mark.parametrize("update", ["product", "tangent"])
+def test_pairs_whose_decomposition_fails_are_taken_back(update):
+    optimizer, _ = pairs_optimizer(parameter(6, 2), lora_update=update, polar_method="svd")
+    optimizer.step()
+    with mock.patch.object(factor, "svd_polar", fails):
+        refused(optimizer, RuntimeError, "no result")
+
+
+@pytest.mark.parametrize("update", ["factor", "product", "tangent"])
+def test_a_fresh_adapter_trains_where_zero_gradients_are_skipped(update):
+    b = nn.Parameter(torch.zeros(6, 2))
+    settings = {"lora_update": update, "skip_zero_gradients": True}
+    optimizer, a = pairs_optimizer(b, **settings)
+    a.grad = torch.zeros_like(a)  # as B is zero
+    start = a.detach().clone()
+    optimizer.step()
+    assert b.any()
+    assert torch.equal(a, start)
+    a.grad = torch.randn_like(a)
+    optimizer.step()
+    assert not torch.equal(a, start)
+
+
+@pytest.mark.parametrize("kind", ["filter", "rescale"])
+def test_a_strangers_stage_that_fails_is_taken_back(kind):
+    register = {"filter": rules.register_filter, "rescale": rules.register_rescale}[kind]
+    calls = []
+
+    def sometimes(x, buffers, given):
+        calls.append(1)
+        for average in buffers[0] if buffers else ():
+            average.add_(1)
+        return fails() if len(calls) > 3 else [one.clone() for one in x]
+
+    register("sometimes", sometimes)
+    optimizer, *_ = two_halves(**{kind: "sometimes"})
+    calls += [1] * 3
+    refused(optimizer, RuntimeError, "no result")
+    for table in (rules.FILTERS, rules.RESCALES):
+        table.pop("sometimes", None)
+
+
+def test_gradients_that_the_compute_dtype_cannot_hold_are_refused():
+    matrix = nn.Parameter(torch.randn(6, 9).double())
+    optimizer = Muon([("w", matrix)], lr=0.01)
+    matrix.grad = torch.randn(6, 9).double()
+    optimizer.step()
+    matrix.grad = torch.full((6, 9), 1e200, dtype=torch.float64)
+    refused(optimizer, FloatingPointError, "too large .* in w")
+    exact = Muon([("w", matrix)], lr=0.01, polar_dtype="float64")
+    exact.step()
+    assert torch.isfinite(matrix).all()
+
+
+def test_each_dtype_of_a_group_has_its_own_limit():
+    matrix, wide, narrow = parameter(6, 9), parameter(5), parameter(5, dtype=torch.float16)
+    rest = {"params": [("wide", wide), ("narrow", narrow)], "algorithm": "adamw"}
+    optimizer = Muon([{"params": [("w", matrix)]}, rest], lr=0.01)
+    matrix.grad, wide.grad = torch.randn(6, 9), torch.full((5,), 6e3)
+    narrow.grad = torch.full((5,), 6e3, dtype=torch.float16)
+    optimizer.state.clear()
+    with pytest.raises(FloatingPointError, match=r"too large .* in narrow"):
+        optimizer.step()
+
+
+def test_a_map_that_gives_no_matrix_of_its_size_is_taken_back():
+    rules.register_map("first_row", lambda X, polar, settings: polar(X)[: 1 + 5 * (len(X) < 7)])
+    matrix = parameter(8, 9)
+    matrix.grad = torch.randn(8, 9)
+    optimizer = Muon([matrix], lr=0.01, matrix_map="first_row")
+    kept = matrix.detach().clone()
+    with pytest.raises(ValueError, match=r"of shape \(8, 9\) one of shape \(1, 9\)"):
+        optimizer.step()
+    assert torch.equal(matrix, kept)
+    del rules.MAPS["first_row"]

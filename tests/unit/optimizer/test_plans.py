@@ -3,6 +3,7 @@
 import gc
 import sys
 import tracemalloc
+import weakref
 from collections import Counter
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_part_of_a_group_trains_as_if_it_were_all(order):
         step(other, alone, gradients[::2])
     assert all(map(torch.equal, parameters[::2], alone))
     assert {int(optimizer.state[p]["step"]) for p in parameters[1::2]} == {0}
+
+
+def test_parameters_that_were_replaced_are_not_kept():
+    optimizer = Muon(matrices([(4, 6)] * 3), lr=0.01)
+    dead = []
+    for _ in range(20):
+        dead += [weakref.ref(p) for p in optimizer.param_groups[0]["params"]]
+        optimizer.param_groups[0]["params"] = alive = matrices([(4, 6)] * 3)
+        step(optimizer, alive, [torch.randn_like(p) for p in alive])
+        for parameter in list(optimizer.state)[:-3]:
+            del optimizer.state[parameter], parameter
+    gc.collect()
+    assert not any(reference() is not None for reference in dead)
 
 
 def moved(parameter, how):
