@@ -90,7 +90,7 @@ class MuonConfig:
         distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
             ``redundant`` lets each compute all; ``auto`` takes what should be faster.
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. A process
-            that trains alone on a CPU gains nothing by more than one, and takes no more.
+            that trains alone on a CPU takes 2²⁰ elements, or one matrix, at most.
         compile: Run the polar iteration through ``torch.compile``.
 
     Raises:

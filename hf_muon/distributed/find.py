@@ -1,7 +1,7 @@
-"""What a parameter is to the ranks: its layout, its local tensor, and what they must agree on.
+"""What a parameter is to the ranks: its layout, its local tensor, and who shares it.
 
 In: parameters as the optimizer sees them at a step, plain or DTensor. Out: layouts, local tensors,
-and one agreement per step on which gradients exist and whether all are finite.
+and the groups of ranks that train them together.
 """
 
 from __future__ import annotations
