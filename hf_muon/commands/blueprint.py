@@ -155,10 +155,3 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
     except Exception as error:  # as above: the adapter may not fit the base model
         raise ValueError(f"{str(path)!r} does not fit its base: {sentence(error)}") from error
     return model
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of a message, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.optimizer.momentum import window
 from hf_muon.rules import FILTERS, rule_of
 
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "muon_report.json"
 _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspeed")
-_NOT_REPORTED = {
-    "params", "param_names", "matrices", "pairs", "factors", "scalings", "group_id",
-}  # fmt: skip
 
 
 def find_muon(optimizer: object) -> Muon | None:
@@ -44,7 +42,7 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
         "config": optimizer.config.to_dict(),
         "groups": [
             {
-                **{key: _plain(value) for key, value in group.items() if key not in _NOT_REPORTED},
+                **{key: _plain(value) for key, value in group.items() if key not in STRUCTURE},
                 "lr": _rate(group),
                 "scheduled_lr": float(group["lr"]),
                 "parameters": len(group["params"]),

@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.entries import Entry
+from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.rules import rule_of
 
 Facts = dict[str, Any]
@@ -137,16 +138,12 @@ def agree_on_failure(
     return None
 
 
-# What ranks may hold of their own, and what is compared as a number.
-_NOT_SETTINGS = {"params", "param_names", "matrices", "pairs", "factors", "scalings", "fused"}
-
-
 def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:
     return {
         f"{key} of {group['algorithm']} group {group['group_id']}": value
         for group in (of_group[0].group for of_group in groups if of_group)
         for key, value in group.items()
-        if key not in _NOT_SETTINGS
+        if key not in STRUCTURE
     }
 
 
