@@ -127,5 +127,5 @@ def test_a_step_on_224_matrices_takes_few_calls():
     optimizer = Muon(parameters, lr=0.01, weight_decay=0.1)
     for _ in range(2):
         step(optimizer, parameters, [torch.randn_like(p) for p in parameters])
-    # 10,400 where every step made its own views; a regression of one call per matrix shows.
-    assert calls_of(optimizer) < 5000
+    # 10,900 where every step made its own views. Two more calls for each matrix would show.
+    assert calls_of(optimizer) < 2400
