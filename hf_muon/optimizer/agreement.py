@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ class Agreement:
     """What ranks that train together have agreed on so far."""
 
     def __init__(self) -> None:
-        self._compared: set[tuple[Entry, ...]] = set()
+        # What was compared, by its first entry, which is not to be kept alive.
+        self._compared: WeakKeyDictionary[Entry, int] = WeakKeyDictionary()
         self._said_small = False
 
     def reach(
@@ -67,14 +69,14 @@ class Agreement:
             pairs = zip(entries, gradients, strict=True)
             return {entry for entry, gradient in pairs if gradient is not None}
 
-        settings, device = _settings(groups), _device(entries)
-        if tuple(entries) not in self._compared:
+        settings, device, key = _settings(groups), _device(entries), hash(tuple(entries))
+        if self._compared.get(entries[0]) != key:
             # Before the first message whose length follows from what is compared.
             every = {**settings, **facts()}
             _raise_differences([_kind(problem), *_number(every)], every, problem, members, device)
         flags = [_kind(problem), *_number(settings), *(g is not None for g in gradients)]
         active = _raise_differences(flags, settings, problem, members, device)
-        self._compared.add(tuple(entries))
+        self._compared[entries[0]] = key
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
 
 
