@@ -213,8 +213,10 @@ class Muon(Optimizer):
             step = plan.step(entries, self._workspace)
             run_overlapped(bucket_step(held, step) for held in plan.held(entries))
             failures += step.failures
-        device = chosen[0][0].buckets[0].device if copies else None
-        if device is not None and (error := agree_on_failure(failures, members, device)):
+        error = failures[0] if failures else None
+        if guarded:
+            error = agree_on_failure(failures, members, chosen[0][0].buckets[0].device)
+        if error is not None:
             for tensor, copy in copies:
                 tensor.copy_(copy)
             raise error

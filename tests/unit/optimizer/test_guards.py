@@ -279,3 +279,13 @@ def test_a_map_that_gives_no_matrix_of_its_size_is_taken_back():
         optimizer.step()
     assert torch.equal(matrix, kept)
     del rules.MAPS["first_row"]
+
+
+def test_an_error_that_nobody_expected_is_raised_all_the_same():
+    optimizer, _ = pairs_optimizer(parameter(6, 2), lora_update="product")
+    optimizer.step()
+    with (
+        mock.patch("hf_muon.optimizer.pair_maps.product_update", fails),
+        pytest.raises(RuntimeError, match="no result"),
+    ):
+        optimizer.step()
