@@ -27,6 +27,7 @@ the_rest = [p for name, p in model.named_parameters() if not ("layers" in name a
 DOTS = ("Trainer(..., ", "Trainer(model=model, args=args, train_dataset=data, ")
 # What a page needs besides, what is made smaller in it, and what must be there afterwards.
 MORE = {
+    "docs/polar.md": "x = torch.randn(4, 6)\n",
     "docs/routing.md": "import hf_muon\n",
     "docs/diagnostics.md": """
 import hf_muon.auto
@@ -61,6 +62,7 @@ AFTERWARDS = {
     "docs/extending.md": "assert optimizer.param_groups[0]['filter'] == 'two_terms'",
     "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
     "docs/learning_rates.md": "assert taken_over",
+    "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
     "docs/routing.md": "assert plan.muon",
     "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",
 }
