@@ -24,7 +24,7 @@ from hf_muon.values import (
     typed,
 )
 
-Order = Literal["pre_polar", "post_polar", "polar_only"]  # hf_muon.rules.ORDERS
+Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]

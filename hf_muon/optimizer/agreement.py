@@ -264,8 +264,8 @@ def _listed(names: list[str]) -> str:
 def check_placement(entry: Entry, buffer: Tensor | None = None) -> None:
     """Raise for a Muon parameter whose matrices cannot be found, or whose state lies elsewhere.
 
-    Launchers swap parameters for shards after the optimizer is built, so every step asks. A polar
-    factor of a shard would be another algorithm.
+    Launchers swap parameters for shards after the optimizer is built, so it is asked whenever they
+    are others than before. A polar factor of a shard would be another algorithm.
 
     Raises:
         ValueError: Names the parameter and what to do.
