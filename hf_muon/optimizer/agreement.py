@@ -223,10 +223,11 @@ def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
     small = [
         entry.name
         for of_group in groups
-        if of_group and of_group[0].group.get("momentum_dtype") == "float16"
+        if of_group and of_group[0].group.get("momentum_dtype") in ("float16", "parameter")
         for entry in of_group
+        if entry.group["momentum_dtype"] == "float16" or entry.tensor.dtype == torch.float16
         if entry.tensor.grad is not None and local(entry.tensor.grad).numel()
-        if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max() < 2**-25
+        if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max().float() < 2**-25
     ]
     if small:
         warnings.warn(

@@ -71,6 +71,15 @@ def test_gradients_below_the_range_of_float16_momentum_are_said_once():
     assert not warned.called
 
 
+def test_the_same_is_said_of_weights_in_pure_float16():
+    matrix = parameter(6, 9, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="Weights in pure float16"):
+        optimizer = Muon([("w", matrix)], lr=0.01)
+    matrix.grad = torch.full((6, 9), 2e-7, dtype=torch.float16)
+    with pytest.warns(UserWarning, match=r"too small for momentum in float16.* in w"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_weights_in_low_precision_are_said(name):
     dtype = getattr(torch, name)
