@@ -12,23 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from hf_muon.polar import FAMILIES, check_steps
-from hf_muon.rules import FILTERS, MAPS, RESCALES, Rule, rule_of
-from hf_muon.values import (
-    check_pattern,
-    near,
-    parsed,
-    read_json,
-    require_known,
-    shown,
-    typed,
-)
+from hf_muon.checks import check_settings
+from hf_muon.rules import rule_of
+from hf_muon.stages import Momentum, Rule
+from hf_muon.values import parsed, read_json, require_known, shown, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
-MomentumDtype = Literal["bfloat16", "float16", "float32", "float64"]
+MomentumDtype = Literal["int8", "bfloat16", "float16", "float32", "float64"]
+MomentumSchedule = Literal["linear", "cosine"]
+Prefilter = Literal["none", "clip", "norm"]
+StepRule = Literal["additive", "hyperball", "relative"]
 LoraUpdate = Literal["factor", "product", "tangent"]
 Distribute = Literal["auto", "owner", "redundant"]
 
@@ -46,14 +42,26 @@ class MuonConfig:
     Attributes:
         order: ``pre_polar`` orthogonalizes the filtered gradient (Muon), ``post_polar`` filters
             the orthogonalized gradient (Orthogonal-SGDM), ``polar_only`` filters nothing.
-        momentum: β in [0, 1).
-        nesterov: Feed (1−β)G + βM instead of M. ``polar_only`` has no filter and ignores both.
+        momentum: β in [0, 1); or several, the terms of a kernel, whose averages are added with
+            ``momentum_weights``; or ``auto``: of averages over 5, 10, 20, 50 and 100 steps each
+            matrix takes the one that foretells the next gradient best.
+        momentum_weights: Weights of the terms, with the sum 1. None: equal ones.
+        nesterov: Feed (1−β)G + βM instead of M; for a kernel β is the weighted mean of its terms'.
+            ``polar_only`` has no filter and ignores both.
+        prefilter: What happens to gradients first: ``clip`` cuts entries at
+            ±``prefilter_threshold`` times the running median of abs(G) of their matrix, ``norm``
+            divides each by its Frobenius norm.
+        prefilter_threshold: That multiple, > 0.
         filter: What filters, before or after the polar factor: ``ema``, or a name registered with
             :func:`hf_muon.rules.register_filter`.
-        matrix_map: What is made of a matrix: ``polar``, its polar factor, or a name registered with
+        matrix_map: What is made of a matrix: ``polar``, its polar factor; ``polargrad``, the same
+            times the nuclear norm; ``soft``, U(Σ/σ₁)ᵖVᵀ by SVD; or a name registered with
             :func:`hf_muon.rules.register_map`.
-        rescale: What happens to the size of an update: ``none``, ``frobenius`` (U·√min(m, n)/‖U‖_F)
-            or a name registered with :func:`hf_muon.rules.register_rescale`.
+        map_power: p of ``soft``, in [0, 1).
+        rescale: What happens to the sizes in an update: ``none``, ``frobenius``
+            (U·√min(m, n)/‖U‖_F), ``rows`` (NorMuon), ``entries`` (AdaMuon), or a name registered
+            with :func:`hf_muon.rules.register_rescale`.
+        rescale_beta: β₂ of the averages of squares of ``rows`` and ``entries``.
         match_update_rms: ``post_polar`` only: rescale each update to the RMS of a polar factor,
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
@@ -73,9 +81,16 @@ class MuonConfig:
         cautious_weight_decay: Decay a matrix entry only where the update points the same way.
         adamw_betas: β₁ and β₂ of the AdamW half.
         adamw_eps: ε of the AdamW half.
-        momentum_start: β at the first step of the warmup.
-        momentum_warmup_steps: Steps over which β grows linearly to ``momentum``.
-        momentum_dtype: Dtype of the momentum buffer; None is the parameter's.
+        step_rule: ``additive``, W ← (1 − lr·λ)W − lr·s·U; ``relative``, where ‖W‖_F/‖U‖_F takes the
+            place of s; or ``hyperball``, which turns W and keeps the norm it began with.
+        momentum_start: β at the first step of the warmup; of each term of a kernel.
+        momentum_warmup_steps: Steps over which β goes to ``momentum``.
+        momentum_end: β at the end of the cooldown.
+        momentum_cooldown_start: The step at which β begins to go to ``momentum_end``.
+        momentum_cooldown_steps: Steps over which it does.
+        momentum_schedule: ``linear``, or ``cosine``: half a period.
+        momentum_dtype: Dtype of momentum buffers; None is the parameter's. ``int8``: one byte for
+            each entry, and a float32 for each block of up to 2048 entries of a row.
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
@@ -99,11 +114,16 @@ class MuonConfig:
     """
 
     order: Order = "pre_polar"
-    momentum: float = 0.95
+    momentum: Momentum = 0.95
+    momentum_weights: tuple[float, ...] | None = None
     nesterov: bool = True
+    prefilter: Prefilter = "none"
+    prefilter_threshold: float = 3.0
     filter: str = "ema"
     matrix_map: str = "polar"
+    map_power: float = 0.0
     rescale: str = "none"
+    rescale_beta: float = 0.95
     match_update_rms: bool = False
     polar_method: PolarMethod = "auto"
     coefficients: str = "polar_express"
@@ -117,8 +137,13 @@ class MuonConfig:
     cautious_weight_decay: bool = False
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     adamw_eps: float = 1e-8
-    momentum_start: float | None = None
+    step_rule: StepRule = "additive"
+    momentum_start: float | tuple[float, ...] | None = None
     momentum_warmup_steps: int = 0
+    momentum_end: float | tuple[float, ...] | None = None
+    momentum_cooldown_start: int = 0
+    momentum_cooldown_steps: int = 0
+    momentum_schedule: MomentumSchedule = "linear"
     momentum_dtype: MomentumDtype | None = None
     muon_params: tuple[str, ...] = ()
     adamw_params: tuple[str, ...] = ()
@@ -142,9 +167,9 @@ class MuonConfig:
         """Bring every value to its declared type, then check ranges and combinations."""
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), hint))
-        _check_ranges(self)
-        _check_rule(self)
-        _check_combinations(self)
+        if isinstance(self.momentum, tuple) and len(self.momentum) == 1:
+            object.__setattr__(self, "momentum", self.momentum[0])  # a kernel of one term
+        check_settings(self)
 
     @classmethod
     def from_optim_args(cls, optim_args: str | None, **defaults: Any) -> MuonConfig:
@@ -209,6 +234,8 @@ class MuonConfig:
             "weight_decay": self.weight_decay if decay else 0.0,
             **{field: getattr(self, field) for field in _MUON_FIELDS},
             "momentum_start": self.momentum if self.momentum_start is None else self.momentum_start,
+            "momentum_weights": self.momentum_weights or (),
+            "momentum_end": self.momentum if self.momentum_end is None else self.momentum_end,
             "momentum_dtype": self.momentum_dtype or "parameter",
         }
 
@@ -237,97 +264,10 @@ class MuonConfig:
 
 
 _MUON_FIELDS = (
-    "order", "momentum", "nesterov", "filter", "matrix_map", "rescale", "match_update_rms",
-    "momentum_warmup_steps", "polar_method", "coefficients", "polar_steps", "polar_dtype",
+    "order", "momentum", "momentum_weights", "nesterov", "prefilter", "prefilter_threshold",
+    "filter", "matrix_map", "map_power", "rescale", "rescale_beta", "match_update_rms", "step_rule",
+    "momentum_warmup_steps", "momentum_cooldown_start", "momentum_cooldown_steps",
+    "momentum_schedule", "polar_method", "coefficients", "polar_steps", "polar_dtype",
     "adjust_lr", "cautious_weight_decay", "lora_update", "lora_damping", "tangent_iterations",
     "tangent_balance_every", "skip_zero_gradients", "distribute", "bucket_mb", "compile",
 )  # fmt: skip
-
-
-# low ≤ number < high. The upper bounds are far above what trains anything: they stop slips.
-_RATES = ("lr", "adamw_lr", "weight_decay", "adamw_weight_decay", "adamw_eps")
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("momentum", "momentum_start", "adamw_betas"), (0, 1)),
-    **dict.fromkeys(_RATES, (0, 1e6)),
-    **dict.fromkeys(("momentum_warmup_steps", "tangent_balance_every"), (0, 1e9)),
-    **dict.fromkeys(("polar_steps", "tangent_iterations"), (1, 100)),
-    "lora_damping": (1e-8, 1e6),
-    "bucket_mb": (1e-6, 1e6),
-}
-
-
-def _check_ranges(config: MuonConfig) -> None:
-    for name, (low, high) in _RANGES.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not low <= number < high:
-                each = "each of " if isinstance(value, tuple) else ""
-                raise ValueError(
-                    f"{name}={shown(value)} is out of range: {low:g} ≤ {each}{name} < {high:g} is "
-                    "allowed."
-                )
-    for name in ("muon_params", "adamw_params"):
-        for pattern in getattr(config, name):
-            check_pattern(name, pattern)
-
-
-# The settings whose values are the names in a table, to which users may add theirs.
-_TABLES = (
-    ("filter", FILTERS),
-    ("matrix_map", MAPS),
-    ("rescale", RESCALES),
-    ("coefficients", FAMILIES),
-)
-
-
-def _check_rule(config: MuonConfig) -> None:
-    for name, table in _TABLES:
-        value = getattr(config, name)
-        if value not in table:
-            allowed = ", ".join(map(repr, table))
-            raise ValueError(f"{name}={shown(value)} is not one of {allowed}.{near(value, table)}")
-    if config.match_update_rms and config.rescale != "none":
-        raise ValueError(
-            f"match_update_rms=True and rescale={config.rescale!r} both set the size of an update: "
-            "choose one."
-        )
-    if config.match_update_rms and config.order != "post_polar":
-        raise ValueError(
-            f"match_update_rms=True needs order='post_polar', not {config.order!r}: only there "
-            "does the size of the update differ from a polar factor's."
-        )
-    if config.lora_update != "factor" and config.order != "pre_polar":
-        raise ValueError(
-            f"lora_update={config.lora_update!r} needs order='pre_polar', not {config.order!r}: it "
-            "orthogonalizes what the filter gives. Use lora_update='factor' with this order."
-        )
-    if config.lora_update != "factor" and (config.matrix_map, config.rescale) != ("polar", "none"):
-        raise ValueError(
-            f"matrix_map={config.matrix_map!r} and rescale={config.rescale!r} with lora_update="
-            f"{config.lora_update!r}, which has a map of its own: leave them at 'polar' and 'none'."
-        )
-
-
-def _check_combinations(config: MuonConfig) -> None:
-    if (config.momentum_start is None) != (config.momentum_warmup_steps == 0):
-        raise ValueError(
-            f"momentum_start={config.momentum_start!r} and momentum_warmup_steps="
-            f"{config.momentum_warmup_steps!r} go together: set both, or neither."
-        )
-    if config.momentum_start is not None and config.order == "polar_only":
-        raise ValueError(
-            "momentum_start has no effect under order='polar_only', which has no momentum: "
-            "remove it, or choose 'pre_polar' or 'post_polar'."
-        )
-    if config.lora_update != "factor" and config.cautious_weight_decay:
-        raise ValueError(
-            f"cautious_weight_decay=True with lora_update={config.lora_update!r}, which decays the "
-            "product of two factors and not their entries: remove one of them."
-        )
-    if config.polar_method != "svd":
-        check_steps(config.coefficients, config.polar_steps, "polar_steps")
-    elif config.polar_dtype in ("bfloat16", "float16"):
-        raise ValueError(
-            f"polar_dtype={config.polar_dtype!r} with polar_method='svd': an SVD needs 'float32', "
-            "'float64' or 'auto'."
-        )

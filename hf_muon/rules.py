@@ -1,135 +1,54 @@
 """The update rule as a table: what stands before the polar factor, in its place, and after it.
 
 In: settings. Out: a :class:`Rule`, which the step walks, and from which states, checkpoints,
-replays and reports learn what there is. A filter F, a map S and a rescaling R are entries by name,
-and ``order`` composes them::
+replays and reports learn what there is. A prefilter P, a filter F, a map S, a rescaling R and a way
+to write are entries by name, and ``order`` composes them::
 
-    pre_polar    before = F    whole = S    after = R
-    post_polar   before = –    whole = S    after = F, R
-    polar_only   before = –    whole = S    after = R
+    pre_polar    before = P, F    whole = S    after = R
+    post_polar   before = P       whole = S    after = F, R
+    polar_only   before = P       whole = S    after = R
 
 Names that a user registers are valid wherever settings are: ``register_filter("clipped", …)``, then
-``optim_args="filter=clipped"``. Stages work on lists of tensors, because a call for each would take
-longer than its arithmetic where matrices are small.
+``optim_args="filter=clipped"``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_muon.stages import (
+    NORMS,
+    Buffer,
+    Given,
+    Rule,
+    Run,
+    Stage,
+    Statistic,
+    Tensors,
+    WholeMap,
+    concluded,
+)
 
-class Buffer(NamedTuple):
-    """What a stage keeps of each parameter from step to step; it begins with zeros.
-
-    Attributes:
-        name: Its key in the state. DeepSpeed's universal checkpoints hold ``exp_avg`` and
-            ``exp_avg_sq`` only; its ordinary ones hold any.
-        kind: ``entries``: a number for each entry of a matrix; ``rows``: (m, 1) for each matrix.
-        dtype: None: what ``momentum_dtype`` says for entries, float32 for rows.
-    """
-
-    name: str
-    kind: Literal["entries", "rows"] = "entries"
-    dtype: torch.dtype | None = None
-
-
-class Given(NamedTuple):
-    """What a stage is told beside its tensors.
-
-    Attributes:
-        settings: Of the param group.
-        momentum: β of this step.
-        shapes: (m, n) of the whole matrix that each tensor is a part of.
-        norms: Frobenius norms of the whole matrices, float64, if the stage needs them.
-    """
-
-    settings: Mapping[str, Any]
-    momentum: float
-    shapes: Sequence[tuple[int, int]] = ()
-    norms: Sequence[Tensor] = ()
-
-
-Tensors = list[Tensor]
-Run = Callable[[Tensors, tuple[Tensors, ...], Given], Tensors]
-
-
-class Stage(NamedTuple):
-    """Elementwise work on the pieces of matrices that a rank holds.
-
-    Attributes:
-        run: ``run(x, buffers, given)`` gives a tensor for each of x, (rows, cols) each, and may
-            return buffers themselves. It writes the buffers, for each of which it gets a list
-            aligned with x, and nothing else.
-        buffers: What it keeps.
-        needs: ``entries``: nothing but them; ``norms``: those of the whole matrices, in
-            ``given.norms``; ``matrices``: whole matrices as x, which it only gets where every rank
-            holds them whole (one process, DDP). Buffers of rows need them.
-        may_fail: Whether it may raise; see :class:`WholeMap`.
-    """
-
-    run: Run
-    buffers: tuple[Buffer, ...] = ()
-    needs: Literal["entries", "norms", "matrices"] = "entries"
-    may_fail: bool = True
-
-
-class WholeMap(NamedTuple):
-    """What is made of whole matrices by their owner.
-
-    Attributes:
-        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n); ``polar(X)`` is
-            the polar factor as the settings ask for it. Of pairs:
-            ``run(weights, gradients, size, polar, settings)`` gives the changes of both factors.
-        of_pairs: Whether it moves LoRA factors in pairs.
-        balances: Whether the factors of a pair are brought to one norm now and then.
-        replaces: Whether it is the polar factor: ``polar`` may then write over X, and X may be a
-            batch (k, m, n), with transposes among them.
-        may_fail: Whether it may raise for finite input. The step then keeps copies of what it
-            writes, so that it is all or nothing.
-    """
-
-    run: Callable[..., Any]
-    of_pairs: bool = False
-    balances: bool = False
-    replaces: bool = False
-    may_fail: bool = True
-
-
-class Rule(NamedTuple):
-    """An update rule."""
-
-    before: tuple[Stage, ...]
-    whole: WholeMap
-    after: tuple[Stage, ...]
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """Those before the map and those after it."""
-        return (*self.before, *self.after)
-
-    @property
-    def buffers(self) -> tuple[Buffer, ...]:
-        """What all stages keep."""
-        return tuple(buffer for stage in self.stages for buffer in stage.buffers)
-
-    @property
-    def may_fail(self) -> bool:
-        """Whether the map or a stage may raise for finite input."""
-        return self.whole.may_fail or any(stage.may_fail for stage in self.stages)
-
-
+PREFILTERS: dict[str, tuple[Stage, ...]] = {"none": ()}
 FILTERS: dict[str, Stage] = {}
+KERNELS: dict[str, Callable[[int, str], Stage]] = {}
+"""Filters of several terms by name, from their number and the name of the second buffer."""
 MAPS: dict[str, WholeMap] = {}
 PAIR_MAPS: dict[str, WholeMap] = {}
 RESCALES: dict[str, tuple[Stage, ...]] = {"none": ()}
-_OF_PACKAGE = {"ema", "polar", "product", "tangent", "none", "frobenius"}
+WRITES: dict[str, Stage] = {}
+_OF_PACKAGE = {
+    "ema", "kernel", "auto", "polar", "polargrad", "soft", "product", "tangent", "none",
+    "frobenius", "rows", "entries",
+}  # fmt: skip
 
 _Entry = TypeVar("_Entry")
+__all__ = ["Buffer", "Given", "Statistic", "register_filter", "register_map", "register_rescale"]
 
 
 def register_filter(
@@ -165,11 +84,16 @@ def register_rescale(
 
 
 def _stage(name: str, run: Run, buffers: Sequence[Buffer], needs: Any) -> Stage:
-    if needs not in ("entries", "norms", "matrices"):
-        raise ValueError(f"{name}: needs={needs!r} is not 'entries', 'norms' or 'matrices'.")
-    if needs != "matrices" and any(buffer.kind == "rows" for buffer in buffers):
-        raise ValueError(f"{name} keeps numbers for rows, which takes needs='matrices'.")
-    return Stage(run, tuple(buffers), needs)
+    if needs not in ("entries", "norms", "matrices") and not isinstance(needs, Statistic):
+        raise ValueError(
+            f"{name}: needs={needs!r} is not 'entries', 'norms', 'matrices' or a Statistic."
+        )
+    if needs in ("entries", "norms") and any(buffer.kind != "entries" for buffer in buffers):
+        raise ValueError(
+            f"{name} keeps numbers for rows or matrices, which takes needs='matrices' or a "
+            "Statistic."
+        )
+    return Stage(run, tuple(buffers), NORMS if needs == "norms" else needs)
 
 
 def _register(table: dict[str, _Entry], name: str, entry: _Entry) -> None:
@@ -189,23 +113,40 @@ def rule_of(settings: Mapping[str, Any]) -> Rule:
         ValueError: A name that nobody has registered in this process, or buffers of one name.
     """
     rescale = "frobenius" if settings["match_update_rms"] else settings["rescale"]
-    names = settings["filter"], settings["matrix_map"], rescale, settings["lora_update"]
-    return _composed(settings["order"], *names)
+    momentum = settings["momentum"]
+    terms = len(momentum) if isinstance(momentum, tuple) else 1
+    return _composed(
+        settings["order"], settings["prefilter"], settings["filter"],
+        "auto" if momentum == "auto" else terms, settings["matrix_map"], rescale,
+        settings["lora_update"], settings["step_rule"],
+    )  # fmt: skip
+
+
+def kept_by(settings: Mapping[str, Any]) -> tuple[Buffer, ...]:
+    """What a step keeps of each matrix: the buffers of its rule; with int8 their sizes as well."""
+    buffers = rule_of(settings).buffers
+    if settings["momentum_dtype"] != "int8":
+        return buffers
+    return (*buffers, *(buffer.sizes for buffer in buffers if buffer.sizes is not None))
 
 
 @lru_cache(maxsize=256)
-def _composed(order: str, filter: str, matrix_map: str, rescale: str, lora_update: str) -> Rule:
-    smooth = (_registered("filter", filter, FILTERS),)
+def _composed(
+    order: str, prefilter: str, filter: str, terms: int | str, matrix_map: str, rescale: str,
+    lora_update: str, step_rule: str,
+) -> Rule:  # fmt: skip
+    after = _registered("rescale", rescale, RESCALES)
+    smooth = (_smoothing(filter, terms, after),)
     whole = _registered("matrix_map", matrix_map, MAPS)
+    write = WRITES[step_rule]
     if lora_update != "factor":
         whole = _registered("lora_update", lora_update, PAIR_MAPS)
+        write = WRITES["change"]
     rule = Rule(
-        before=smooth if order == "pre_polar" else (),
+        before=(*PREFILTERS[prefilter], *(smooth if order == "pre_polar" else ())),
         whole=whole,
-        after=(
-            *(smooth if order == "post_polar" else ()),
-            *_registered("rescale", rescale, RESCALES),
-        ),
+        after=(*(smooth if order == "post_polar" else ()), *after),
+        write=write,
     )
     names = ["step", *(buffer.name for buffer in rule.buffers)]
     if len(set(names)) < len(names):
@@ -214,6 +155,22 @@ def _composed(order: str, filter: str, matrix_map: str, rescale: str, lora_updat
             f"'step': {', '.join(names[1:])}. Register them with different names."
         )
     return rule
+
+
+def _smoothing(name: str, terms: int | str, after: Sequence[Stage]) -> Stage:
+    """The filter; of several terms where β has several, or is found from them."""
+    if terms == 1:
+        return _registered("filter", name, FILTERS)
+    if name != "ema":
+        raise ValueError(
+            f"filter={name!r} takes one β: 'auto' and momentum with several numbers are a kernel "
+            "of averages, which filter='ema' makes."
+        )
+    taken = {buffer.name for stage in after for buffer in stage.buffers}
+    second = "exp_avg_2" if "exp_avg_sq" in taken else "exp_avg_sq"
+    if isinstance(terms, str):
+        return KERNELS[terms](0, second)
+    return KERNELS["kernel"](terms, second)
 
 
 def _registered(setting: str, name: str, table: dict[str, _Entry]) -> _Entry:
@@ -246,12 +203,12 @@ def check_rule(
     x = [torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes]
     chosen = settings["momentum_dtype"]
     kept_in = dtype if chosen == "parameter" else getattr(torch, chosen)
-    for stage in rule.stages:
+    for stage in (*rule.before, *rule.after):
         kept = tuple(
             [_zeros(buffer, shape, kept_in) for shape in shapes] for buffer in stage.buffers
         )
-        norms = [one.double().norm() for one in x]
-        given = Given(settings, settings["momentum"], shapes, norms)
+        given = Given(settings, settings["momentum"], shapes, steps=[1] * len(x))
+        given = given._replace(whole=concluded(stage, x, kept, given))
         _check_result(stage.run, x, stage.run(x, kept, given))
     if not rule.whole.of_pairs:
         run = rule.whole.run
@@ -259,9 +216,11 @@ def check_rule(
 
 
 def _zeros(buffer: Buffer, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    if buffer.kind == "rows":
-        return torch.zeros(shape[0], 1, dtype=buffer.dtype or torch.float32, device="cpu")
-    return torch.zeros(shape, dtype=buffer.dtype or dtype, device="cpu")
+    if buffer.kind == "entries":
+        found = torch.float32 if dtype == torch.int8 else dtype
+        return torch.zeros(shape, dtype=buffer.dtype or found, device="cpu")
+    sides = (shape[0], 1) if buffer.kind == "rows" else (buffer.length,)
+    return torch.zeros(sides, dtype=buffer.dtype or torch.float32, device="cpu")
 
 
 def _check_result(run: Callable[..., Any], x: Tensors, found: Any) -> None:

@@ -15,8 +15,11 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -103,6 +106,8 @@ def _from_string(name: str, text: str, hint: Any) -> Any:
         if text.lower() == "none":
             return None
         hint = _without_none(hint)
+    if get_origin(hint) in _UNIONS:
+        hint = _meant(name, text, get_args(hint))
     if get_origin(hint) is Literal or hint is str:
         return text
     if hint is bool:
@@ -159,10 +164,16 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         if value is None:
             return None
         hint = _without_none(hint)
+    if get_origin(hint) in _UNIONS:
+        hint = _meant(name, value, get_args(hint))
     if get_origin(hint) is Literal:
         return _typed_name(name, value, get_args(hint))
     if get_origin(hint) is tuple:
         return _typed_tuple(name, value, get_args(hint))
+    return _typed_scalar(name, value, hint)
+
+
+def _typed_scalar(name: str, value: Any, hint: Any) -> Any:
     base = _BASES.get(hint, hint)
     if isinstance(value, base) and not isinstance(value, bool):
         try:  # an int where a float is expected; NumPy's scalars; enums
@@ -186,7 +197,29 @@ _KIND = {
 
 
 def _without_none(hint: Any) -> Any:
-    return next(arg for arg in get_args(hint) if arg is not type(None))
+    return reduce(or_, (arg for arg in get_args(hint) if arg is not type(None)))
+
+
+_UNIONS = (Union, UnionType)
+
+
+def _meant(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
+    """Which of several types a value is written as: a word, a list, or a number."""
+    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
+    text = isinstance(value, str)
+    if text and value in words:
+        return Literal[tuple(words)]
+    if isinstance(value, list | tuple) or (text and ":" in value):
+        return next(hint for hint in hints if get_origin(hint) is tuple)
+    if text and words and not _NUMBER.fullmatch(value):
+        expected = ", ".join(map(repr, words))
+        raise ValueError(
+            f"{name}={shown(value)}: a number, several (0.9:0.98), or {expected} is expected."
+        )
+    return next(hint for hint in hints if get_origin(hint) is None)
+
+
+_NUMBER = re.compile(r"\s*[-+]?[0-9._]+(e[-+]?[0-9]+)?\s*", re.IGNORECASE)
 
 
 def _typed_name(name: str, value: Any, allowed: tuple[str, ...]) -> str:

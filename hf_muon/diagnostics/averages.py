@@ -18,7 +18,7 @@ from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
-from hf_muon.optimizer.momentum import accumulate, momentum_at
+from hf_muon.optimizer.momentum import single
 from hf_muon.rules import FILTERS, rule_of
 
 # How much of an average's weight may lie on gradients that it has not seen: three windows.
@@ -27,7 +27,9 @@ _MAY_MISS = 0.05
 
 def is_kept_by_optimizer(group: dict[str, Any]) -> bool:
     """Whether the optimizer keeps the average of a group's gradients."""
-    return group["algorithm"] != "muon" or rule_of(group).before == (FILTERS["ema"],)
+    if group["algorithm"] != "muon":
+        return True
+    return rule_of(group).before == (FILTERS["ema"],) and group["momentum_dtype"] != "int8"
 
 
 class Averages:
@@ -43,10 +45,8 @@ class Averages:
         self._missing: dict[str, float] = {}
 
     def momentum(self, entry: Entry) -> float:
-        """β of the step that was just made."""
-        group = entry.group
-        start, warmup = group["momentum_start"], group["momentum_warmup_steps"]
-        return momentum_at(self._steps_before(entry), group["momentum"], start, warmup)
+        """β of the step that was just made, or of an average as old as what filters."""
+        return single(entry.group, self._steps_before(entry))
 
     def _steps_before(self, entry: Entry) -> int:
         return int(self._optimizer.state[entry.tensor]["step"]) - 1
@@ -64,7 +64,7 @@ class Averages:
             gradient, key = piece.of_local(gradients[unit.parameter]), (call.name(unit), piece)
             if key not in self._kept:
                 self._kept[key] = torch.zeros_like(gradient)
-            accumulate([gradient], [self._kept[key]], self.momentum(call.entries[unit.parameter]))
+            self._kept[key].lerp_(gradient, 1 - self.momentum(call.entries[unit.parameter]))
 
     def has_run_in(self, name: str) -> bool:
         """Whether the average of a matrix is what it would be without an interruption."""

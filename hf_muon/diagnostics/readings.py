@@ -24,6 +24,7 @@ from hf_muon.config import MuonConfig, Order
 from hf_muon.diagnostics import metrics
 from hf_muon.diagnostics.probe_report import ProbeReport, Reading, Statistic
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
+from hf_muon.optimizer.momentum import single
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -135,7 +136,7 @@ def _readings(settings: ProbeSettings, name: str, buffer: Tensor, others: Tensor
                     layer=name,
                     shape=(buffer.shape[-2], buffer.shape[-1]),
                     order=config.order,
-                    momentum=config.momentum if _filters(config) else 0.0,
+                    momentum=single(vars(config), 0) if _filters(config) else 0.0,
                     proxy=proxy,
                     statistics={key: _calibrated(value) for key, value in statistics.items()},
                 )

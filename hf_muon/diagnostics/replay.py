@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from hf_muon.config import MuonConfig
+from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.step import polar_function
-from hf_muon.rules import FILTERS, Given, Stage, rule_of
+from hf_muon.rules import FILTERS, rule_of
+from hf_muon.stages import Buffer, Given, Momentum, Stage, WholeMap, concluded
 
 Filter = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """From a stream of tensors to a stream of tensors, one for each step. Its memory lives in the call,
@@ -31,27 +33,39 @@ def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = Non
         nesterov: Whether to look ahead.
         dtype: Of the buffer M. Default: that of the first tensor.
     """
-    return streamed(FILTERS["ema"], {"momentum": momentum, "nesterov": nesterov}, dtype)
+    settings = MuonConfig(momentum=momentum, nesterov=nesterov)
+    return streamed(FILTERS["ema"], vars(settings), dtype)
 
 
 def streamed(stage: Stage, settings: Mapping[str, Any], dtype: torch.dtype | None = None) -> Filter:
     """A stage of the optimizer's rules as a filter of streams; ``dtype`` is that of its buffers."""
 
     def run(stream: Iterable[Tensor]) -> Iterator[Tensor]:
-        buffers = None
-        for x in stream:
-            if buffers is None:
-                sides = {"entries": x.shape, "rows": (*x.shape[:-1], 1)}
-                buffers = tuple(
-                    [torch.zeros(sides[b.kind], dtype=b.dtype or dtype or x.dtype, device=x.device)]
-                    for b in stage.buffers
-                )
-            norms = x.double().norm(dim=(-2, -1), keepdim=True) if stage.needs == "norms" else x
-            shape = (x.shape[-2], x.shape[-1])
-            [y] = stage.run([x], buffers, Given(settings, settings["momentum"], [shape], [norms]))
-            yield y.clone() if any(y is buffer for [buffer] in buffers) else y
+        buffers: tuple[list[Tensor], ...] = ()
+        for step, tensor in enumerate(stream):
+            x = _matrices(stage, tensor)
+            if step == 0:
+                buffers = tuple([_zeros(b, one, dtype) for one in x] for b in stage.buffers)
+            shapes = [(one.shape[-2], one.shape[-1]) for one in x]
+            momentum = momentum_at(settings, step)
+            given = Given(settings, momentum, shapes, steps=[step + 1] * len(x))
+            given = given._replace(whole=concluded(stage, x, buffers, given))
+            found = stage.run(x, buffers, given)
+            kept = any(y is one for of_buffer in buffers for y in found for one in of_buffer)
+            yield torch.stack(found).view(tensor.shape) if len(x) > 1 or kept else found[0]
 
     return run
+
+
+def _matrices(stage: Stage, x: Tensor) -> list[Tensor]:
+    """The tensors that a stage gets: all matrices at once, or each, if it looks at whole ones."""
+    return [x] if stage.needs == "entries" else list(x.reshape(-1, *x.shape[-2:]))
+
+
+def _zeros(buffer: Buffer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    sides = {"entries": x.shape, "rows": (*x.shape[:-1], 1), "numbers": (buffer.length,)}
+    kept = (dtype or x.dtype) if buffer.kind == "entries" else torch.float32
+    return torch.zeros(sides[buffer.kind], dtype=buffer.dtype or kept, device=x.device)
 
 
 class Stages(NamedTuple):
@@ -102,15 +116,23 @@ def stages(
 
     return Stages(
         before=(*([before] if before else ()), *streams(rule.before)),
-        polar=partial(rule.whole.run, polar=polar_function(settings), settings=settings),
+        polar=_mapping(rule.whole, settings),
         after=(*streams(rule.after), *([after] if after else ())),
     )
+
+
+def _mapping(whole: WholeMap, settings: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The map as a function of any number of matrices."""
+    run = partial(whole.run, polar=polar_function(settings), settings=settings)
+    if whole.replaces:
+        return run
+    return lambda X: torch.stack([run(one) for one in X.reshape(-1, *X.shape[-2:])]).view(X.shape)
 
 
 def replay(
     gradients: Tensor | Iterable[Tensor],
     order: str = "pre_polar",
-    momentum: float = 0.95,
+    momentum: Momentum = 0.95,
     nesterov: bool = True,
     *,
     polar_method: str = "svd",

@@ -27,7 +27,6 @@ from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry
-from hf_muon.optimizer.momentum import filtered
 from hf_muon.optimizer.pairs import moves_pairs
 from hf_muon.optimizer.step import polar_function
 from hf_muon.rules import MAPS, rule_of
@@ -142,7 +141,9 @@ class Sampler:
         X = G
         if dtype is not None:
             momentum = self._averages.momentum(entry)
-            [X] = filtered([G.to(dtype)], [M.to(dtype)], momentum, group["nesterov"])
+            X = M.to(dtype)
+            if group["nesterov"]:
+                X = torch.lerp(G.to(dtype), X, momentum)
         if rule.whole is not MAPS["polar"] or (rule.before and dtype is None):
             return X.to(G.dtype), None
         return X.to(G.dtype), polar_function(group)(X).to(G.dtype)

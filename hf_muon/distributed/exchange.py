@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,7 @@ def exchange(
     wire: torch.dtype,
     empty: Empty = newly_allocated,
     together: bool = True,
+    seen: dict[Unit, Tensor] | None = None,
 ) -> Generator[None, None, Result]:
     """Apply ``function`` to every matrix of a bucket.
 
@@ -72,6 +74,7 @@ def exchange(
         empty: Makes the matrices. Their memory must not be used for another bucket before the
             result of this one is.
         together: Whether ``function`` also takes batches and transposes.
+        seen: Gets the results for the whole matrices that this rank owns.
 
     Returns:
         This rank's pieces of all units, each with its part of the result.
@@ -83,6 +86,8 @@ def exchange(
         apply_together(function, batch, [unit.shape for unit in units])
     for matrix in () if together else matrices.values():
         function(matrix)
+    if seen is not None:
+        seen.update(matrices)
     return (yield from scatter(bucket, matrices, wire))
 
 
@@ -182,10 +187,12 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
             results.update(_unpacked([items], received[replica]))
 
 
-def summed(values: Tensor, members: Ranks) -> Generator[None, None, None]:
-    """Sum over the members of a group, in place."""
+def combined(
+    values: Tensor, members: Ranks, op: Any = dist.ReduceOp.SUM
+) -> Generator[None, None, None]:
+    """Sum, or another operation, over the members of a group, in place."""
     if members.size > 1:
-        work = dist.all_reduce(values, group=members.group, async_op=True)
+        work = dist.all_reduce(values, op, group=members.group, async_op=True)
         yield
         work.wait()
 

@@ -1,5 +1,7 @@
 """One optimizer step on matrices, and AdamW for everything else."""
 
+# ruff: noqa: F401  (modules that fill the tables of rules)
+from hf_muon.optimizer import auto_momentum, maps, momentum, pair_maps, prefilters, rescales, writes
 from hf_muon.optimizer.importer import import_state
 from hf_muon.optimizer.muon import Muon
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of
 from hf_muon.distributed.layout import Ranks
+from hf_muon.optimizer.auto_momentum import MOMENTA
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.rules import rule_of
@@ -227,7 +228,7 @@ def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
         for entry in of_group
         if entry.group["momentum_dtype"] == "float16" or entry.tensor.dtype == torch.float16
         if entry.tensor.grad is not None and local(entry.tensor.grad).numel()
-        if 0 < (1 - entry.group["momentum"]) * local(entry.tensor.grad).abs().max().float() < 2**-25
+        if 0 < _newest_share(entry) * local(entry.tensor.grad).abs().max().float() < 2**-25
     ]
     if small:
         warnings.warn(
@@ -244,12 +245,22 @@ _ALL_BAD = (
 )
 
 
+def _newest_share(entry: Entry) -> float:
+    """What momentum takes of a new gradient; of several averages the quickest one's."""
+    momentum = entry.group["momentum"]
+    if momentum == "auto":
+        return 1 - min(MOMENTA)
+    return 1 - float(min(momentum) if isinstance(momentum, tuple) else momentum)
+
+
 def _limit(entry: Entry) -> float:
     """The largest gradient with which nothing that is made of it can overflow."""
     group, dtype = entry.group, entry.tensor.dtype
     if group["algorithm"] == "adamw":  # which keeps squares
         return math.sqrt(torch.finfo(dtype).max) / 2
-    if group["momentum_dtype"] != "parameter":
+    if group["momentum_dtype"] == "int8":  # computed in float32
+        dtype = torch.float32
+    elif group["momentum_dtype"] != "parameter":
         dtype = getattr(torch, group["momentum_dtype"])
     largest = torch.finfo(dtype).max / (4 if rule_of(group).buffers else 1)  # differences, too
     in_double = group["polar_method"] == "svd" and group["polar_dtype"] == "auto"

@@ -17,21 +17,22 @@ from torch import Tensor
 from hf_muon.distributed.find import is_dtensor, local
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.entries import Entry, Group
-from hf_muon.rules import Buffer, rule_of
+from hf_muon.rules import kept_by
+from hf_muon.stages import Buffer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEPS = 2**53
 _REMEDY = "Load the checkpoint of this model, or start the optimizer afresh."
 
 
-_OF_ADAMW = (Buffer("exp_avg"), Buffer("exp_avg_sq"))
+_OF_ADAMW = (Buffer("exp_avg"), Buffer("exp_avg_sq", squares=True))
 
 
 def buffer_dtype(group: Group, parameter: Tensor, buffer: Buffer) -> torch.dtype:
     """The dtype of what a stage keeps of a parameter."""
     if buffer.dtype is not None:
         return buffer.dtype
-    if buffer.kind == "rows":
+    if buffer.kind != "entries":
         return torch.float32
     name = group.get("momentum_dtype", "parameter")
     dtype: torch.dtype = parameter.dtype if name == "parameter" else getattr(torch, name)
@@ -40,7 +41,7 @@ def buffer_dtype(group: Group, parameter: Tensor, buffer: Buffer) -> torch.dtype
 
 def buffers_of(group: Group) -> tuple[Buffer, ...]:
     """What a step keeps of each parameter of a group."""
-    return _OF_ADAMW if group["algorithm"] == "adamw" else rule_of(group).buffers
+    return _OF_ADAMW if group["algorithm"] == "adamw" else kept_by(group)
 
 
 def new_state(entry: Entry) -> dict[str, Tensor]:
@@ -49,18 +50,21 @@ def new_state(entry: Entry) -> dict[str, Tensor]:
     if group["algorithm"] == "adamw":
         return new_adamw_state(parameter)
     state = {"step": step_count(0)}
-    for buffer in rule_of(group).buffers:
+    for buffer in buffers_of(group):
         dtype = buffer_dtype(group, parameter, buffer)
-        if buffer.kind == "rows":
-            state[buffer.name] = parameter.new_zeros(rows_of(entry), dtype=dtype)
-        else:
+        if buffer.kind == "entries":
             state[buffer.name] = torch.zeros_like(parameter, dtype=dtype)
+        else:  # plain also where the parameter is a DTensor: every rank has all of it
+            shape, device = shape_of(entry, buffer), local(parameter).device
+            state[buffer.name] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
 
-def rows_of(entry: Entry) -> tuple[int, int]:
-    """Shape of a buffer of rows: matrices, and the rows of the largest."""
-    return len(entry.matrices), max(matrix.rows for matrix in entry.matrices)
+def shape_of(entry: Entry, buffer: Buffer) -> tuple[int, ...]:
+    """Shape of a buffer."""
+    if buffer.kind == "entries":
+        return tuple(entry.tensor.shape)
+    return buffer.shape([(matrix.rows, matrix.cols) for matrix in entry.matrices])
 
 
 def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None:
@@ -90,7 +94,7 @@ def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None
     for buffer in buffers:
         what = f"{buffer.name!r} in the state of {name}"
         dtype = buffer_dtype(group, parameter, buffer)
-        _check_buffer(what, buffer, state[buffer.name], parameter, torch.finfo(dtype).max)
+        _check_buffer(what, buffer, state[buffer.name], parameter, dtype)
 
 
 def _number(value: Any) -> float:
@@ -103,13 +107,20 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor, largest: float) -> None:
+def _check_buffer(
+    what: str, buffer: Buffer, value: Any, parameter: Tensor, dtype: torch.dtype
+) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}; a tensor is expected. {_REMEDY}")
-    if value.dtype not in _FLOATS or value.layout is not torch.strided:
+    if value.dtype not in (*_FLOATS, torch.int8) or value.layout is not torch.strided:
         raise ValueError(
             f"{what} is a {value.layout} tensor of {value.dtype}; a dense one of real "
             f"floating-point numbers is expected. {_REMEDY}"
+        )
+    if (value.dtype == torch.int8) != (dtype == torch.int8):
+        raise ValueError(
+            f"{what} is a tensor of {value.dtype} and {dtype} is expected: momentum_dtype='int8' "
+            "keeps other state than the other dtypes. Use the momentum_dtype of the checkpoint."
         )
     if value.shape != parameter.shape and buffer.kind == "entries":
         raise ValueError(
@@ -123,9 +134,10 @@ def _check_buffer(what: str, buffer: Buffer, value: Any, parameter: Tensor, larg
         low, high = torch.stack(torch.aminmax(part)).tolist()
         if not -math.inf < low <= high < math.inf:
             raise ValueError(f"{what} holds NaN or infinity. {_REMEDY}")
-        if max(-low, high) > largest:
-            raise ValueError(f"{what} holds more than its dtype here, {largest:g}. {_REMEDY}")
-        if buffer is _OF_ADAMW[1] and low < 0:
+        limits = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
+        if max(-low, high) > limits.max:
+            raise ValueError(f"{what} holds more than its dtype here, {limits.max:g}. {_REMEDY}")
+        if buffer.squares and low < 0:
             raise ValueError(f"{what} holds {low:g}; an average of squares is ≥ 0. {_REMEDY}")
 
 
@@ -150,7 +162,7 @@ def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
         raise ValueError(f"The state of {entry.name} holds only {sorted(state)}. {_REMEDY}")
     for buffer in buffers:
         value, expected = state[buffer.name], buffer_dtype(group, tensor, buffer)
-        shape = tensor.shape if buffer.kind == "entries" else rows_of(entry)
+        shape = shape_of(entry, buffer)
         if value.shape != shape:
             raise ValueError(
                 f"{buffer.name!r} in the state of {entry.name} has shape {tuple(value.shape)} and "
@@ -175,7 +187,7 @@ def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -
         except KeyError:
             return False
         dtypes = {dtype: buffer_dtype(group, one, buffer) for dtype, one in one_of.items()}
-        if buffer.kind == "rows" or found != [(dtypes[t.dtype], t.shape) for t in tensors]:
+        if buffer.kind != "entries" or found != [(dtypes[t.dtype], t.shape) for t in tensors]:
             return False
     return all(
         [
@@ -219,8 +231,8 @@ def restore(
             entry, source = state[parameter], loaded["state"][index]
             for buffer in buffers_of(group):
                 key, dtype = buffer.name, buffer_dtype(group, parameter, buffer)
-                if buffer.kind == "rows":
-                    entry[key] = source[key].to(parameter.device, dtype, copy=True)
+                if buffer.kind != "entries":
+                    entry[key] = local(source[key]).to(local(parameter).device, dtype, copy=True)
                 else:
                     entry[key] = _laid_out(parameter, entry[key], source[key], dtype)
 

@@ -261,6 +261,8 @@ def _changes(own: Group, loaded: Group) -> list[str]:
     skipped = set(_NOT_COMPARED)
     if not own.get("momentum_warmup_steps") and not loaded.get("momentum_warmup_steps"):
         skipped.add("momentum_start")  # follows from momentum, and is not used
+    if not own.get("momentum_cooldown_steps") and not loaded.get("momentum_cooldown_steps"):
+        skipped.add("momentum_end")
     if "max_momentum" in loaded:
         skipped |= {"momentum", "base_momentum", "max_momentum"}  # a scheduler cycles it
     both = sorted(own.keys() & loaded.keys() - skipped, key=str)

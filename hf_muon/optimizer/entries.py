@@ -59,6 +59,12 @@ class Entry:
         inside, of_group = self.group["matrices"], self.group.get("scalings")
         return [of_group[i] for i in self.indices for _ in inside[i]] if of_group else []
 
+    @property
+    def momenta(self) -> list[Any]:
+        """β for each of :attr:`matrices`, where the group gives them by parameter."""
+        inside, of_group = self.group["matrices"], self.group["momenta"]
+        return [of_group[i] for i in self.indices for _ in inside[i]]
+
     def parts(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The name of each parameter that this rank has a part of, with that part of ``values``."""
         if self.flat is None:

@@ -23,7 +23,8 @@ from hf_muon.values import plain, require_known, typed
 
 # What a group holds besides hyper-parameters and what others keep in it.
 STRUCTURE = {
-    "params", "param_names", "matrices", "pairs", "factors", "scalings", "fused", "group_id",
+    "params", "param_names", "matrices", "pairs", "factors", "scalings", "fused", "momenta",
+    "group_id",
 }  # fmt: skip
 
 # torch's names of AdamW's hyper-parameters -> the settings that complete them. Schedulers that
@@ -117,8 +118,9 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
     if muon:
         given = group.get("matrices") or [_default(p) for p in tensors]
         group["matrices"] = tuple(tuple(map(plain, inside)) for inside in given)
-        for key in {"pairs", "factors", "scalings"} & group.keys():
+        for key in {"pairs", "factors", "scalings", "momenta"} & group.keys():
             group[key] = tuple(map(plain, group[key]))
+        _check_momenta(group, len(tensors), config)
         _check_cover(group, tensors)
         for inside in set(group["matrices"]):
             for matrix in inside:
@@ -151,6 +153,9 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
         values["momentum_dtype"] = None
     if not values["momentum_warmup_steps"]:
         values["momentum_start"] = None
+    values["momentum_weights"] = values["momentum_weights"] or None
+    if not values["momentum_cooldown_steps"]:
+        values["momentum_end"] = None
     own = {key: values[key] for key in config.muon_group() if key != "algorithm"}
     return {**given, **dataclasses.replace(config, **own).muon_group()}
 
@@ -210,6 +215,26 @@ def _check_dtypes(group: Group, tensors: list[Tensor]) -> None:
                 f"{_name(group, index)} has dtype {tensor.dtype}; real floating-point numbers are "
                 "expected."
             )
+
+
+def _check_momenta(group: Group, count: int, config: MuonConfig) -> None:
+    """β of each parameter, where the group gives them, is what one for all may be."""
+    momenta = group.get("momenta")
+    if momenta is None:
+        return
+    if len(momenta) != count or not isinstance(group["momentum"], float):
+        raise ValueError(
+            f"A Muon group has {count} parameters, momentum={group['momentum']!r} and "
+            f"{len(momenta)} entries of 'momenta'; a number for each parameter is expected, which "
+            "takes the place of one β."
+        )
+    for momentum in momenta:
+        dataclasses.replace(config, momentum=momentum, momentum_weights=None)
+    if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
+        raise ValueError(
+            "A Muon group gives 'momenta' and a schedule of momentum: use one of them, since a "
+            "schedule leads to one β for all."
+        )
 
 
 def _check_cover(group: Group, tensors: list[Tensor]) -> None:

@@ -1,43 +1,35 @@
-"""The momentum filter.
+"""The filters: averages of gradients, or of their polar factors.
 
-In: gradients or polar factors, and the buffers of their parameters, in lists: a call for each would
-take longer than its arithmetic where tensors are small. Out: the filtered tensors. Every function
-works elementwise, so it runs on whatever pieces of parameters a rank holds. The buffers ``exp_avg``
-are the only thing written.
+In: what is filtered, and the buffers of its parameters, in lists: a call for each would take longer
+than its arithmetic where tensors are small. Out: the filtered tensors. Every function works
+elementwise, so it runs on whatever pieces of parameters a rank holds. The buffers are the only
+thing written.
 
-References: arXiv 2606.03899 for the orders; torch.optim.Muon for the form of the filter.
+References: arXiv 2606.03899 for the orders; torch.optim.Muon for the form of the average.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
-from hf_muon.rules import FILTERS, Buffer, Given, Stage
-
-
-def accumulate(x: list[Tensor], exp_avg: list[Tensor], momentum: float) -> None:
-    """M ← βM + (1−β)X in place, without bias correction.
-
-    Args:
-        x: Inputs X, of any shapes; not written.
-        exp_avg: The buffers M, of the same shapes; written. Their dtype is that of the arithmetic.
-        momentum: β in [0, 1).
-    """
-    torch._foreach_lerp_(exp_avg, _like(x, exp_avg), 1 - momentum)
-
-
-def filtered(
-    x: list[Tensor], exp_avg: list[Tensor], momentum: float, nesterov: bool
-) -> list[Tensor]:
-    """What the filter gives after :func:`accumulate`: M itself, or (1−β)X + βM (Nesterov)."""
-    return list(torch._foreach_lerp(_like(x, exp_avg), exp_avg, momentum)) if nesterov else exp_avg
+from hf_muon.rules import FILTERS, KERNELS
+from hf_muon.stages import Buffer, Given, Momentum, Stage
 
 
 def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """The filter of ``torch.optim.Muon`` as a stage: M ← βM + (1−β)X; M, or (1−β)X + βM."""
+    """The filter of ``torch.optim.Muon``: M ← βM + (1−β)X; M, or (1−β)X + βM with Nesterov.
+
+    Without bias correction: a polar factor has no scale. The dtype of the buffers is that of the
+    arithmetic.
+    """
     [exp_avg] = buffers
-    momentum, like = given.momentum, _like(x, exp_avg)
+    momentum, like = cast(float, given.momentum), _like(x, exp_avg)
     torch._foreach_lerp_(exp_avg, like, 1 - momentum)
     if not given.settings["nesterov"]:
         return exp_avg
@@ -47,8 +39,71 @@ def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> lis
 FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),), may_fail=False)
 
 
-def _like(x: list[Tensor], exp_avg: list[Tensor]) -> list[Tensor]:
-    return [one.to(buffer.dtype) for one, buffer in zip(x, exp_avg, strict=True)]
+def kernel(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """Several averages with weights: m_k ← β_k·m_k + (1−β_k)X; M = Σ w_k·m_k.
+
+    With Nesterov (1−μ)X + μM, where μ = Σ w_k·β_k is the weight of the past in M.
+    """
+    momenta = cast(tuple[float, ...], given.momentum)
+    weights = weights_of(given.settings)
+    like = _like(x, buffers[0])
+    for term, beta in zip(buffers, momenta, strict=True):
+        torch._foreach_lerp_(term, like, 1 - beta)
+    mixed = list(torch._foreach_mul(buffers[0], weights[0]))
+    for term, weight in zip(buffers[1:], weights[1:], strict=True):
+        torch._foreach_add_(mixed, term, alpha=weight)
+    if not given.settings["nesterov"]:
+        return mixed
+    return list(torch._foreach_lerp(like, mixed, past_weight(momenta, weights)))
+
+
+@lru_cache(maxsize=64)
+def kernel_stage(terms: int, second: str) -> Stage:
+    """The filter of several terms, and what it keeps; ``second`` is the name of its second one."""
+    return Stage(kernel, tuple(map(Buffer, term_names(terms, second))), may_fail=False)
+
+
+KERNELS["kernel"] = kernel_stage
+
+
+def term_names(terms: int, second: str) -> list[str]:
+    """Names of the buffers of a kernel."""
+    return ["exp_avg", second, *(f"exp_avg_{number}" for number in range(3, terms + 1))][:terms]
+
+
+def weights_of(settings: Mapping[str, Any]) -> Sequence[float]:
+    """The weights of the terms; equal ones where none are given."""
+    terms = len(settings["momentum"])
+    weights: Sequence[float] | None = settings["momentum_weights"]
+    return weights or (1 / terms,) * terms
+
+
+def past_weight(momenta: Sequence[float], weights: Sequence[float]) -> float:
+    """μ = Σ w_k·β_k: the weight of all earlier inputs in a kernel's output; β of one term."""
+    return sum(weight * beta for weight, beta in zip(weights, momenta, strict=True))
+
+
+def _like(x: list[Tensor], buffer: list[Tensor]) -> list[Tensor]:
+    return [one.to(kept.dtype) for one, kept in zip(x, buffer, strict=True)]
+
+
+def single(settings: Mapping[str, Any], step: int) -> float:
+    """β of one average that is as old as the filter's output at a step (0 for the first).
+
+    The mean age of a kernel is Σ w_k·β_k/(1−β_k), that of one average β/(1−β) = T − 1.
+    """
+    momentum = momentum_at(settings, step)
+    if isinstance(momentum, str):
+        return USUAL
+    if isinstance(momentum, float):
+        return momentum
+    weights = weights_of(settings)
+    age = sum(w * window(beta) for w, beta in zip(weights, momentum, strict=True)) - 1
+    return max(0.0, 1 - 1 / (1 + age)) if age > -1 else 0.0
+
+
+USUAL = 0.95
+"""β where nothing else is known."""
 
 
 def window(momentum: float) -> float:
@@ -56,8 +111,25 @@ def window(momentum: float) -> float:
     return 1 / (1 - momentum)
 
 
-def momentum_at(step: int, momentum: float, start: float, warmup_steps: int) -> float:
-    """β at ``step`` (0 for the first): linear from ``start`` to ``momentum``, constant after."""
-    if step >= warmup_steps:
-        return momentum
-    return start + (momentum - start) * step / warmup_steps
+def momentum_at(settings: Mapping[str, Any], step: int) -> Momentum:
+    """β at a step (0 for the first), of each term if there are several.
+
+    It grows from ``momentum_start`` over ``momentum_warmup_steps``, and goes to ``momentum_end``
+    over ``momentum_cooldown_steps`` from step ``momentum_cooldown_start`` on.
+    """
+    momentum: Momentum = settings["momentum"]
+    warmup, cooldown = settings["momentum_warmup_steps"], settings["momentum_cooldown_steps"]
+    if step < warmup:
+        return _between(settings, settings["momentum_start"], momentum, step / warmup)
+    if cooldown and step > settings["momentum_cooldown_start"]:
+        share = min(1.0, (step - settings["momentum_cooldown_start"]) / cooldown)
+        return _between(settings, momentum, settings["momentum_end"], share)
+    return momentum
+
+
+def _between(settings: Mapping[str, Any], start: Any, end: Any, share: float) -> Momentum:
+    if settings["momentum_schedule"] == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    if isinstance(end, tuple):
+        return tuple(a + (b - a) * share for a, b in zip(start, end, strict=True))
+    return float(start + (end - start) * share)

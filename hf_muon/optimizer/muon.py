@@ -99,7 +99,9 @@ class Muon(Optimizer):
         self._settings: list[Group] = []
         self._forget()
         self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
-        defaults = {"lr": self.config.muon_group()["lr"], "momentum": self.config.momentum}
+        defaults = {"lr": self.config.muon_group()["lr"]}
+        if isinstance(self.config.momentum, float):  # else no scheduler can cycle it
+            defaults["momentum"] = self.config.momentum
         super().__init__(named_groups(params), defaults)
         self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
         _warn_of_low_precision(self.param_groups)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit
-from hf_muon.distributed.exchange import summed
+from hf_muon.distributed.exchange import combined
 from hf_muon.optimizer.lora import Pair, PolarFunction, product_update
 from hf_muon.optimizer.lora_tangent import balance_factor, tangent_update
 from hf_muon.polar import batched_alike
-from hf_muon.rules import PAIR_MAPS, WholeMap
+from hf_muon.rules import PAIR_MAPS
+from hf_muon.stages import WholeMap
 
 Settings = Mapping[str, Any]
 UnitPair = tuple[Unit, Unit]
@@ -98,7 +99,7 @@ def agreed_balance(
         if unit in balance:
             found[number] = balance[unit]
     for ranks in (bucket.shard, bucket.replicate):
-        yield from summed(found, ranks)
+        yield from combined(found, ranks)
     return dict(zip(due, found, strict=True))
 
 

@@ -28,14 +28,18 @@ from hf_muon.distributed.find import (
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
+from hf_muon.optimizer.buffers import buffers_of
+from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.optimizer.held import Held
 from hf_muon.optimizer.lora import pair_step_size
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.optimizer.step import Held, Step, may_fail, wire_dtype
+from hf_muon.optimizer.step import may_fail, wire_dtype
 from hf_muon.polar import Workspace
-from hf_muon.rules import Buffer, Rule, rule_of
+from hf_muon.rules import rule_of
+from hf_muon.stages import Buffer, Momentum, Rule
 
 State = dict[str, Any]
 
@@ -73,7 +77,7 @@ class Plan:
         self._weights = locals_of([entry.tensor for entry in self.entries])
         self._kept = {
             buffer: locals_of([state[buffer.name] for state in states])
-            for buffer in self.rule.buffers
+            for buffer in buffers_of(self.group)
         }
         # A view keeps its storage alive, so that another one cannot have its address.
         seen = [
@@ -103,11 +107,18 @@ class Plan:
         for entry in trained:
             gradients[self._number[entry]] = local_gradient(entry.tensor)
         counts = [state["step"] for state in self._states]
-        momenta = [group["momentum"]] * len(counts)
-        if warmup := group["momentum_warmup_steps"]:
-            start = group["momentum_start"]
-            momenta = [momentum_at(int(n), group["momentum"], start, warmup) for n in counts]
-        return Step(group, self.rule, gradients, momenta, counts, workspace)
+        return Step(group, self.rule, gradients, self._momenta(counts), counts, workspace)
+
+    def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
+        """β of each matrix of each entry."""
+        group = self.group
+        if any(group.get("momenta") or ()):
+            return [entry.momenta for entry in self.entries]
+        now: list[Momentum] = [group["momentum"]] * len(counts)
+        if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
+            now = [momentum_at(group, int(count)) for count in counts]
+        pairs = zip(now, self.entries, strict=True)
+        return [[momentum] * len(entry.matrices) for momentum, entry in pairs]
 
     def count(self, trained: Sequence[Entry]) -> None:
         """Count a step of some entries; not in place, because loaders may share one tensor."""
@@ -119,7 +130,8 @@ class Plan:
     @property
     def may_fail(self) -> bool:
         """Whether a step may have to be taken back."""
-        return may_fail(self.rule, self.group)
+        is_first = self.rule.may_refuse and not all(map(_counted, self._states))
+        return may_fail(self.rule, self.group, is_first)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """What a step writes, each with a copy."""
@@ -196,6 +208,10 @@ class Plans:
         return self._layouts[key]
 
 
+def _counted(state: State) -> bool:
+    return bool(state["step"] > 0)
+
+
 def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:
     """Whether a plan for some entries takes the place of another one."""
     same = plan.group["group_id"] == entries[0].group["group_id"]
@@ -212,7 +228,7 @@ def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]
                 f"A matrix of {entries[unit.parameter].name} is not in one piece on each rank, and "
                 "a stage of the update rule needs whole matrices. Train in one process or under "
                 "DDP, without fused projections that are interleaved, or register the stage with "
-                "needs='norms' or 'entries'."
+                "needs='norms', 'entries' or a Statistic."
             )
 
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from hf_muon.distributed.layout import Matrix
-from hf_muon.rules import RESCALES, Given, Stage
 
 
 def match_rms_adamw(m: int, n: int) -> float:
@@ -60,15 +56,3 @@ def step_size(rule: str, matrix: Matrix) -> float:
         )
     m, n = (cols, rows) if matrix.fan_out_dim == 1 else (rows, cols)
     return STEP_SIZES[rule](m, n)
-
-
-def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """U·√min(m, n)/‖U‖_F: the RMS of a polar factor, 1/√max(m, n). Zero stays zero."""
-    factors = (
-        torch.where(norm > 0, min(shape) ** 0.5 / norm, 0.0)
-        for shape, norm in zip(given.shapes, given.norms, strict=True)
-    )
-    return [u * factor.to(u) for u, factor in zip(x, factors, strict=True)]
-
-
-RESCALES["frobenius"] = (Stage(frobenius, needs="norms", may_fail=False),)

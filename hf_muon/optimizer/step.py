@@ -9,16 +9,14 @@ everything else works on the pieces that this rank holds::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Bucket, Unit
+from hf_muon.distributed.buckets import Unit
 from hf_muon.distributed.exchange import (
     Fill,
     Result,
@@ -27,192 +25,14 @@ from hf_muon.distributed.exchange import (
     newly_allocated,
     reading,
     scatter,
-    summed,
 )
-from hf_muon.distributed.portions import Portion, portions
-from hf_muon.optimizer.apply import apply_update
-from hf_muon.optimizer.lora_tangent import rescale
+from hf_muon.optimizer.context import Settings, Step
+from hf_muon.optimizer.held import Held, Sums
 from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
 from hf_muon.polar import Workspace, compute_dtype, orthogonalize
 from hf_muon.polar.precision import svd_dtype
-from hf_muon.rules import MAPS, Buffer, Given, Rule, Stage, WholeMap
-
-Settings = Mapping[str, Any]
-Lists = Iterable[list[Tensor]]
-Mapped = tuple[Result, list[Unit], dict[Unit, Tensor]]
-
-
-@dataclass
-class Step:
-    """What a step has of a param group.
-
-    ``gradients`` are this rank's parts, ``momenta`` and ``counts`` the β and the steps before, of
-    each parameter. What a map that may fail raised is in ``failures``.
-    """
-
-    settings: Settings
-    rule: Rule
-    gradients: list[Tensor]
-    momenta: list[float]
-    counts: list[Tensor]
-    workspace: Workspace
-    failures: list[Exception] = field(default_factory=list)
-
-    @contextmanager
-    def guarded(self) -> Iterator[list[Tensor]]:
-        """Keep an error of what may fail, and go on with a list that may stay empty.
-
-        It may be of one rank alone, and others wait for its part of the step.
-        """
-        found: list[Tensor] = []
-        try:
-            yield found
-        except Exception as error:  # whatever a decomposition or a stranger's function raises
-            found.clear()
-            self.failures.append(error)
-
-
-class Part(NamedTuple):
-    """A portion of the pieces that share β and scale, with what stays the same in every step."""
-
-    portion: Portion
-    momentum: float
-    scale: float
-    weights: list[Tensor]
-    kept: dict[str, list[Tensor]]
-    shapes: list[tuple[int, int]]
-
-
-class Held:
-    """What this rank holds of a bucket: views of weights and buffers, kept from step to step.
-
-    Attributes:
-        bucket: Of the plan.
-        items: Its pieces on this rank; lists are aligned with them.
-        weights: (rows, cols) each.
-        buffers: The same for each buffer of the rule, by name.
-        sizes: Step-size factors of all units of the bucket.
-        scales: Those of the pieces.
-    """
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        weights: Sequence[Tensor],
-        buffers: Mapping[Buffer, Sequence[Tensor]],
-        sizes: Mapping[Unit, float],
-    ) -> None:
-        """Find the views in the tensors of all parameters, as this rank holds them."""
-        self._tensors = weights, buffers
-        self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
-        self.weights = self.views(weights)
-        self.buffers = {
-            buffer.name: self.views(of_all) if buffer.kind == "entries" else self._rows(of_all)
-            for buffer, of_all in buffers.items()
-        }
-        self.scales = [sizes[unit] for unit, _ in self.items]
-        self.device = self.weights[0].device if self.weights else bucket.device
-        self._shapes = [unit.shape for unit, _ in self.items]
-        place = {item: number for number, item in enumerate(self.items)}
-        self._read = [place[item] for item in bucket.reads]
-        self._parts: dict[str, tuple[list[Hashable], list[Part]]] = {}
-
-    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The pieces, (rows, cols), of what belongs to the parameters."""
-        return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
-
-    def _rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A number for each row of each matrix, (m, 1)."""
-        return [tensors[u.parameter][u.matrix, : u.shape[0], None] for u, _ in self.items]
-
-    def moving(self, gradients: Sequence[Tensor], of_pairs: bool) -> Generator[None, None, Held]:
-        """The same without what has gradients of exactly zero on all ranks: matrices, or pairs."""
-        parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
-        views = self.views(gradients)
-        norms = yield from self._norms(parts, (part.portion.of(views) for part in parts))
-        units, found = self.bucket.units, [norm > 0 for norm in norms.tolist()]
-        if of_pairs:  # a factor moves with its partner
-            found = [
-                one for a, b in zip(found[::2], found[1::2], strict=True) for one in [a or b] * 2
-            ]
-        units = [unit for unit, moves in zip(units, found, strict=True) if moves]
-        return Held(self.bucket.only(units), *self._tensors, self.sizes)
-
-    def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
-        """Portions with one key (β, scale), as some stages may have them.
-
-        Those of the last keys are kept, under a name.
-        """
-        if name not in self._parts or self._parts[name][0] != keys:
-            shapes = [(piece.rows, piece.cols) for _, piece in self.items]
-            cut = all(stage.needs != "matrices" for stage in stages)
-            found = portions(keys, shapes, self.device, cut=cut)
-            self._parts[name] = keys, [self._part(portion) for portion in found]
-        return self._parts[name][1]
-
-    def _part(self, portion: Portion) -> Part:
-        kept = {name: portion.of(buffer) for name, buffer in self.buffers.items()}
-        momentum, scale = portion.key
-        weights, shapes = portion.of(self.weights), portion.each(self._shapes)
-        return Part(portion, momentum, scale, weights, kept, shapes)
-
-    def passed(
-        self, step: Step, stages: Sequence[Stage], parts: Sequence[Part], tensors: Sequence[Tensor]
-    ) -> Generator[None, None, Lists]:
-        """What stages make of the parts of some tensors, computed when it is asked for."""
-        lists: Lists = (part.portion.of(tensors) for part in parts)
-        for stage in stages:
-            norms: list[Tensor] = []
-            if stage.needs == "norms":
-                lists = list(lists)
-                found = yield from self._norms(parts, lists)
-                of_units = dict(zip(self.bucket.units, found, strict=True))
-                norms = [of_units[unit] for unit, _ in self.items]
-            lists = _through(step, stage, parts, lists, norms)
-        return lists
-
-    def _norms(self, parts: Sequence[Part], lists: Lists) -> Generator[None, None, Tensor]:
-        """Frobenius norms, float64, of what belongs to each unit: one all-reduce."""
-        number = {unit: place for place, unit in enumerate(self.bucket.units)}
-        sums = torch.zeros(len(number), dtype=torch.float64, device=self.bucket.device)
-        for part, x in zip(parts, lists, strict=True):
-            for (unit, _), one in zip(part.portion.each(self.items), x, strict=True):
-                sums[number[unit]] += one.double().square().sum()
-        yield from summed(sums, self.bucket.shard)
-        return sums.sqrt()
-
-    def fill(self, parts: Sequence[Part], lists: Lists, places: Sequence[Tensor]) -> None:
-        """Write what is read of the pieces to its places; the rest is computed for its buffers."""
-        at = dict(zip(self._read, places, strict=True))
-        for part, x in zip(parts, lists, strict=True):
-            numbers, rows = part.portion.places, part.portion.rows
-            wanted = [(at[n], one) for n, one in zip(numbers, x, strict=True) if n in at]
-            if wanted:
-                into, found = zip(*wanted, strict=True)
-                torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
-
-    def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
-        """Multiply the weights of some matrices, and divide what their stages keep."""
-        for number, (unit, _) in enumerate(self.items):
-            if unit in factors:
-                kept = [buffer[number] for buffer in self.buffers.values()]
-                rescale(self.weights[number], kept, factors[unit])
-
-
-def _through(
-    step: Step, stage: Stage, parts: Sequence[Part], lists: Lists, norms: Sequence[Tensor]
-) -> Iterator[list[Tensor]]:
-    names = [buffer.name for buffer in stage.buffers]
-    for part, x in zip(parts, lists, strict=True):
-        of_part = part.portion.each(norms) if norms else ()
-        given = Given(step.settings, part.momentum, part.shapes, of_part)
-        kept = tuple([part.kept[name] for name in names])
-        if not stage.may_fail:
-            yield stage.run(x, kept, given)
-            continue
-        with step.guarded() as found:
-            found += stage.run(x, kept, given)
-        yield found or [torch.zeros_like(one) for one in x]
+from hf_muon.rules import rule_of
+from hf_muon.stages import Rule
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
@@ -222,33 +42,57 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
         held: A bucket, and what this rank holds of it.
         step: What the step has of its group.
     """
+    rule = step.rule
     if step.settings["skip_zero_gradients"]:
-        held = yield from held.moving(step.gradients, step.rule.whole.of_pairs)
-    momenta = [step.momenta[unit.parameter] for unit, _ in held.items]
-    before = held.parts("before", [(momentum, 0.0) for momentum in momenta], step.rule.before)
-    after = held.parts("after", [*zip(momenta, held.scales, strict=True)], step.rule.after)
+        held = yield from held.moving(step, step.gradients, rule.whole.of_pairs)
+    momenta = [step.momenta[unit.parameter][unit.matrix] for unit, _ in held.items]
+    ends = (*rule.after, rule.write)
+    before = held.parts("before", [(momentum, 1.0) for momentum in momenta], rule.before)
+    after = held.parts("after", [*zip(momenta, held.scales, strict=True)], ends)
 
     gradients = held.views(step.gradients)
-    inputs = yield from held.passed(step, step.rule.before, before, gradients)
-    whole = _map_pairs if step.rule.whole.of_pairs else _map_matrices
-    results, due, balance = yield from whole(held, step, partial(held.fill, before, inputs))
+    inputs = yield from held.passed(step, rule.before, before, gradients)
+    whole = _map_pairs if rule.whole.of_pairs else _map_matrices
+    mapped = yield from whole(held, step, partial(held.fill, before, inputs))
     pairs = zip(held.items, held.weights, strict=True)
-    factors = [results[item].to(weight.device) for item, weight in pairs]  # may be offloaded
-    updates = yield from held.passed(step, step.rule.after, after, factors)
-    for part, update in zip(after, updates, strict=True):
-        _write(part, update, step)
-    if due:
-        held.rescale((yield from agreed_balance(held.bucket, due, balance)))
+    factors = [mapped.results[item].to(weight.device) for item, weight in pairs]  # if offloaded
+    written = yield from held.passed(step, ends, after, factors, mapped.measured)
+    for _ in written:
+        pass
+    if mapped.due:
+        held.rescale((yield from agreed_balance(held.bucket, mapped.due, mapped.balance or {})))
+
+
+class Mapped(NamedTuple):
+    """What the maps have made of a bucket.
+
+    Attributes:
+        results: For each piece of this rank.
+        measured: What the next stage must know of the whole results, if their owners could tell.
+        due: The factors of pairs that are to be balanced, and
+        balance: what those of this rank are to be multiplied by.
+    """
+
+    results: Result
+    measured: Sums | None = None
+    due: Sequence[Unit] = ()
+    balance: dict[Unit, Tensor] | None = None
 
 
 def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
-    """Map each matrix on its owner."""
+    """Map each matrix on its owner, who also measures what the next stage asks for."""
     # Where others communicate, the matrices of several buckets are there at the same time.
-    bucket = held.bucket
+    bucket, whole = held.bucket, step.rule.whole
     empty = step.workspace.empty if bucket.is_alone else newly_allocated
-    together = step.rule.whole.replaces
-    results = yield from exchange(bucket, fill, _replacing(step), bucket.wire, empty, together)
-    return results, [], {}
+    seen: dict[Unit, Tensor] = {}
+    results = yield from exchange(
+        bucket, fill, _replacing(step), bucket.wire, empty, whole.replaces, seen
+    )
+    following = step.rule.after[0] if step.rule.after else step.rule.write
+    statistic = following.statistic
+    if statistic is None or not statistic.of_input:
+        return Mapped(results)
+    return Mapped(results, (yield from held.measured(step, statistic, seen)))
 
 
 def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
@@ -262,38 +106,20 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     polar = polar_function(settings, step.workspace)
     update = partial(rule.whole.run, polar=polar, settings=settings)
     changes: dict[Unit, Tensor] = {}
-    balance: dict[Unit, Tensor] = {}
+    balance: dict[Unit, Tensor] | None = None
     with step.guarded():
         changes, balance = map_pairs(bucket, weights, gradients, held.sizes, update, due)
     changes = changes or {unit: torch.zeros_like(weights[unit]) for unit in bucket.mine}
     weights.clear()
     gradients.clear()
-    return (yield from scatter(bucket, changes, bucket.wire)), due, balance
+    results = yield from scatter(bucket, changes, bucket.wire)
+    return Mapped(results, None, due, balance)
 
 
-def _write(part: Part, updates: list[Tensor], step: Step) -> None:
-    """Decay, scale, add; the change of a pair has everything in it."""
-    settings, moved = step.settings, step.rule.whole.of_pairs
-    apply_update(
-        part.weights,
-        updates,
-        lr=1.0 if moved else settings["lr"],
-        scale=-1.0 if moved else part.scale,
-        weight_decay=0.0 if moved else settings["weight_decay"],
-        cautious=settings["cautious_weight_decay"],
-    )
-
-
-def _polar(X: Tensor, polar: Callable[..., Tensor], settings: Settings) -> Tensor:
-    return polar(X)
-
-
-MAPS["polar"] = WholeMap(_polar, replaces=True, may_fail=False)
-
-
-def may_fail(rule: Rule, settings: Settings) -> bool:
+def may_fail(rule: Rule, settings: Settings, is_first: bool) -> bool:
     """Whether a step may have to be taken back; a decomposition may not converge."""
-    return rule.may_fail or settings["polar_method"] == "svd"
+    refuses = is_first and rule.may_refuse
+    return rule.may_fail or refuses or settings["polar_method"] == "svd"
 
 
 def _replacing(step: Step) -> Callable[[Tensor], None]:
@@ -347,7 +173,7 @@ def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
     if settings["lora_update"] != "factor":
         return torch.promote_types(dtype, torch.float32)
     requested = settings["polar_dtype"]
-    if settings["polar_method"] == "svd":
+    if settings["polar_method"] == "svd" or rule_of(settings).whole.decomposes:
         return svd_dtype(requested, dtype)
     computed = compute_dtype(requested, device)
     return torch.float32 if computed == torch.float16 else computed

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -26,6 +27,7 @@ from hf_muon.routing.route import Route, param_groups
 from hf_muon.routing.rules import Context, Decision, Overrides, decide
 from hf_muon.routing.survey import Candidate, Survey, survey, trainable
 from hf_muon.routing.table import render
+from hf_muon.rules import kept_by
 from hf_muon.values import near
 
 logger = logging.getLogger(__name__)
@@ -329,11 +331,10 @@ def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
             continue
         chosen = config.momentum_dtype
         dtype = parameter.dtype if chosen is None else getattr(torch, chosen)
-        rows = len(one.matrices) * max(matrix.rows for matrix in one.matrices)
-        muon += 4 + sum(
-            rows * (buffer.dtype or torch.float32).itemsize
-            if buffer.kind == "rows"
-            else one.numel * (buffer.dtype or dtype).itemsize
-            for buffer in config.rule.buffers
-        )
+        shapes = [(matrix.rows, matrix.cols) for matrix in one.matrices]
+        muon += 4
+        for buffer in kept_by(vars(config)):
+            whole = buffer.kind != "entries"
+            numbers = math.prod(buffer.shape(shapes)) if whole else one.numel
+            muon += numbers * (buffer.dtype or (torch.float32 if whole else dtype)).itemsize
     return {"muon": muon, "adamw": adamw, "total": muon + adamw, "adamw_only": reference}

@@ -30,7 +30,6 @@ from turns import LLAMA, linear_shapes, summary
 
 from hf_muon import Muon, MuonConfig
 from hf_muon.optimizer import step as optimizer_step
-from hf_muon.optimizer.momentum import accumulate, filtered
 from hf_muon.optimizer.scaling import match_rms_adamw
 from hf_muon.optimizer.step import polar_function
 from hf_muon.polar import orthogonalize
@@ -82,8 +81,8 @@ def redundant(parameters: list[nn.Parameter], kind: str) -> Step:
     @torch.no_grad()
     def step() -> None:
         for parameter, average in zip(parameters, averages, strict=True):
-            accumulate([parameter.grad], [average], BETA)
-            [mixed] = filtered([parameter.grad], [average], BETA, nesterov=True)
+            average.lerp_(parameter.grad, 1 - BETA)
+            mixed = torch.lerp(parameter.grad, average, BETA)
             whole = mixed.full_tensor()
             shard = distribute_tensor(
                 polar(whole), parameter.device_mesh, parameter.placements, src_data_rank=None

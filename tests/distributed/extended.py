@@ -9,11 +9,11 @@ ELEMENTWISE = {
     "two terms": {"filter": "two_terms"},
     "two terms behind": {"filter": "two_terms", "order": "post_polar"},
     "clipped": {"filter": "clipped"},
-    "polargrad": {"matrix_map": "polargrad"},
+    "nuclear": {"matrix_map": "nuclear"},
     "norms": {"rescale": "frobenius"},
     "skipped": {"skip_zero_gradients": True},
 }
-WHOLE = {"rows": {"rescale": "rows"}}
+WHOLE = {"rows": {"rescale": "even_rows"}}
 
 
 def register():

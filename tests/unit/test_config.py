@@ -45,7 +45,7 @@ WRONG = [
         {"momentum_start": 0.5, "momentum_warmup_steps": 9, "order": "polar_only"},
         ["momentum_start", "polar_only", "no momentum"],
     ),
-    ({"momentum_dtype": "int8"}, ["momentum_dtype='int8'", "'float32'"]),
+    ({"momentum_dtype": "int4"}, ["momentum_dtype='int4'", "'float32'"]),
     ({"muon_params": "attn"}, ["muon_params='attn'", "tuple"]),
     ({"adamw_params": ("(",)}, ["adamw_params", "'('", "regular expression"]),
     ({"adamw_params": ("x", "")}, ["adamw_params", "empty pattern"]),

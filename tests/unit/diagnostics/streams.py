@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hf_muon.optimizer.momentum import accumulate
 
 
 def momentum_of(window):
@@ -17,5 +16,5 @@ def last_averages(stream, windows):
     for step in stream:
         for window in windows:
             buffer = buffers.setdefault(window, torch.zeros_like(step.gradient))
-            accumulate([step.gradient], [buffer], momentum_of(window))
+            buffer.lerp_(step.gradient, 1 - momentum_of(window))
     return buffers, step

@@ -17,7 +17,6 @@ from hf_muon.diagnostics.advice import (
 )
 from hf_muon.diagnostics.spectra import StepMatrices, measure
 from hf_muon.diagnostics.synthetic import spiked_stream
-from hf_muon.optimizer.momentum import accumulate
 from tests.reference.spectra import Spike
 from tests.unit.diagnostics.streams import momentum_of
 
@@ -34,7 +33,7 @@ def samples(window, drift, seed=0, strengths=STRENGTHS, distance=50):
     )
     for number, step in enumerate(stream, start=1):
         G = step.gradient
-        accumulate([G], [average], momentum_of(window))
+        average.lerp_(G, 1 - momentum_of(window))
         if number in steps:
             at = StepMatrices(G, average, G, G, average, None)
             found.append(measure(number, at, momentum_of(window), 2)[1])
@@ -75,7 +74,7 @@ def test_the_suggested_window_aligns_best_with_a_signal_that_turns():
             M, N, STRENGTHS, steps=400, sigma=1 / math.sqrt(M), drift=drift, batch=(8,), seed=9
         )
         for number, step in enumerate(stream):
-            accumulate([step.gradient], [average], momentum_of(window))
+            average.lerp_(step.gradient, 1 - momentum_of(window))
             if number % 50 == 49 and number > 200:
                 # The two leading directions, which is where a polar factor's signal is.
                 total += d.signal_alignment(average, step.signal, rank=2).mean().item()

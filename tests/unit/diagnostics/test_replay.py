@@ -10,7 +10,7 @@ import torch
 from hf_muon import Muon, diagnostics, polar_factor
 from hf_muon.diagnostics.replay import ema
 from hf_muon.distributed.layout import Matrix
-from hf_muon.optimizer.apply import apply_update
+from hf_muon.optimizer.writes import apply_update
 from hf_muon.optimizer.scaling import step_size
 from tests.reference.muon import exact_polar
 

@@ -21,13 +21,13 @@ CASES = {
         lambda: [exact_polar, reference.two_terms()],
     ),
     "clipped": ({"filter": "clipped"}, lambda: [reference.clipped(), exact_polar]),
-    "polargrad": ({"matrix_map": "polargrad"}, lambda: [reference.ema(), reference.polargrad]),
+    "nuclear": ({"matrix_map": "nuclear"}, lambda: [reference.ema(), reference.polargrad]),
     "rows": (
-        {"rescale": "rows"},
+        {"rescale": "even_rows"},
         lambda: [reference.ema(), exact_polar, reference.rows()],
     ),
     "rows, polar_only": (
-        {"rescale": "rows", "order": "polar_only"},
+        {"rescale": "even_rows", "order": "polar_only"},
         lambda: [exact_polar, reference.rows()],
     ),
 }
@@ -106,7 +106,7 @@ def test_state_goes_through_checkpoints(case):
 
 
 def test_rows_have_one_size_after_the_first_step():
-    settings = {"rescale": "rows", "adjust_lr": "none"}
+    settings = {"rescale": "even_rows", "adjust_lr": "none"}
     weight, _ = trained(torch.zeros(9, 6), [torch.randn(9, 6)], **settings)
     sizes = weight.norm(dim=1) / LR
     assert torch.allclose(sizes, torch.full((9,), (6 / 9) ** 0.5), atol=1e-5)  # ‖O‖ = √6
@@ -114,15 +114,15 @@ def test_rows_have_one_size_after_the_first_step():
 
 def test_stacks_have_numbers_for_each_row_of_each_matrix():
     start, gradient = torch.zeros(3, 6, 9), torch.randn(3, 6, 9)
-    stack, optimizer = trained(start, [gradient], rescale="rows")
+    stack, optimizer = trained(start, [gradient], rescale="even_rows")
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["row_avg"].shape == (3, 6)
     for one, g in zip(stack, gradient, strict=True):
-        alone, _ = trained(start[0], [g], rescale="rows")
+        alone, _ = trained(start[0], [g], rescale="even_rows")
         assert torch.allclose(one, alone, atol=1e-7)
 
 
 def test_names_are_values_of_settings():
-    config = MuonConfig.from_optim_args("filter=two_terms,matrix_map=polargrad,rescale=rows", lr=1)
+    config = MuonConfig.from_optim_args("filter=two_terms,matrix_map=nuclear,rescale=even_rows", lr=1)
     assert MuonConfig(**config.to_dict()) == config
     with pytest.raises(
         ValueError, match=r"filter='two_term' is not one of .* Did you mean 'two_terms'"

@@ -1,0 +1,361 @@
+"""What a rank holds of a bucket, and the way of its pieces through the stages of a rule.
+
+In: a bucket of the plan, with the tensors of its parameters. Out: views of them that are kept from
+step to step, and what stages make of pieces. Work on entries is done in portions; what a stage must
+know of whole matrices is added up over their pieces first, one message for all of a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_muon.distributed.buckets import Bucket, Unit
+from hf_muon.distributed.exchange import combined
+from hf_muon.distributed.portions import Portion, portions
+from hf_muon.optimizer.context import Step
+from hf_muon.optimizer.int8 import add_largest, decoded, encode
+from hf_muon.optimizer.lora_tangent import rescale
+from hf_muon.stages import (
+    NORMS,
+    Buffer,
+    Given,
+    Momentum,
+    Stage,
+    Statistic,
+    blocks_in,
+    of_matrices,
+)
+
+Lists = Iterable[list[Tensor]]
+Sums = dict[Unit, Tensor]
+
+
+class Part(NamedTuple):
+    """A portion of the pieces that share β and scale, with what stays the same in every step."""
+
+    portion: Portion
+    momentum: Momentum
+    scale: float
+    weights: list[Tensor]
+    kept: dict[str, list[Tensor]]
+    shapes: list[tuple[int, int]]
+
+
+class Held:
+    """What this rank holds of a bucket: views of weights and buffers, kept from step to step.
+
+    Attributes:
+        bucket: Of the plan.
+        items: Its pieces on this rank; lists are aligned with them.
+        weights: (rows, cols) each.
+        sizes: Step-size factors of all units of the bucket.
+        scales: Those of the pieces.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        weights: Sequence[Tensor],
+        buffers: Mapping[Buffer, Sequence[Tensor]],
+        sizes: Mapping[Unit, float],
+    ) -> None:
+        """Find the views in the tensors of all parameters, as this rank holds them."""
+        self._tensors = weights, buffers
+        self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
+        self.weights = self.views(weights)
+        self._entries: dict[str, list[Tensor]] = {}
+        self._of_units: dict[str, dict[Unit, Tensor]] = {}
+        self._coded = {buffer for buffer in buffers if buffer.sizes in buffers}
+        for buffer, tensors in buffers.items():
+            if buffer.kind == "entries":
+                self._entries[buffer.name] = self.views(tensors)
+            else:
+                found = {u: _of_matrix(buffer, u, tensors[u.parameter]) for u in bucket.units}
+                self._of_units[buffer.name] = found
+        self.scales = [sizes[unit] for unit, _ in self.items]
+        self.device = self.weights[0].device if self.weights else bucket.device
+        self._shapes = [unit.shape for unit, _ in self.items]
+        place = {item: number for number, item in enumerate(self.items)}
+        self._read = [place[item] for item in bucket.reads]
+        self._parts: dict[str, tuple[list[Hashable], list[Part]]] = {}
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces, (rows, cols), of what belongs to the parameters."""
+        return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
+
+    def moving(
+        self, step: Step, gradients: Sequence[Tensor], of_pairs: bool
+    ) -> Generator[None, None, Held]:
+        """The same without what has gradients of exactly zero on all ranks: matrices, or pairs."""
+        parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
+        views = self.views(gradients)
+        lists = [part.portion.of(views) for part in parts]
+        sums = yield from self._sums(step, Stage(_no_run, needs=NORMS), NORMS, parts, lists)
+        units = self.bucket.units
+        found = [bool(one > 0) for one in torch.stack([sums[unit][0] for unit in units]).cpu()]
+        if of_pairs:  # a factor moves with its partner
+            found = [
+                one for a, b in zip(found[::2], found[1::2], strict=True) for one in [a or b] * 2
+            ]
+        units = [unit for unit, moves in zip(units, found, strict=True) if moves]
+        return Held(self.bucket.only(units), *self._tensors, self.sizes)
+
+    def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
+        """Portions with one key (β, scale), as some stages may have them.
+
+        Those of the last keys are kept, under a name.
+        """
+        if name not in self._parts or self._parts[name][0] != keys:
+            shapes = [(piece.rows, piece.cols) for _, piece in self.items]
+            cut = all(stage.needs != "matrices" for stage in stages)
+            found = portions(keys, shapes, self.device, cut=cut)
+            self._parts[name] = keys, [self._part(portion) for portion in found]
+        return self._parts[name][1]
+
+    def _part(self, portion: Portion) -> Part:
+        kept = {name: portion.of(of_items) for name, of_items in self._entries.items()}
+        for name, of_units in self._of_units.items():
+            kept[name] = [of_units[unit] for unit, _ in portion.each(self.items)]
+        momentum, scale = portion.key
+        weights, shapes = portion.of(self.weights), portion.each(self._shapes)
+        return Part(portion, momentum, scale, weights, kept, shapes)
+
+    def passed(
+        self,
+        step: Step,
+        stages: Sequence[Stage],
+        parts: Sequence[Part],
+        tensors: Sequence[Tensor],
+        measured: Sums | None = None,
+    ) -> Generator[None, None, Lists]:
+        """What stages make of the parts of some tensors, computed when it is asked for.
+
+        ``measured`` is what the first stage must know of whole matrices, where it was found by
+        their owners already.
+        """
+        lists: Lists = (part.portion.of(tensors) for part in parts)
+        for stage in stages:
+            whole: Sums = {}
+            if stage.statistic is not None:
+                lists = list(lists)
+                sums = measured
+                if stage is not stages[0] or sums is None:
+                    sums = yield from self._sums(step, stage, stage.statistic, parts, lists)
+                whole = self._concluded(step, stage, stage.statistic, sums)
+            if self._coded.isdisjoint(stage.buffers):
+                lists = self._through(step, stage, parts, lists, whole)
+            else:
+                lists = yield from self._through_coded(step, stage, parts, lists, whole)
+        return lists
+
+    def _through(
+        self, step: Step, stage: Stage, parts: Sequence[Part], lists: Lists, whole: Sums
+    ) -> Iterator[list[Tensor]]:
+        for part, x in zip(parts, lists, strict=True):
+            yield self._run(step, stage, part, x, self._read_buffers(stage, part), whole)
+
+    def _run(
+        self,
+        step: Step,
+        stage: Stage,
+        part: Part,
+        x: list[Tensor],
+        kept: tuple[list[Tensor], ...],
+        whole: Sums,
+    ) -> list[Tensor]:
+        given = self._given(step, stage, part)
+        if whole:
+            given = given._replace(whole=self._of_pieces(stage, part, whole))
+        if not stage.may_fail:
+            return stage.run(x, kept, given)
+        with step.guarded() as found:
+            found += stage.run(x, kept, given)
+        return found or [torch.zeros_like(one) for one in x]
+
+    def _given(self, step: Step, stage: Stage, part: Part) -> Given:
+        steps: Sequence[int] = ()
+        if stage.counts:
+            steps = [step.numbers[unit.parameter] for unit, _ in part.portion.each(self.items)]
+        return Given(step.settings, part.momentum, part.shapes, (), steps, part.weights, part.scale)
+
+    # --- whole matrices -------------------------------------------------------------------------
+
+    def _sums(
+        self,
+        step: Step,
+        stage: Stage,
+        statistic: Statistic,
+        parts: Sequence[Part],
+        lists: Sequence[list[Tensor]],
+    ) -> Generator[None, None, Sums]:
+        """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
+        flat, sums = self._empty(statistic, torch.float64)
+        for part, x in zip(parts, lists, strict=True):
+            kept = self._read_buffers(stage, part)
+            found = statistic.measure(x, kept, self._given(step, stage, part))
+            of_part = zip(part.portion.each(self.items), found, strict=True)
+            for (unit, piece), one in of_part:
+                of_unit = sums[unit]
+                if statistic.of_rows:
+                    of_unit = _rows(of_unit, piece.row, piece.rows, part.portion)
+                of_unit += one.to(of_unit)
+        yield from combined(flat, self.bucket.shard)
+        return sums
+
+    def measured(
+        self, step: Step, statistic: Statistic, of_owner: Mapping[Unit, Tensor]
+    ) -> Generator[None, None, Sums]:
+        """The same from the whole matrices of this rank, and from those of the other owners.
+
+        The others add zeros to what an owner found, so that its bits arrive.
+        """
+        flat, sums = self._empty(statistic, torch.float64)
+        for unit, matrix in of_owner.items():
+            given = Given(step.settings, 0.0, [unit.shape])
+            [found] = statistic.measure([matrix], (), given)
+            sums[unit].copy_(found)
+        for ranks in (self.bucket.shard, self.bucket.replicate):
+            yield from combined(flat, ranks)
+        return sums
+
+    def _empty(self, statistic: Statistic, dtype: torch.dtype) -> tuple[Tensor, Sums]:
+        """Zeros for what is found of each matrix, and the memory of all of them."""
+        units, width = self.bucket.units, statistic.width
+        shapes = [(u.shape[0], width) if statistic.of_rows else (width,) for u in units]
+        return self._zeros(shapes, dtype)
+
+    def _zeros(
+        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> tuple[Tensor, dict[Unit, Tensor]]:
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=self.bucket.device)
+        parts = zip(self.bucket.units, accumulate(sizes), sizes, shapes, strict=True)
+        return flat, {u: flat[end - size : end].view(shape) for u, end, size, shape in parts}
+
+    def _concluded(self, step: Step, stage: Stage, statistic: Statistic, sums: Sums) -> Sums:
+        """What follows for each matrix; every rank that holds some of it comes to the same."""
+        units = self.bucket.units
+        kept = of_matrices(
+            stage,
+            tuple(
+                [self._of_units[b.name][u] for u in units] if b.kind != "entries" else []
+                for b in stage.buffers
+            ),
+        )
+        steps = [step.numbers[u.parameter] for u in units] if stage.counts else []
+        given = Given(step.settings, 0.0, [u.shape for u in units], (), steps)
+        of_units = [sums[unit].to(self.device) for unit in units]
+        with step.guarded() as found:
+            found += statistic.conclude(of_units, kept, given)
+        return dict(zip(units, found or of_units, strict=True))
+
+    def _of_pieces(self, stage: Stage, part: Part, whole: Sums) -> list[Tensor]:
+        items = part.portion.each(self.items)
+        if not (stage.statistic and stage.statistic.of_rows):
+            return [whole[unit] for unit, _ in items]
+        return [_rows(whole[u], piece.row, piece.rows, part.portion) for u, piece in items]
+
+    # --- momentum of one byte -------------------------------------------------------------------
+
+    def _read_buffers(self, stage: Stage, part: Part) -> tuple[list[Tensor], ...]:
+        """What a stage keeps of a portion: the buffers themselves, or the numbers in them."""
+        return tuple(
+            [
+                self._opened(part, buffer) if buffer in self._coded else part.kept[buffer.name]
+                for buffer in stage.buffers
+            ]
+        )
+
+    def _through_coded(
+        self,
+        step: Step,
+        stage: Stage,
+        parts: Sequence[Part],
+        lists: Lists,
+        whole: Sums,
+    ) -> Generator[None, None, Lists]:
+        """The same where buffers are kept in int8: read them, run, write them."""
+        results, opened = [], []
+        for part, x in zip(parts, lists, strict=True):
+            opened.append(self._read_buffers(stage, part))
+            results.append(self._run(step, stage, part, x, opened[-1], whole))
+        for number, buffer in enumerate(stage.buffers):
+            if buffer in self._coded:
+                yield from self._closed(buffer, parts, [kept[number] for kept in opened])
+        return results
+
+    def _blocks(self, part: Part, buffer: Buffer, of_units: Mapping[Unit, Tensor]) -> list[Any]:
+        """The blocks of each tensor of a portion, and its first column."""
+        return [
+            (_rows(of_units[unit], piece.row, piece.rows, part.portion), piece.col)
+            for unit, piece in part.portion.each(self.items)
+        ]
+
+    def _opened(self, part: Part, buffer: Buffer) -> list[Tensor]:
+        blocks = self._blocks(part, buffer, self._of_units[f"{buffer.name}_scale"])
+        both = zip(part.kept[buffer.name], blocks, strict=True)
+        return [decoded(q, largest, first) for q, (largest, first) in both]
+
+    def _closed(
+        self, buffer: Buffer, parts: Sequence[Part], lists: Sequence[list[Tensor]]
+    ) -> Generator[None, None, None]:
+        """Write a buffer; blocks that are cut between ranks have the size of all their entries."""
+        kept = self._of_units[f"{buffer.name}_scale"]
+        flat, sizes = self._zeros([tuple(kept[u].shape) for u in self.bucket.units], torch.float32)
+        for part, of_part in zip(parts, lists, strict=True):
+            for x, (largest, first) in zip(of_part, self._blocks(part, buffer, sizes), strict=True):
+                add_largest(x, largest, first)
+        yield from combined(flat, self.bucket.shard, dist.ReduceOp.MAX)
+        for unit, largest in sizes.items():
+            kept[unit].copy_(largest)
+        for part, of_part in zip(parts, lists, strict=True):
+            blocks = self._blocks(part, buffer, kept)
+            for x, q, (largest, first) in zip(of_part, part.kept[buffer.name], blocks, strict=True):
+                encode(x, q, largest, first)
+
+    # --------------------------------------------------------------------------------------------
+
+    def fill(self, parts: Sequence[Part], lists: Lists, places: Sequence[Tensor]) -> None:
+        """Write what is read of the pieces to its places; the rest is computed for its buffers."""
+        at = dict(zip(self._read, places, strict=True))
+        for part, x in zip(parts, lists, strict=True):
+            numbers, rows = part.portion.places, part.portion.rows
+            wanted = [(at[n], one) for n, one in zip(numbers, x, strict=True) if n in at]
+            if wanted:
+                into, found = zip(*wanted, strict=True)
+                torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
+
+    def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
+        """Multiply the weights of some matrices, and divide what their stages keep."""
+        scaled = [b for b in self._tensors[1] if b.scales and b not in self._coded]
+        for number, (unit, _) in enumerate(self.items):
+            if unit in factors:
+                kept = [self._entries[b.name][number] for b in scaled if b.kind == "entries"]
+                rescale(self.weights[number], kept, factors[unit])
+        for of_units in (self._of_units[b.name] for b in scaled if b.kind != "entries"):
+            for unit, factor in factors.items():
+                of_units[unit].div_(factor.to(of_units[unit]))
+
+
+def _of_matrix(buffer: Buffer, unit: Unit, of_parameter: Tensor) -> Tensor:
+    """What a buffer keeps of one matrix: (m, 1), (numbers,) or (m, blocks)."""
+    of_one, (rows, cols) = of_parameter[unit.matrix], unit.shape
+    if buffer.kind == "rows":
+        return of_one[:rows, None]
+    return of_one if buffer.kind == "numbers" else of_one[:rows, : blocks_in(cols)]
+
+
+def _rows(of_matrix: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
+    """The rows of a piece, or of a portion of it, in what belongs to all rows of its matrix."""
+    of_piece = of_matrix[first : first + rows]
+    return of_piece if portion.rows is None else of_piece[portion.rows]
+
+
+def _no_run(*_: Any) -> list[Tensor]:
+    raise NotImplementedError

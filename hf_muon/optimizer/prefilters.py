@@ -1,0 +1,72 @@
+"""What happens to gradients ahead of everything: against heavy tails and single spikes.
+
+In: pieces of gradients. Out: the same, without what would own an average for a window of steps. An
+average of gradients with infinite variance is dominated by single entries (arXiv 2606.03899), and
+one gradient that is a thousand times too large stays in it for thousands of steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_muon.rules import PREFILTERS
+from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic
+
+# How much the logarithm of the running median changes where no entry, or every one, is above it.
+_RATE = 0.1
+
+
+def clip(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """Cut entries at ± ``prefilter_threshold`` times the running median of abs(G)."""
+    limit = given.settings["prefilter_threshold"]
+    bounds = (limit * median.to(one.dtype) for one, median in zip(x, given.whole, strict=True))
+    return [torch.clamp(one, -b, b) for one, b in zip(x, bounds, strict=True)]
+
+
+def _counts(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """How many entries are above the median so far, how many are not zero, and their sum."""
+    found = []
+    for one, median in zip(x, buffers[0], strict=True):
+        size = one.abs()
+        above, some = (size > median.to(size)).sum(), size.count_nonzero()
+        found.append(torch.stack([above, some, size.sum(dtype=torch.float64)]))
+    return found
+
+
+def _median(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """S ← s·exp(r·(2p − 1)), p the share of entries above s: at rest where p is a half.
+
+    A count depends on no layout, and no size of an entry moves s by more than a factor e^r. Entries
+    of zero do not count: what a gradient does not reach says nothing of its scale. s begins with
+    the median that normal entries with this mean of their sizes have.
+    """
+    [medians] = buffers
+    for (above, some, total), median in zip(sums, medians, strict=True):
+        share, mean = above / some.clamp(min=1), total / some.clamp(min=1)
+        moved = median.double() * torch.exp(_RATE * (2 * share - 1))
+        found = torch.where(median > 0, moved, _MEDIAN_OF_NORMAL * mean)
+        median.copy_(torch.where(some > 0, found, median))
+    return medians
+
+
+_MEDIAN_OF_NORMAL = 0.67448975 / math.sqrt(2 / math.pi)  # median over mean of abs(N(0, 1))
+
+
+def norm(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """G/‖G‖_F of the whole matrix: each step has the same weight in what follows. Zero stays."""
+    factors = (torch.where(one > 0, 1 / one, 0.0) for one in given.whole)
+    return [one * factor.to(one) for one, factor in zip(x, factors, strict=True)]
+
+
+PREFILTERS["clip"] = (
+    Stage(
+        clip,
+        (Buffer("median", "numbers"),),
+        Statistic(_counts, _median, width=3, of_input=False),
+        may_fail=False,
+    ),
+)
+PREFILTERS["norm"] = (Stage(norm, needs=NORMS, may_fail=False),)

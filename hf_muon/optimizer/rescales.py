@@ -1,0 +1,115 @@
+"""Rescalings: what happens to the sizes in an update after the polar factor.
+
+In: pieces of updates U, and what is known of the whole ones. Out: updates of the same direction as
+a whole, or with other proportions between rows (NorMuon) or entries (AdaMuon).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_muon.rules import RESCALES
+from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic
+
+_EPS = 1e-8
+
+
+def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """U·√min(m, n)/‖U‖_F: the RMS of a polar factor, 1/√max(m, n). Zero stays zero."""
+    factors = (
+        torch.where(norm > 0, min(shape) ** 0.5 / norm, 0.0)
+        for shape, norm in zip(given.shapes, given.norms, strict=True)
+    )
+    return [u * factor.to(u) for u, factor in zip(x, factors, strict=True)]
+
+
+def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """Each update times what was found for it, a number for each of its rows, in float32."""
+    return [u * factor.float() for u, factor in zip(x, given.whole, strict=True)]
+
+
+def _row_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    norms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32) for u in x)
+    return [norm.double().square() for norm in norms]
+
+
+def _row_factors(
+    sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given
+) -> list[Tensor]:
+    """NorMuon (arXiv 2510.05491): v ← β₂v + (1−β₂)·mean of U² over columns.
+
+    Each row of U is divided by √v + ε, and all of them together are brought back to ‖U‖_F.
+    """
+    found = []
+    for squares, average, (_, cols) in zip(sums, buffers[0], given.shapes, strict=True):
+        average.lerp_((squares / cols).to(average), 1 - given.settings["rescale_beta"])
+        factors = 1 / (average.double().sqrt() + _EPS)
+        found.append(factors * _ratio(squares.sum(), (squares * factors.square()).sum()))
+    return found
+
+
+def entries(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """AdaMuon (arXiv 2507.11005): V ← β₂V + (1−β₂)U²; U/(√V̂ + ε), brought back to ‖U‖_F.
+
+    V̂ = V/(1 − β₂ᵗ) in step t.
+    """
+    [averages] = buffers
+    beta = given.settings["rescale_beta"]
+    for u, average in zip(x, averages, strict=True):
+        average.lerp_(u.to(average).square(), 1 - beta)
+    divided = _divided(x, averages, given)
+    return [u * ratio.to(u) for u, ratio in zip(divided, given.whole, strict=True)]
+
+
+def _divided(x: list[Tensor], averages: list[Tensor], given: Given) -> list[Tensor]:
+    beta = given.settings["rescale_beta"]
+    return [
+        u.to(average) / ((average / (1 - beta**step)).sqrt() + _EPS)
+        for u, average, step in zip(x, averages, given.steps, strict=True)
+    ]
+
+
+def _both_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """‖U‖² before and after the division by this step's averages."""
+    [averages] = buffers
+    beta = given.settings["rescale_beta"]
+    coming = [
+        torch.lerp(average, u.to(average).square(), 1 - beta)
+        for u, average in zip(x, averages, strict=True)
+    ]
+    divided = _divided(x, coming, given)
+    norms = (
+        torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in pair])
+        for pair in zip(x, divided, strict=True)
+    )
+    return [norm.square() for norm in norms]
+
+
+def _ratios(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    return [_ratio(*both) for both in sums]
+
+
+def _ratio(before: Tensor, after: Tensor) -> Tensor:
+    """What brings a matrix back to its norm; both are squares of norms."""
+    return torch.where(after > 0, (before / after).sqrt(), 0.0)
+
+
+RESCALES["frobenius"] = (Stage(frobenius, needs=NORMS, may_fail=False),)
+RESCALES["rows"] = (
+    Stage(
+        times,
+        (Buffer("row_avg_sq", "rows", squares=True),),
+        Statistic(_row_squares, _row_factors, of_rows=True),
+        may_fail=False,
+    ),
+)
+RESCALES["entries"] = (
+    Stage(
+        entries,
+        (Buffer("exp_avg_sq", dtype=torch.float32, squares=True),),
+        Statistic(_both_squares, _ratios, width=2, of_input=False),
+        may_fail=False,
+        counts=True,
+    ),
+)

@@ -1,0 +1,154 @@
+"""The write: what an update does to the weights.
+
+In: weights, their updates and the numbers of the step. Out: the weights, changed in place. The
+step-size factor enters here, in the last product, so that an update in low precision is rounded
+only once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_muon.rules import WRITES
+from hf_muon.stages import Buffer, Given, Stage, Statistic
+
+
+def apply_update(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    cautious: bool,
+) -> None:
+    """W ← (1 − lr·λ)W − lr·scale·U, in place.
+
+    Args:
+        weights: Each W, of any shape; written.
+        updates: Their U, of the same shapes.
+        lr: Learning rate.
+        scale: Step-size factor of the matrices.
+        weight_decay: λ, decoupled from the gradient.
+        cautious: Decay only the entries in which the decay and the update have the same
+            direction, U·W > 0 (arXiv 2510.12402).
+    """
+    if weight_decay and cautious:
+        for weight, update in zip(weights, updates, strict=True):
+            agrees = (update * weight) > 0
+            weight.sub_(weight * agrees, alpha=lr * weight_decay)
+    elif weight_decay and weights[0].dtype.itemsize >= 4:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    elif weight_decay:
+        for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype, on a CPU
+            weight.mul_(1 - lr * weight_decay)
+    # In one call per tensor where dtypes differ, but without another rounding.
+    torch._foreach_add_(weights, updates, alpha=-(lr * scale))
+
+
+def additive(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """W ← (1 − ηλ)W − ηsU."""
+    _apply(x, given, given.scale)
+    return x
+
+
+def change(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """W ← W + U: the change of a pair has rate, size and decay in it."""
+    torch._foreach_add_(list(given.weights), x)
+    return x
+
+
+def relative(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """W ← (1 − ηλ)W − η·U·‖W‖_F/‖U‖_F: the rate is the share of W that a step changes."""
+    sizes = (_over(weight, update).sqrt() for weight, update in given.whole)
+    _apply([u * size.float() for u, size in zip(x, sizes, strict=True)], given, 1.0)
+    return x
+
+
+def _apply(updates: list[Tensor], given: Given, scale: float) -> None:
+    settings = given.settings
+    apply_update(
+        list(given.weights),
+        updates,
+        lr=settings["lr"],
+        scale=scale,
+        weight_decay=settings["weight_decay"],
+        cautious=settings["cautious_weight_decay"],
+    )
+
+
+def hyperball(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """W ← R(W − ηŨ)/‖W − ηŨ‖_F, Ũ = R·U/‖U‖_F, and R = ‖W₀‖_F: the norm of W stays."""
+    for weight, update, factors in zip(given.weights, x, given.whole, strict=True):
+        of_weight, of_update = factors.to(torch.promote_types(weight.dtype, torch.float32))[:2]
+        weight.copy_(weight * of_weight + update * of_update)
+    return x
+
+
+def _products(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """‖W‖², ‖U‖² and ⟨W, U⟩."""
+    found = []
+    for weight, update in zip(given.weights, x, strict=True):
+        both = (weight.double() * update.double()).sum()
+        found.append(torch.stack([*_squares(weight, update), both]))
+    return found
+
+
+def _both(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    """‖W‖² and ‖U‖²."""
+    return [torch.stack(_squares(w, u)) for w, u in zip(given.weights, x, strict=True)]
+
+
+def _squares(*tensors: Tensor) -> list[Tensor]:
+    return [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]
+
+
+def _over(first: Tensor, second: Tensor) -> Tensor:
+    return torch.where(second > 0, first / second, 0.0)
+
+
+def _as_is(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    return sums
+
+
+def _on_the_ball(
+    sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given
+) -> list[Tensor]:
+    """What W and U are multiplied by, from the products of both."""
+    [radii] = buffers
+    found = []
+    for (weight, update, both), kept, step in zip(sums, radii, given.steps, strict=True):
+        if step == 1:
+            _check_first(weight)
+            kept.copy_(weight.sqrt())
+        radius = kept.double()[0]
+        size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
+        length = (weight - 2 * size * both + size.square() * update).sqrt()
+        factor = radius / length
+        found.append(torch.stack([factor, -factor * size]))
+    return found
+
+
+def _check_first(square: Tensor) -> None:
+    if not square > 0:
+        raise ValueError(
+            "A matrix of zeros cannot be trained with step_rule='hyperball', which keeps the norm "
+            "that a matrix begins with (the B of a LoRA adapter begins with zeros). Use "
+            "step_rule='additive', or send the parameter to AdamW with adamw_params."
+        )
+
+
+WRITES["additive"] = Stage(additive, may_fail=False)
+WRITES["change"] = Stage(change, may_fail=False)
+WRITES["relative"] = Stage(
+    relative, needs=Statistic(_both, _as_is, width=2, of_input=False), may_fail=False
+)
+WRITES["hyperball"] = Stage(
+    hyperball,
+    (Buffer("radius", "numbers", scales=False),),
+    Statistic(_products, _on_the_ball, width=3, of_input=False),
+    may_fail=False,
+    counts=True,
+    may_refuse=True,
+)
