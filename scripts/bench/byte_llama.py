@@ -256,12 +256,12 @@ def train(run: Run) -> dict[str, Any]:
     """Train once.
 
     Returns:
-        ``loss`` (None if the run diverged), ``seconds``, ``nsr`` by the share of the run, and
-        ``state_bytes`` for each entry of the matrices.
+        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` by the share of the
+        run, and ``state_bytes`` for each entry of the matrices.
     """
     torch.set_num_threads(1)
     text, held_out = texts(run.corpus)
-    started = time.perf_counter()
+    started = time.process_time()
     weights = new_weights(run.seed)
     matrices, others = halves(weights)
     optimizer = Optimizer(run, matrices, others)
@@ -281,7 +281,7 @@ def train(run: Run) -> dict[str, Any]:
         pass
     return {
         "loss": loss if math.isfinite(loss) else None,
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(time.process_time() - started, 2),
         "nsr": nsr,
         "state_bytes": round(state_bytes_per_parameter(optimizer.of_matrices), 3),
     }

@@ -70,7 +70,7 @@ def title(cell: tuple[object, ...], lines: Sequence[Line]) -> str:
     hours = sum(line["seconds"] for line in lines) / 3600
     return (
         f"**{tokens} tokens × {steps} steps** of {corpus}; embeddings, head and norms by AdamW at "
-        f"{adamw_rate:g}; {len(lines)} trainings, {hours:.2f} process-hours"
+        f"{adamw_rate:g}; {len(lines)} trainings, {hours:.2f} CPU-hours"
     )
 
 
@@ -100,7 +100,7 @@ def table(found: Sequence[Row], reference: str) -> list[str]:
     by_name = {(row.arm, row.noise): row for row in found}
     is_noisy = any(row.noise != CLEAN for row in found)
     head = ["arm", "best rate", "held-out loss", f"against {reference}", "", "state B/parameter",
-            "noise to signal", "s a run"]  # fmt: skip
+            "noise to signal", "CPU-s a run"]  # fmt: skip
     head[1:1] = ["noise"] if is_noisy else []
     head += ["what the noise costs"] if is_noisy else []
     lines = [cells(head), cells(["---"] * len(head))]
@@ -183,5 +183,5 @@ def nsr_text(row: Row) -> str:
 
 
 def seconds_text(row: Row) -> str:
-    """Return the median seconds of a run."""
+    """Return the median CPU-seconds of a run."""
     return f"{statistics.median(line['seconds'] for line in row.lines):.1f}"

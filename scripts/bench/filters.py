@@ -100,7 +100,7 @@ def resolved(arm: Arm, steps: int) -> dict[str, Any] | None:
     """
     if arm.settings is None:
         return None
-    settings = {
+    settings: dict[str, Any] = {
         name: round(value * steps) if isinstance(value, Share) else value
         for name, value in arm.settings.items()
     }
