@@ -120,9 +120,9 @@ def cells(texts: Sequence[str]) -> str:
 
 
 def rate_text(row: Row) -> str:
-    """Return the best rate; whether the search has ended; how many rates it has tried."""
-    going = "" if row.is_bracketed else ", search goes on"
-    return f"{row.rate:g} (of {len(row.search)}{going})"
+    """Return the best rate; how many were tried; whether none beside it is left to try."""
+    end = "" if row.is_bracketed else ", at the edge"
+    return f"{row.rate:g} (of {len(row.search)}{end})"
 
 
 def noise_text(noise: Noise) -> str:

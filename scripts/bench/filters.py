@@ -27,7 +27,7 @@ from hf_muon import MuonConfig
 
 
 class Share(float):
-    """A number of steps, as a share of the run."""
+    """A share of the run, in place of a number of steps."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,18 @@ def test_the_search_ends_between_worse_neighbours(bench):
     assert search.next_rates({0.0: 3.0}, 0.0) == []  # the control: matrices at rest
 
 
+def test_a_search_without_a_best_rate_ends(bench, run, tmp_path):
+    search = bench("filter_search")
+    runs, plan = search.Runs(tmp_path / "runs.jsonl"), search.Plan("falls", run, 1.0, (1, 2))
+    while missing := plan.missing(runs):
+        for one in missing:
+            assert one.seed == 0
+            runs.add("falls", one, {"loss": -one.rate})
+    assert search.MOST_RATES <= len(runs.rates(plan)) < search.MOST_RATES + 2
+    [row] = bench("filter_report").rows(search.read(runs.path), ["falls"])
+    assert bench("filter_report").rate_text(row).endswith("at the edge)")
+
+
 @pytest.fixture
 def trained(bench, monkeypatch):
     """Trainings that are counted and take no time: the best rate is 4e-3."""
