@@ -44,7 +44,7 @@ class Kernel:
     nesterov: bool
     colour: str
     marker: str
-    line: str
+    line: str | tuple[int, tuple[float, ...]]
 
 
 KERNELS = (
@@ -93,7 +93,7 @@ def draw_spectra(axes: plt.Axes) -> None:
     numbers = range(1, SHOWN_VALUES + 1)
 
     def values(matrix: Tensor) -> list[float]:
-        return torch.linalg.svdvals(matrix)[:SHOWN_VALUES].tolist()
+        return [float(value) for value in torch.linalg.svdvals(matrix)[:SHOWN_VALUES]]
 
     axes.plot(numbers, values(gradients[-1]), color=MUTED, marker="x", ms=5, lw=1,
               label=f"one gradient: edge {edge(1):.2f}")  # fmt: skip
