@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from filter_search import SEARCH_SEED, Line, best_rate, next_rates
 
 CLEAN = ("none", 0.0)
+FEWEST = 3
+"""Seeds below which a difference says nothing: the error of two pairs is too uncertain."""
 Noise = tuple[str, float]
 
 
@@ -158,8 +160,9 @@ def compared(row: Row, base: Row | None) -> tuple[str, str]:
     found = paired(row.losses, base.losses)
     if found is None:
         return "–", "no pairs"
-    difference, error = found
-    return f"{difference:+.4f} ± {error:.4f}", verdict(difference, error)
+    pairs = len(row.losses.keys() & base.losses.keys())
+    says = verdict(*found) if pairs >= FEWEST else f"fewer than {FEWEST} pairs"
+    return f"{found[0]:+.4f} ± {found[1]:.4f}", says
 
 
 def verdict(difference: float, error: float) -> str:

@@ -167,6 +167,9 @@ def test_what_stands_in_the_file_is_not_trained_again(bench, trained, tmp_path, 
     main([*command, "--seeds", "1", "2", "3"])
     assert len(trained) == 15
     assert len([*bench("filter_search").read(out)]) == 14
+    few = [line for line in bench("filter_search").read(out) if line["seed"] < 3]
+    filters = bench("filters")
+    assert "fewer than 3 pairs" in filters.report(few, filters.ARMS, filters.REFERENCE)
     capsys.readouterr()
     main(["report", "--out", str(out)])
     table = capsys.readouterr().out.splitlines()[2:]
