@@ -1,9 +1,9 @@
 """``momentum="auto"``: which of several averages says best where the next gradient points.
 
 In: averages of one stream with windows of 5 to 100 steps, the terms of a kernel. Out: for each
-matrix the one in use. Each is scored by its cosine with the next gradient, before that gradient is
-added to it: the noise in it is fresh, so that a long average gains from what it averages away, and
-loses from what it remembers too long.
+matrix the one in use. Each is scored by how much of the next gradient is in it, before that
+gradient is added to it: the noise there is fresh, so that a long average gains from what it
+averages away, and loses from what it remembers too long.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOMENTA = tuple(1 - 1 / T for T in WINDOWS)
 _FIRST = WINDOWS.index(20)
 _TERMS = len(WINDOWS)
 # Scores are averaged over some steps, and another average must lead by so many standard errors.
-_SCORED_OVER = 100
-_LEAD = 3.0
+SCORED_OVER = 100
+LEAD = 3.0
 
 
 def chosen(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
@@ -46,14 +46,13 @@ def chosen(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 
 
 def _measure(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """‖X‖², then ⟨X, m_k⟩ and ‖m_k‖² of each average, float64."""
+    """⟨X, m_k⟩ and ‖m_k‖² of each average, float64."""
     found = []
     for number, one in enumerate(x):
         terms = [term[number] for term in buffers[:_TERMS]]
         same = one.to(terms[0].dtype)
         dots = [(same * term).sum(dtype=torch.float64) for term in terms]
-        squares = [_square(term) for term in terms]
-        found.append(torch.stack([_square(same), *dots, *squares]))
+        found.append(torch.stack([*dots, *map(_square, terms)]))
     return found
 
 
@@ -64,31 +63,44 @@ def _square(x: Tensor) -> Tensor:
 
 def _choose(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """Score the averages, and go over to another one where it leads beyond the noise of scores."""
-    return [_choose_one(*one) for one in zip(sums, buffers[0], strict=True)]
+    matrices = zip(sums, buffers[0], given.shapes, given.steps, strict=True)
+    return [_choose_one(*matrix) for matrix in matrices]
 
 
-def _choose_one(sums: Tensor, kept: Tensor) -> Tensor:
+def _choose_one(sums: Tensor, kept: Tensor, shape: tuple[int, int], step: int) -> Tensor:
     """Of one matrix.
 
-    ``kept`` has the choice (from 1), the weight of the averages of scores so far, these averages,
-    and those of their squares.
+    ⟨G, m_k⟩ says how much of the signal S is in m_k, without bias. What disturbs a polar factor is
+    not all the noise in m_k but the norm of its largest singular value: of N = ‖m_k‖² − ⟨S, m_k⟩ in
+    all, (√m + √n)²/(mn)·N. So the score is ⟨G, m_k⟩/√(⟨S, m_k⟩ + that), which is the alignment of
+    the polar factor with S up to what is the same for all k. An average of few gradients is smaller
+    by 1 − βᵗ, which is made good.
+
+    ``kept`` has the choice (from 1), the weight of its averages so far, and the averages of dots,
+    squares, scores and squares of scores.
     """
-    G, dots, squares = sums[:1], sums[1 : 1 + _TERMS], sums[1 + _TERMS :]
-    norms = (G * squares).sqrt()
-    cosines = torch.where(norms > 0, dots / norms, 0.0).to(kept)
-    scores = cosines - cosines.mean()  # what all have in common says nothing of their differences
-    news = torch.cat([torch.ones_like(kept[:1]), scores, scores.square()])
-    kept[1:].lerp_(news, 1 / _SCORED_OVER)
-    weight = kept[1]
-    mean, square = (kept[2:] / weight).view(2, _TERMS)
+    filled = kept.new_tensor([1 - beta ** max(step - 1, 1) for beta in MOMENTA])
+    dots, squares = sums.to(kept).view(2, _TERMS) / torch.stack([filled, filled.square()])
+    rate = 1 / SCORED_OVER
+    averages = kept[2:].view(4, _TERMS)
+    kept[1].lerp_(kept.new_ones(()), rate)
+    averages[0].lerp_(dots, rate)
+    averages[1].lerp_(squares, rate)
+    signal, all_of_it = averages[:2] / kept[1]
+    edge = sum(side**-0.5 for side in shape) ** 2
+    disturbed = signal.clamp(min=0) + edge * (all_of_it - signal).clamp(min=0)
+    scores = torch.where(disturbed > 0, dots * disturbed.rsqrt(), 0.0)
+    scores -= scores.mean()  # what all have in common says nothing of their differences
+    averages[2].lerp_(scores, rate)
+    averages[3].lerp_(scores.square(), rate)
+    mean, square = averages[2:] / kept[1]
     # The number of scores that a mean with equal weights would take for the same variance.
-    equal = (2 * _SCORED_OVER - 1) * weight / (2 - weight)
-    variance = (square - mean.square()).clamp(min=0) / equal
+    equal = (2 * SCORED_OVER - 1) * kept[1] / (2 - kept[1])
+    error = ((square - mean.square()).clamp(min=0) / equal).sqrt()
     now = torch.where(kept[0] > 0, kept[0] - 1, _FIRST).long()
     best = mean.argmax()
-    lead = mean[best] - mean[now]
-    leads = (lead > _LEAD * (variance[best] + variance[now]).sqrt()) & (equal > _SCORED_OVER / 2)
-    now = torch.where(leads, best, now)
+    leads = mean[best] - mean[now] > LEAD * (error[best] + error[now])
+    now = torch.where(leads & (equal > SCORED_OVER / 2), best, now)
     kept[0] = now + 1
     found: Tensor = torch.nn.functional.one_hot(now, _TERMS)
     return found
@@ -98,9 +110,9 @@ def _choose_one(sums: Tensor, kept: Tensor) -> Tensor:
 def auto_stage(terms: int, second: str) -> Stage:
     """The filter, and what it keeps; ``second`` is the name of its second average."""
     averages = map(Buffer, term_names(_TERMS, second))
-    scores = Buffer("momentum_scores", "numbers", length=2 + 2 * _TERMS, scales=False)
-    statistic = Statistic(_measure, _choose, 1 + 2 * _TERMS, of_input=False)
-    return Stage(chosen, (*averages, scores), statistic, may_fail=False)
+    scores = Buffer("momentum_scores", "numbers", length=2 + 4 * _TERMS, scales=False)
+    statistic = Statistic(_measure, _choose, 2 * _TERMS, of_input=False)
+    return Stage(chosen, (*averages, scores), statistic, may_fail=False, counts=True)
 
 
 KERNELS["auto"] = auto_stage

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_muon import Muon
+from hf_muon.optimizer import auto_momentum
 
 SHAPES = {
     "q": (37, 64),
@@ -64,7 +65,43 @@ CASES = {
     "cautious decay": {"cautious_weight_decay": True},
     "redundant": {"distribute": "redundant"},
     "matched rms": {"order": "post_polar", "match_update_rms": True},
+    # Filters.
+    "two terms": {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56)},
+    "three terms behind": {
+        "momentum": (0.5, 0.9, 0.98), "nesterov": False, "order": "post_polar",
+    },
+    "auto": {"momentum": "auto"},
+    "clip": {"prefilter": "clip", "prefilter_threshold": 1.5},
+    "clip, polar only": {"prefilter": "clip", "order": "polar_only"},
+    "norm": {"prefilter": "norm"},
+    "cooldown": {
+        "momentum_end": 0.5, "momentum_cooldown_start": 1, "momentum_cooldown_steps": 3,
+        "momentum_schedule": "cosine",
+    },
+    "momenta": {"momenta": True},
+    # Maps, rescalings, writes.
+    "polargrad": {"matrix_map": "polargrad"},
+    "soft": {"matrix_map": "soft", "map_power": 0.5},
+    "rows": {"rescale": "rows"},
+    "rows behind": {"rescale": "rows", "order": "post_polar"},
+    "entries": {"rescale": "entries"},
+    "frobenius": {"rescale": "frobenius"},
+    "hyperball": {"step_rule": "hyperball", "weight_decay": 0.0},
+    "relative": {"step_rule": "relative"},
+    # Bytes.
+    "int8": {"momentum_dtype": "int8"},
+    "int8, all at once": {
+        "momentum_dtype": "int8", "momentum": (0.9, 0.98), "rescale": "entries",
+        "prefilter": "clip", "step_rule": "relative",
+    },
 }  # fmt: skip
+# A sum over a whole matrix enters, which pieces give in another order: float64, rounded once.
+TO_ROUNDING = {
+    "matched rms", "clip", "clip, polar only", "norm", "rows behind", "entries", "hyperball",
+    "relative", "int8, all at once",
+}  # fmt: skip
+# So that the choice is made within a few steps.
+auto_momentum.SCORED_OVER, auto_momentum.LEAD = 4, 0.0
 DEFAULT, OTHER = "pre_polar, float32, Nesterov", "pre_polar, float32, plain"
 
 
@@ -106,13 +143,14 @@ def build(kind):
     return model, {"replicate_group": "world"} if kind == "ddp" else {}
 
 
-def build_optimizer(model, **settings):
+def build_optimizer(model, momenta=False, **settings):
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if p.ndim >= 2 and n not in VECTORS]
     rest = [(n, p) for n, p in named if p.ndim < 2 or n in VECTORS]
     regions = tuple(MATRICES.get(name, whole(p.shape)) for name, p in matrices)
+    per_parameter = {"momenta": tuple(0.5 + 0.02 * i for i in range(len(matrices)))}
     groups = [
-        {"params": matrices, "matrices": regions},
+        {"params": matrices, "matrices": regions, **(per_parameter if momenta else {})},
         {"params": rest, "algorithm": "adamw", "lr": 1e-3},
     ]
     return Muon(groups, **{"lr": 0.02, "weight_decay": 0.1, "polar_dtype": "float32", **settings})

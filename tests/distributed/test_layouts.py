@@ -46,9 +46,7 @@ def test_equals_one_process(trained, alone, case):
     assert results[case]["same on all ranks"]
     assert results[case]["dtensor"] is (kind != "ddp")
     for name, weight in results[case]["weights"].items():
-        if case == "matched rms":
-            # The norm of a sharded matrix is summed in another order: float64 sums, then one
-            # float32 rounding of the factor.
+        if case in layouts.TO_ROUNDING:
             assert torch.allclose(weight, expected[name], rtol=0, atol=ROUNDING), name
         else:
             assert torch.equal(weight, expected[name]), name

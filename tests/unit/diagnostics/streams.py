@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 
-
 def momentum_of(window):
     return 1 - 1 / window
 

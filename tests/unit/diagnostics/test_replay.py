@@ -10,8 +10,8 @@ import torch
 from hf_muon import Muon, diagnostics, polar_factor
 from hf_muon.diagnostics.replay import ema
 from hf_muon.distributed.layout import Matrix
-from hf_muon.optimizer.writes import apply_update
 from hf_muon.optimizer.scaling import step_size
+from hf_muon.optimizer.writes import apply_update
 from tests.reference.muon import exact_polar
 
 ORDERS = ("pre_polar", "post_polar", "polar_only")

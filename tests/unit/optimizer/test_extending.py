@@ -122,7 +122,9 @@ def test_stacks_have_numbers_for_each_row_of_each_matrix():
 
 
 def test_names_are_values_of_settings():
-    config = MuonConfig.from_optim_args("filter=two_terms,matrix_map=nuclear,rescale=even_rows", lr=1)
+    config = MuonConfig.from_optim_args(
+        "filter=two_terms,matrix_map=nuclear,rescale=even_rows", lr=1
+    )
     assert MuonConfig(**config.to_dict()) == config
     with pytest.raises(
         ValueError, match=r"filter='two_term' is not one of .* Did you mean 'two_terms'"

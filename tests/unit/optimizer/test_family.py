@@ -1,0 +1,379 @@
+"""Every filter, map, rescaling and write against its formula in float64, and what it is known for."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_muon import Muon, MuonConfig
+from hf_muon.diagnostics import replay
+from hf_muon.diagnostics.synthetic import spiked_stream
+from hf_muon.optimizer import auto_momentum
+from tests.reference import family as of
+from tests.reference import rules as reference
+from tests.reference.muon import STEP_SIZES, exact_polar
+
+LR, STEPS = 0.02, 8
+POLAR = [exact_polar]
+
+
+def ema():
+    return reference.ema()
+
+
+# case -> settings, stages, and what writes.
+CASES = {
+    "two terms": (
+        {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56)},
+        lambda: [of.kernel((0.9, 0.98), (0.44, 0.56)), exact_polar],
+    ),
+    "equal terms, plain": (
+        {"momentum": (0.5, 0.9, 0.95, 0.99), "nesterov": False},
+        lambda: [of.kernel((0.5, 0.9, 0.95, 0.99), (0.25,) * 4, nesterov=False), exact_polar],
+    ),
+    "two terms, post_polar": (
+        {"momentum": (0.5, 0.9), "order": "post_polar"},
+        lambda: [exact_polar, of.kernel((0.5, 0.9), (0.5, 0.5))],
+    ),
+    "linear warmup and cooldown": (
+        {
+            "momentum": 0.9, "momentum_start": 0.5, "momentum_warmup_steps": 2,
+            "momentum_end": 0.6, "momentum_cooldown_start": 4, "momentum_cooldown_steps": 3,
+        },
+        lambda: [of.changing((0.5, 0.7, 0.9, 0.9, 0.9, 0.8, 0.7, 0.6)), exact_polar],
+    ),
+    "cosine cooldown": (
+        {
+            "momentum": 0.9, "momentum_end": 0.5, "momentum_cooldown_steps": 4,
+            "momentum_schedule": "cosine",
+        },
+        lambda: [
+            of.changing([0.7 + 0.2 * math.cos(math.pi * min(t, 4) / 4) for t in range(STEPS)]),
+            exact_polar,
+        ],
+    ),
+    "clip": (
+        {"prefilter": "clip", "prefilter_threshold": 1.5},
+        lambda: [of.clip(1.5), ema(), exact_polar],
+    ),
+    "clip, polar_only": (
+        {"prefilter": "clip", "prefilter_threshold": 1.0, "order": "polar_only"},
+        lambda: [of.clip(1.0), exact_polar],
+    ),
+    "norm": ({"prefilter": "norm"}, lambda: [of.norm, ema(), exact_polar]),
+    "polargrad": ({"matrix_map": "polargrad"}, lambda: [ema(), of.polargrad]),
+    "soft": ({"matrix_map": "soft", "map_power": 0.4}, lambda: [ema(), of.soft(0.4)]),
+    "rows": ({"rescale": "rows", "rescale_beta": 0.8}, lambda: [ema(), exact_polar, of.rows(0.8)]),
+    "rows, post_polar": (
+        {"rescale": "rows", "order": "post_polar"},
+        lambda: [exact_polar, ema(), of.rows()],
+    ),
+    "entries": ({"rescale": "entries"}, lambda: [ema(), exact_polar, of.entries()]),
+    "entries, polar_only": (
+        {"rescale": "entries", "order": "polar_only"},
+        lambda: [exact_polar, of.entries()],
+    ),
+    "two terms, entries": (
+        {"momentum": (0.5, 0.9), "rescale": "entries"},
+        lambda: [of.kernel((0.5, 0.9), (0.5, 0.5)), exact_polar, of.entries()],
+    ),
+    "frobenius": (
+        {"rescale": "frobenius", "matrix_map": "polargrad"},
+        lambda: [ema(), of.polargrad, of.frobenius],
+    ),
+    "relative": ({"step_rule": "relative"}, lambda: [ema(), exact_polar], of.relative),
+    "hyperball": ({"step_rule": "hyperball"}, lambda: [ema(), exact_polar], of.hyperball),
+}  # fmt: skip
+# float32 has 24 bits, 6e-8; an SVD and eight steps leave two digits of room.
+FP32 = 1e-5
+
+
+def trained(start, gradients, **settings):
+    weight = nn.Parameter(start.clone())
+    optimizer = Muon([weight], **{"lr": LR, "polar_method": "svd", **settings})
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+def draw(*shape, steps=STEPS):
+    return 0.05 * torch.randn(shape), [torch.randn(shape) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_formula(case, shape):
+    settings, stages, *write = CASES[case]
+    start, gradients = draw(*shape)
+    weight, _ = trained(start, gradients, **settings)
+    scale = STEP_SIZES["match_rms_adamw"](*shape)
+    expected = of.train(start, gradients, stages(), LR, scale, *write)
+    moved = (expected - start.double()).norm()
+    assert (weight.double() - expected).norm() < FP32 * moved
+    plain = of.train(start, gradients, [reference.ema(), exact_polar], LR, scale)
+    # The rows of a wide polar factor have one size already, and its norm is the square root of m.
+    same = case == "frobenius" or (case == "rows" and shape[0] < shape[1])
+    assert bool((weight.double() - plain).norm() < 0.01 * moved) is same
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if len(CASES[case]) == 2])
+def test_replay_is_the_rule(case):
+    settings, _ = CASES[case]
+    start, gradients = torch.zeros(12, 20), [torch.randn(12, 20) for _ in range(4)]
+    weight, _ = trained(start, gradients, adjust_lr="none", **settings)
+    updates = replay(gradients, **settings)
+    # Sums in another order: a few float32 roundings.
+    assert torch.allclose(weight, -LR * updates.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["parameter", "int8"])
+@pytest.mark.parametrize("case", [*CASES, "auto"])
+def test_resumes_bit_by_bit(case, dtype):
+    settings = {**(CASES[case][0] if case in CASES else {"momentum": "auto"})}
+    settings["momentum_dtype"] = None if dtype == "parameter" else dtype
+    start, gradients = draw(3, 12, 20, steps=6)
+    through, _ = trained(start, gradients, **settings)
+    halfway, optimizer = trained(start, gradients[:3], **settings)
+    weight = nn.Parameter(halfway.clone())
+    resumed = Muon([weight], lr=LR, polar_method="svd", **settings)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for gradient in gradients[3:]:
+        weight.grad = gradient.clone()
+        resumed.step()
+    assert torch.equal(weight, through)
+    fresh, _ = trained(halfway, gradients[3:], **settings)
+    stateless = case == "clip, polar_only"  # but for a median, which moves slowly
+    assert stateless or not torch.equal(fresh, through)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stacks_are_matrices_of_their_own(case):
+    settings = CASES[case][0]
+    start, gradients = draw(3, 6, 9, steps=3)
+    stack, _ = trained(start, gradients, **settings)
+    for i in range(3):
+        alone, _ = trained(start[i], [gradient[i] for gradient in gradients], **settings)
+        assert torch.allclose(stack[i], alone, rtol=0, atol=1e-6)
+
+
+# --- filters --------------------------------------------------------------------------------------
+
+
+def test_a_kernel_of_one_term_gives_todays_bits():
+    start, gradients = draw(30, 20)
+    expected, _ = trained(start, gradients, momentum=0.9)
+    assert torch.equal(trained(start, gradients, momentum=(0.9,))[0], expected)
+    same = trained(start, gradients, momentum=(0.9, 0.9), momentum_weights=(0.25, 0.75))[0]
+    assert torch.allclose(same, expected, atol=1e-6) and MuonConfig(momentum=[0.9]).momentum == 0.9
+
+
+def test_two_terms_fit_the_slots_of_adam():
+    for settings, names in [
+        ({"momentum": (0.9, 0.98)}, {"exp_avg", "exp_avg_sq"}),
+        ({"momentum": (0.9, 0.95, 0.98)}, {"exp_avg", "exp_avg_sq", "exp_avg_3"}),
+        ({"momentum": (0.9, 0.98), "rescale": "entries"}, {"exp_avg", "exp_avg_2", "exp_avg_sq"}),
+        ({"rescale": "entries"}, {"exp_avg", "exp_avg_sq"}),
+    ]:
+        assert {buffer.name for buffer in MuonConfig(**settings).rule.buffers} == names
+
+
+def test_momenta_of_parameters_share_a_group():
+    starts = [torch.randn(12, 20), torch.randn(20, 12)]
+    gradients = [[torch.randn_like(w) for w in starts] for _ in range(4)]
+    weights = [nn.Parameter(w.clone()) for w in starts]
+    optimizer = Muon([{"params": weights, "momenta": (0.5, 0.9)}], lr=LR, polar_method="svd")
+    for step in gradients:
+        for w, g in zip(weights, step, strict=True):
+            w.grad = g.clone()
+        optimizer.step()
+    for i, beta in enumerate((0.5, 0.9)):
+        alone, _ = trained(starts[i], [step[i] for step in gradients], momentum=beta)
+        assert torch.equal(weights[i].detach(), alone)
+
+
+@pytest.mark.parametrize(
+    ("momenta", "said"),
+    [((0.5,), "2 parameters"), ((0.5, 1.0), "momentum=1.0 is out of range")],
+)
+def test_momenta_are_checked(momenta, said):
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    with pytest.raises(ValueError, match=said):
+        Muon([{"params": weights, "momenta": momenta}], lr=LR)
+
+
+def test_schedulers_that_cycle_momentum_refuse_a_kernel():
+    optimizer = Muon([nn.Parameter(torch.randn(4, 4))], lr=LR, momentum=(0.9, 0.95))
+    with pytest.raises(ValueError, match="momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+
+
+def alignment(update, signal):
+    return float((update * signal).sum() / torch.linalg.matrix_norm(signal, "nuc"))
+
+
+def aligned(gradients, signal, **settings):
+    updates = replay(gradients, momentum=0.99, nesterov=False, **settings)
+    return sum(alignment(update, signal) for update in updates[300::50]) / len(updates[300::50])
+
+
+def stream(noise, steps=500, seed=0, **settings):
+    made = list(spiked_stream(64, 64, [0.5], steps=steps, noise=noise, seed=seed, **settings))
+    return [one.gradient for one in made], made[0].signal
+
+
+def test_clipping_restores_a_signal_under_heavy_tails():
+    gradients, signal = stream("student_t", sigma=1 / 8, degrees_of_freedom=1.5)
+    assert aligned(gradients, signal, prefilter="clip") > 0.9
+    assert aligned(gradients, signal) < 0.7
+
+
+def test_clipping_costs_nothing_without_them():
+    gradients, signal = stream("gaussian", sigma=1 / 8)
+    plain = aligned(gradients, signal)
+    assert aligned(gradients, signal, prefilter="clip") > 0.99 * plain > 0.9
+
+
+@pytest.mark.parametrize("prefilter", ["clip", "norm"])
+def test_one_spike_does_not_own_the_average(prefilter):
+    gradients, signal = stream("gaussian", sigma=1 / 8, steps=400)
+    calm = aligned(gradients, signal, prefilter=prefilter)
+    gradients[290] = 1000 * torch.randn(64, 64)
+    assert aligned(gradients, signal, prefilter=prefilter) > 0.95 * calm
+    assert aligned(gradients, signal) < 0.1
+
+
+def test_entries_of_zero_do_not_pull_the_median_down():
+    gradients = [torch.randn(20, 20) * (torch.rand(20, 20) < 0.2) for _ in range(200)]
+    _, optimizer = trained(torch.zeros(20, 20), gradients, prefilter="clip")
+    [state] = optimizer.state.values()
+    assert 0.5 < float(state["median"]) < 0.9  # of abs(N(0, 1)) it is 0.674
+
+
+@pytest.mark.parametrize(("drift", "best"), [(0.003, 50), (0.01, 20), (0.03, 10)])
+def test_auto_finds_the_window_for_a_drift(drift, best):
+    made = spiked_stream(64, 64, [0.5], steps=900, sigma=1 / 8, drift=drift, seed=3)
+    chosen = 1 / (1 - auto_chosen([one.gradient for one in made])[0])
+    places = [auto_momentum.WINDOWS.index(round(window)) for window in (chosen, best)]
+    assert abs(places[0] - places[1]) <= 1
+
+
+def test_auto_prefers_nothing_on_noise_and_long_windows_on_a_fixed_signal():
+    noise = [one.gradient for one in spiked_stream(64, 64, [], steps=600, batch=(4,), seed=1)]
+    assert auto_chosen(noise) == [0.95] * 4
+    fixed = [one.gradient for one in spiked_stream(64, 64, [2.0], steps=600, sigma=1 / 8, seed=1)]
+    assert auto_chosen(fixed)[0] >= 0.98
+
+
+def auto_chosen(gradients):
+    start = torch.zeros_like(gradients[0])
+    # One Newton-Schulz step: the choice does not look at updates.
+    settings = {"polar_method": "newton_schulz", "coefficients": "quintic", "polar_steps": 1}
+    _, optimizer = trained(start, gradients, momentum="auto", **settings)
+    [state] = optimizer.state.values()
+    return [round(beta, 4) for beta in auto_momentum.momenta_in_use(state["momentum_scores"])]
+
+
+# --- rescalings and writes ------------------------------------------------------------------------
+
+
+def test_rows_have_one_size_after_the_first_step_and_may_be_permuted():
+    gradient, order = torch.randn(9, 6), torch.randperm(9)
+    settings = {"rescale": "rows", "adjust_lr": "none"}
+    weight, _ = trained(torch.zeros(9, 6), [gradient], **settings)
+    assert torch.allclose(weight.norm(dim=1) / LR, torch.full((9,), (6 / 9) ** 0.5), atol=1e-5)
+    permuted, _ = trained(torch.zeros(9, 6), [gradient[order]], **settings)
+    assert torch.allclose(permuted, weight[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("rescale", ["rows", "entries"])
+def test_the_norm_of_an_update_stays(rescale):
+    gradients = [torch.randn(9, 6) for _ in range(5)]
+    for update in replay(gradients, rescale=rescale):
+        assert float(update.norm()) == pytest.approx(6**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("rescale", ["none", "rows", "entries", "frobenius"])
+def test_zero_gradients_leave_weights_as_they_are(rescale):
+    start = torch.randn(9, 6)
+    weight, _ = trained(start, [torch.zeros(9, 6)] * 2, rescale=rescale)
+    assert torch.equal(weight, start)
+
+
+def test_hyperball_turns_and_keeps_the_norm():
+    start, gradients = draw(20, 12, steps=1000)
+    weight, _ = trained(start, gradients, step_rule="hyperball", polar_method="auto")
+    assert float(weight.norm() / start.norm()) == pytest.approx(1, abs=1e-6)
+    # An update at right angles to W turns it by cos = 1/√(1 + η²).
+    one, _ = trained(torch.eye(8), [torch.eye(8).roll(1, 0)], step_rule="hyperball", lr=0.3)
+    cosine = float((one * torch.eye(8)).sum() / (one.norm() * 8**0.5))
+    assert cosine == pytest.approx(1 / math.sqrt(1 + 0.3**2), abs=1e-6)
+
+
+def test_hyperball_refuses_a_matrix_of_zeros_and_changes_nothing():
+    weights = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))]
+    before = [w.detach().clone() for w in weights]
+    optimizer = Muon(weights, lr=LR, step_rule="hyperball")
+    for w in weights:
+        w.grad = torch.randn(4, 4)
+    with pytest.raises(ValueError, match="matrix of zeros"):
+        optimizer.step()
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+def test_relative_changes_a_share_of_the_weight():
+    start, gradients = draw(20, 12, steps=1)
+    weight, _ = trained(start, gradients, step_rule="relative", lr=0.01)
+    assert float((weight - start).norm() / start.norm()) == pytest.approx(0.01, rel=1e-5)
+
+
+# --- one byte -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (3, 5000), (1, 2048), (4, 2049)])
+def test_int8_momentum_is_off_by_a_254th_of_the_largest_of_its_block(shape):
+    start, gradients = draw(*shape, steps=1)
+    settings = {"momentum_dtype": "int8", "polar_method": "auto"}
+    _, optimizer = trained(start, gradients, **settings)
+    [state] = optimizer.state.values()
+    exact, blocks = 0.05 * gradients[0], -(-shape[1] // 2048)
+    assert state["exp_avg"].dtype == torch.int8 and state["exp_avg"].shape == shape
+    assert state["exp_avg_scale"].shape == (1, shape[0], blocks)
+    for block in range(blocks):
+        columns = slice(2048 * block, 2048 * (block + 1))
+        largest = exact[:, columns].abs().amax(1, keepdim=True)
+        kept = state["exp_avg_scale"][0, :, block, None]
+        assert torch.allclose(kept, largest, rtol=1e-6)
+        error = (state["exp_avg"][:, columns] * kept / 127 - exact[:, columns]).abs()
+        assert bool((error <= largest / 254 * 1.0001).all())
+
+
+def test_int8_trains_like_float32():
+    start, gradients = draw(30, 20)
+    exact, _ = trained(start, gradients)
+    coded, _ = trained(start, gradients, momentum_dtype="int8")
+    assert 0 < (coded - exact).norm() < 0.05 * (exact - start).norm()
+
+
+def test_the_momentum_dtype_of_a_checkpoint_is_used_and_named():
+    start, gradients = draw(4, 6, steps=2)
+    through, _ = trained(start, gradients, momentum_dtype="int8")
+    halfway, coded = trained(start, gradients[:1], momentum_dtype="int8")
+    weight = nn.Parameter(halfway.clone())
+    wide = Muon([weight], lr=LR, polar_method="svd")
+    with pytest.warns(UserWarning, match="momentum_dtype='int8'"):
+        wide.load_state_dict(coded.state_dict())
+    weight.grad = gradients[1].clone()
+    wide.step()
+    assert torch.equal(weight, through)
+    broken = coded.state_dict()
+    broken["state"][0]["exp_avg"] = broken["state"][0]["exp_avg"].float()
+    with pytest.raises(ValueError, match="momentum_dtype='int8' keeps other state"):
+        wide.load_state_dict(broken)
+
+
+def test_presets_are_rules_by_name():
+    normuon = MuonConfig.from_optim_args("rescale=rows")
+    assert [buffer.name for buffer in normuon.rule.buffers] == ["exp_avg", "row_avg_sq"]
