@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hf_muon.config import MuonConfig
+from hf_muon.integrations.names import PRESETS
 from hf_muon.routing import RoutePlan, route
 from hf_muon.routing.survey import shape_of, trainable
 
@@ -43,8 +44,8 @@ class Prepared:
 _prepared: WeakKeyDictionary[nn.Module, Prepared | None] = WeakKeyDictionary()
 
 _FIELDS = (
-    "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "optim_target_modules",
+    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "optim_target_modules",
 )  # fmt: skip
 
 
@@ -85,10 +86,12 @@ def config_from_arguments(args: TrainingArguments) -> MuonConfig:
     """Settings of a run that names the optimizer.
 
     ``learning_rate`` is Muon's, and also AdamW's unless ``adamw_lr`` is given; ``weight_decay``
-    is that of both halves; ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's.
+    is that of both halves; ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The
+    names ``normuon`` and ``adamuon`` set ``rescale``.
     """
     return MuonConfig.from_optim_args(
         args.optim_args,
+        **PRESETS.get(str.__str__(args.optim), {}),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
         adamw_betas=(args.adam_beta1, args.adam_beta2),

@@ -1,7 +1,7 @@
-"""The names ``muon`` and ``hf_muon`` among the Trainer's optimizers.
+"""The names ``muon``, ``hf_muon``, ``normuon`` and ``adamuon`` among the Trainer's optimizers.
 
-In: the enum ``OptimizerNames`` and the handler table of transformers. Out: two members and two
-entries in them. transformers has no hook for names of other packages (5.23), so members are added
+In: the enum ``OptimizerNames`` and the handler table of transformers. Out: members and entries in
+them. transformers has no hook for names of other packages (5.23), so members are added
 to the enum at run time, as its metaclass would.
 """
 
@@ -15,7 +15,14 @@ from typing import Any, cast
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("muon", "hf_muon")
+# What each name sets by default; ``optim_args`` may say otherwise.
+PRESETS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "hf_muon": {},
+    "normuon": {"rescale": "rows"},
+    "adamuon": {"rescale": "entries"},
+}
+NAMES = tuple(PRESETS)
 
 
 def add_names(handler: Callable[..., Any]) -> None:
@@ -41,10 +48,15 @@ def add_names(handler: Callable[..., Any]) -> None:
         if member is None:
             member = _add_member(OptimizerNames, name)
         elif not getattr(member, "_from_hf_muon", False):
-            logger.warning("transformers has an optimizer %r of its own; ours is 'hf_muon'.", name)
+            others = [f"{key}={value}" for key, value in PRESETS[name].items()]
+            logger.warning(
+                "transformers has an optimizer %r of its own; ours is optim='hf_muon'%s.",
+                name,
+                f" with optim_args={others[0]!r}" if others else "",
+            )
             continue
         handlers[member] = handler
-    logger.info("optim='muon' and optim='hf_muon' select hf_muon where transformers has no own.")
+    logger.info("optim=%s select hf_muon where transformers has none of its own.", ", ".join(NAMES))
 
 
 def is_ours(optim: str) -> bool:

@@ -20,12 +20,21 @@ from torch.distributed.checkpoint.state_dict import (
 
 from tests.distributed import layouts
 
-ORDERS = ("pre_polar", "post_polar")
+CASES = {
+    "pre_polar": {},
+    "post_polar": {"order": "post_polar"},
+    "kernel": {"momentum": (0.5, 0.9, 0.98)},
+    "rows": {"rescale": "rows"},
+    "int8": {"momentum_dtype": "int8", "rescale": "entries"},
+    "auto, hyperball": {
+        "momentum": "auto", "prefilter": "clip", "step_rule": "hyperball", "weight_decay": 0.0,
+    },
+}  # fmt: skip
 
 
-def build(kind, order):
+def build(kind, case):
     model, told = layouts.build(kind)
-    return model, layouts.build_optimizer(model, order=order, **told)
+    return model, layouts.build_optimizer(model, **CASES[case], **told)
 
 
 def train(model, optimizer, steps):
@@ -40,38 +49,38 @@ def state_of(model, optimizer):
 
 
 def save(kind, folder):
-    for order in ORDERS:
-        model, optimizer = build(kind, order)
+    for case in CASES:
+        model, optimizer = build(kind, case)
         train(model, optimizer, range(2))
-        dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{order}")
+        dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{case}")
 
 
 def full(kind, out):
     """Through whole tensors on every rank, as launchers do that save one file."""
     results = {}
     options = StateDictOptions(full_state_dict=True)
-    for order in ORDERS:
-        model, optimizer = build(kind, order)
+    for case in CASES:
+        model, optimizer = build(kind, case)
         train(model, optimizer, range(2))
         state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-        again = layouts.build_optimizer(model, order=order)
+        again = layouts.build_optimizer(model, **CASES[case])
         model.zero_grad()  # with gradients around, no state is made to load into
         set_optimizer_state_dict(model, again, state, options=options)
         train(model, again, range(2, 4))
-        results[order] = layouts.full_weights(model)
+        results[case] = layouts.full_weights(model)
     if dist.get_rank() == 0:
         torch.save(results, out)
 
 
 def load(kind, folder, out):
     results = {}
-    for order in ORDERS:
-        model, optimizer = build(kind, order)
+    for case in CASES:
+        model, optimizer = build(kind, case)
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
         state = state_of(model, optimizer)
-        dcp.load(state, checkpoint_id=f"{folder}/{order}")
+        dcp.load(state, checkpoint_id=f"{folder}/{case}")
         set_state_dict(
             model,
             optimizer,
@@ -79,7 +88,7 @@ def load(kind, folder, out):
             optim_state_dict=state["optimizer"],
         )
         train(model, optimizer, range(2, 4))
-        results[order] = layouts.full_weights(model)
+        results[case] = layouts.full_weights(model)
     if dist.get_rank() == 0:
         torch.save(results, out)
 

@@ -1,4 +1,4 @@
-"""Every filter, map, rescaling and write against its formula in float64, and what it is known for."""
+"""Filters, maps, rescalings and writes against their formulas, and what each is known for."""
 
 import copy
 import math
@@ -167,7 +167,8 @@ def test_a_kernel_of_one_term_gives_todays_bits():
     expected, _ = trained(start, gradients, momentum=0.9)
     assert torch.equal(trained(start, gradients, momentum=(0.9,))[0], expected)
     same = trained(start, gradients, momentum=(0.9, 0.9), momentum_weights=(0.25, 0.75))[0]
-    assert torch.allclose(same, expected, atol=1e-6) and MuonConfig(momentum=[0.9]).momentum == 0.9
+    assert torch.allclose(same, expected, atol=1e-6)
+    assert MuonConfig(momentum=[0.9]).momentum == 0.9
 
 
 def test_two_terms_fit_the_slots_of_adam():
@@ -339,7 +340,8 @@ def test_int8_momentum_is_off_by_a_254th_of_the_largest_of_its_block(shape):
     _, optimizer = trained(start, gradients, **settings)
     [state] = optimizer.state.values()
     exact, blocks = 0.05 * gradients[0], -(-shape[1] // 2048)
-    assert state["exp_avg"].dtype == torch.int8 and state["exp_avg"].shape == shape
+    assert state["exp_avg"].dtype == torch.int8
+    assert state["exp_avg"].shape == shape
     assert state["exp_avg_scale"].shape == (1, shape[0], blocks)
     for block in range(blocks):
         columns = slice(2048 * block, 2048 * (block + 1))
@@ -372,8 +374,3 @@ def test_the_momentum_dtype_of_a_checkpoint_is_used_and_named():
     broken["state"][0]["exp_avg"] = broken["state"][0]["exp_avg"].float()
     with pytest.raises(ValueError, match="momentum_dtype='int8' keeps other state"):
         wide.load_state_dict(broken)
-
-
-def test_presets_are_rules_by_name():
-    normuon = MuonConfig.from_optim_args("rescale=rows")
-    assert [buffer.name for buffer in normuon.rule.buffers] == ["exp_avg", "row_avg_sq"]
