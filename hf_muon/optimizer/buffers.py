@@ -85,7 +85,7 @@ def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None
     buffers = buffers_of(group)
     for key in ("step", *(buffer.name for buffer in buffers)):
         if key not in state:
-            raise ValueError(f"The state of {name} has no {key!r}. {_REMEDY}")
+            raise ValueError(f"The state of {name} has no {key!r}. {_REMEDY}{_lost(key)}")
     if not 0 <= _number(state["step"]) < _STEPS:
         raise ValueError(
             f"'step' in the state of {name} is {str(state['step'])[:90]}; a number ≥ 0 is "
@@ -95,6 +95,13 @@ def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None
         what = f"{buffer.name!r} in the state of {name}"
         dtype = buffer_dtype(group, parameter, buffer)
         _check_buffer(what, buffer, state[buffer.name], parameter, dtype)
+
+
+def _lost(key: str) -> str:
+    if key in ("step", *(buffer.name for buffer in _OF_ADAMW)):
+        return ""
+    names = " and ".join(buffer.name for buffer in _OF_ADAMW)
+    return f" DeepSpeed's universal checkpoints hold {names} only: go on from its ordinary one."
 
 
 def _number(value: Any) -> float:

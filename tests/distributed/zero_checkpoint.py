@@ -22,15 +22,24 @@ from hf_muon import Muon
 from tests.distributed import layouts, zero
 
 STEPS, TAG = 3, "halfway"
-ORDERS = ("pre_polar", "post_polar", "polar_only")
+RULES = {
+    **{order: {"order": order} for order in ("pre_polar", "post_polar", "polar_only")},
+    "two terms": {"momentum": (0.5, 0.9)},
+}
+# What they keep has no place in universal checkpoints, which hold Adam's two averages.
+UNKNOWN_TO_ADAM = {
+    "rows": {"rescale": "rows"},
+    "int8": {"momentum_dtype": "int8", "prefilter": "clip", "momentum": (0.5, 0.8, 0.9)},
+}
 BFLOAT16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 # What DeepSpeed is told; the last has an optimizer class of its own there.
 KINDS = {
     **{stage: zero.config(stage) for stage in (1, 2, 3)},
     "bf16": {**zero.config(1), **BFLOAT16},
 }
-ALL = [(kind, order) for kind in KINDS for order in ORDERS]
-SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar")]
+ALL = [(kind, rule) for kind in KINDS for rule in RULES | UNKNOWN_TO_ADAM]
+SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar"), (2, "rows"), (3, "int8")]
+ROUTED_OTHERWISE = SOME[:3]
 MATRICES = {"q": (37, 64), "down": (48, 130), "experts": (3, 24, 40)}
 EMBEDDINGS = {"embedding": (33, 16)}
 VECTORS = {"norm": (40,), "bias": (24,)}
@@ -54,7 +63,7 @@ class Model(nn.Module):
         return sum(p.sum() for p in self.parameters())
 
 
-def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS)):
+def build_optimizer(model, rule, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS)):
     """Three groups with settings of their own, none of which may end up in another one."""
     named = dict(model.named_parameters())
     groups = [
@@ -71,12 +80,14 @@ def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDING
             "algorithm": "adamw", "lr": 1e-3, "weight_decay": 0.0,
         },
     ]  # fmt: skip
-    return Muon(groups, lr=0.02, weight_decay=0.1, polar_dtype="float32", order=order)
+    return Muon(
+        groups, lr=0.02, weight_decay=0.1, polar_dtype="float32", **(RULES | UNKNOWN_TO_ADAM)[rule]
+    )
 
 
-def engine_of(kind, order, first=0, universal=False, **routes):
+def engine_of(kind, rule, first=0, universal=False, **routes):
     model = Model()
-    optimizer = build_optimizer(model, order, **routes)
+    optimizer = build_optimizer(model, rule, **routes)
     zero.inject(optimizer, SHAPES, first)
     config = {**KINDS[kind], "checkpoint": {"load_universal": universal}}
     engine, *_ = deepspeed.initialize(
@@ -103,17 +114,17 @@ def finished(engine):
     return weights
 
 
-def go_on(folder, kind, order, universal=False, **load):
+def go_on(folder, kind, rule, universal=False, **load):
     """Train the second half from a checkpoint."""
-    engine = engine_of(kind, order, STEPS, universal)
+    engine = engine_of(kind, rule, STEPS, universal)
     engine.load_checkpoint(str(folder), tag=TAG, **load)
     train(engine)
     return finished(engine)
 
 
-def refusal(folder, kind, order, universal, routes):
-    """The error of a checkpoint with other routes, as every rank sees it."""
-    engine = engine_of(kind, order, STEPS, universal, **OTHER_ROUTES[routes])
+def refusal(folder, kind, rule, universal, routes):
+    """The error of a checkpoint, with other routes if any are named, as every rank sees it."""
+    engine = engine_of(kind, rule, STEPS, universal, **OTHER_ROUTES.get(routes, {}))
     message = "none"
     try:
         engine.load_checkpoint(str(folder), tag=TAG)
@@ -143,36 +154,41 @@ def convert(source, target):
     dist.barrier()
 
 
-def save(folder, kind, order):
-    own, universal = f"{folder}/{kind}/{order}", f"{folder}/{kind}/{order}/universal"
-    engine = engine_of(kind, order)
+def save(folder, kind, rule):
+    own, universal = f"{folder}/{kind}/{rule}", f"{folder}/{kind}/{rule}/universal"
+    engine = engine_of(kind, rule)
     train(engine)
     engine.save_checkpoint(own, tag=TAG)
     convert(own, universal)
     train(engine)
     return {
         "uninterrupted": finished(engine),
-        "resumed": go_on(own, kind, order),
-        "weights only": go_on(own, kind, order, load_optimizer_states=False),
-        "universal": go_on(universal, kind, order, universal=True),
+        "resumed": go_on(own, kind, rule),
+        "weights only": go_on(own, kind, rule, load_optimizer_states=False),
+        "universal": (
+            refusal(universal, kind, rule, True, None)
+            if rule in UNKNOWN_TO_ADAM
+            else go_on(universal, kind, rule, universal=True)
+        ),
         "refused": {
-            (name, routes): refusal(path, kind, order, name == "universal", routes)
+            (name, routes): refusal(path, kind, rule, name == "universal", routes)
             for name, path in {"own": own, "universal": universal}.items()
             for routes in OTHER_ROUTES
-            if (kind, order) in SOME
+            if (kind, rule) in ROUTED_OTHERWISE
         },
     }
 
 
-def load(folder, kind, order):
-    universal = f"{folder}/{kind}/{order}/universal"
-    return {"universal": go_on(universal, kind, order, universal=True)}
+def load(folder, kind, rule):
+    universal = f"{folder}/{kind}/{rule}/universal"
+    return {"universal": go_on(universal, kind, rule, universal=True)}
 
 
 def main(task, folder, out):
     results = {
         case: (load if task == "load" else save)(folder, *case)
         for case in (SOME if task == "some" else ALL)
+        if task != "load" or case[1] in RULES
     }
     if dist.get_rank() == 0:
         torch.save(results, out)
