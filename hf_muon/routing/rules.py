@@ -234,7 +234,7 @@ def is_linear_map(context: Context) -> bool:
 
 
 def hidden(context: Context, kind: str) -> Decision:
-    """A hidden weight: whole, per expert, or cut where it is fused or of heads and the user asks."""
+    """A hidden weight: whole, per expert, or where the user asks, cut by maps or by heads."""
     projection = fused.projection_of(context.candidate)
     if context.split_heads and heads.is_of_heads(projection):
         cut = heads.split(projection)

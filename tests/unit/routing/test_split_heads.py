@@ -56,7 +56,7 @@ def attention_of(model: nn.Module, ending: str = "self_attn") -> nn.Module:
 
 
 def compare(used: torch.Tensor, tokens: torch.Tensor, weights: list[torch.Tensor]) -> None:
-    """Heads as the attention gets them, (1, heads, tokens, size), are products with the matrices."""
+    """Heads as the attention gets them, (1, heads, tokens, size), are products with matrices."""
     assert used.shape[1] == len(weights)
     for head, weight in zip(used[0], weights, strict=True):
         torch.testing.assert_close(head, tokens @ weight.T)
@@ -196,7 +196,9 @@ def test_heads_of_one_row_are_vectors_and_stay_together():
 
 def test_the_table_counts_heads():
     model = small_causal("llama", **SIZES)
-    line = next(one for one in route(model, PER_HEAD).table().splitlines() if "0.self_attn.q" in one)
+    line = next(
+        one for one in route(model, PER_HEAD).table().splitlines() if "0.self_attn.q" in one
+    )
     assert "4 of 8 x 32" in line
     assert "linear, per head: q_proj holds 4" in line
 
