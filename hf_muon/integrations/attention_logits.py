@@ -141,7 +141,7 @@ def largest_logits(
     for start in range(0, tokens, step):
         rows = torch.arange(start, min(start + step, tokens), device=query.device)
         logits = query[:, :, start : start + step] @ key  # (batch, heads, rows, keys)
-        logits = logits.masked_fill(~visible(rows), -torch.inf)
+        logits.masked_fill_(~visible(rows), -torch.inf)
         largest = torch.maximum(largest, logits.amax(dim=(0, 2, 3)))
     return largest
 
@@ -195,7 +195,9 @@ def _segments(tokens: int, key: Tensor, more: dict[str, Any]) -> Tensor | None:
     ends, positions = more.get("cu_seq_lens_q"), more.get("position_ids")
     if ends is not None:
         places = torch.arange(tokens, device=key.device)
-        return torch.bucketize(places, ends[1:].to(key.device, places.dtype), right=True)
+        marks: Tensor = torch.bucketize(places, ends[1:].to(places), right=True)
+        return marks
     if positions is not None and positions.shape == (1, tokens) and key.shape[3] == tokens:
-        return (positions[0] == positions[0, 0]).cumsum(0).to(key.device)
+        marks = (positions[0] == positions[0, 0]).cumsum(0).to(key.device)
+        return marks
     return None
