@@ -49,8 +49,8 @@ def llama(layers=1, scale=12.0):
 def deepseek(layers=1, scale=40.0, **more):
     torch.manual_seed(0)
     settings = {**TINY, **MLA, "num_hidden_layers": layers, **more}
-    config = transformers.AutoConfig.for_model("deepseek_v3", **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Not through from_config, which under ZeRO-3 leaves no rank with the weights.
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings))
     return enlarged(model, "q_proj" if more else "q_b_proj", scale)
 
 
