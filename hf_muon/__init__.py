@@ -1,5 +1,6 @@
 """Muon for the Hugging Face Trainer: ``optim="muon"``."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_muon import diagnostics
@@ -12,11 +13,13 @@ from hf_muon.routing import Route, RoutePlan, route
 
 if TYPE_CHECKING:
     from hf_muon.diagnostics.monitor import SpectralMonitor
+    from hf_muon.integrations.qk_clip import QKClip
 
 __all__ = [
     "Muon",
     "MuonConfig",
     "MuonOptimizerFactory",
+    "QKClip",
     "Route",
     "RoutePlan",
     "SpectralMonitor",
@@ -28,10 +31,14 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "SpectralMonitor": "hf_muon.diagnostics.monitor",
+    "QKClip": "hf_muon.integrations.qk_clip",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs transformers when it is asked for: that takes seconds."""
-    if name != "SpectralMonitor":
+    if name not in _LATE:
         raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
-    from hf_muon.diagnostics.monitor import SpectralMonitor
-
-    return SpectralMonitor
+    return getattr(import_module(_LATE[name]), name)

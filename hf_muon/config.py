@@ -94,6 +94,8 @@ class MuonConfig:
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
+        split_heads: Treat query, key and value projections, fused or not, as one matrix per
+            attention head, where the architecture declares heads. Adapters stay whole.
         lora_update: ``factor``: each LoRA factor is a matrix of its own. ``product`` (LoRA-Muon)
             and ``tangent`` (LoRA-TSD) move the product BA of a pair, in ``pre_polar`` only.
         lora_damping: Their δ: S + δ·(tr S/r)·I is inverted for the Gram matrix S of a factor.
@@ -148,6 +150,7 @@ class MuonConfig:
     muon_params: tuple[str, ...] = ()
     adamw_params: tuple[str, ...] = ()
     split_fused: bool = False
+    split_heads: bool = False
     lora_update: LoraUpdate = "factor"
     lora_damping: float = 1e-2
     tangent_iterations: int = 3

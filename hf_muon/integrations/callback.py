@@ -117,14 +117,14 @@ class MuonCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, and what others have left."""
-        optimizer = find_muon(kwargs.get("optimizer"))
-        if logs is None or optimizer is None:
+        if logs is None:
             return
-        values = take_waiting(optimizer)
+        values = take_waiting(kwargs.get("optimizer"))
         if "learning_rate" in logs and self.adamw_lr is not None:  # the Trainer's: of group 0
             values["adamw/lr"] = self.adamw_lr
-        logs.update(values)
-        state.log_history[-1].update(values)
+        if values:
+            logs.update(values)
+            state.log_history[-1].update(values)
         self._look_for_untrained(state, kwargs)
 
     def _look_for_untrained(self, state: TrainerState, of_trainer: dict[str, Any]) -> None:

@@ -7,18 +7,24 @@ callback that a user passes does not.
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from hf_muon.optimizer import Muon
-
-_waiting: WeakKeyDictionary[Muon, dict[str, float]] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[Any, dict[str, float]] = WeakKeyDictionary()
 
 
-def log_with_next(optimizer: Muon, values: dict[str, float]) -> None:
-    """Leave values for the next record of the run that an optimizer trains."""
-    _waiting.setdefault(optimizer, {}).update(values)
+def log_with_next(optimizer: Any, values: dict[str, float]) -> None:
+    """Leave values for the next record of the run that an optimizer trains, wrapped or not."""
+    _waiting.setdefault(_inmost(optimizer), {}).update(values)
 
 
-def take_waiting(optimizer: Muon) -> dict[str, float]:
+def take_waiting(optimizer: Any) -> dict[str, float]:
     """The values that were left; none of them is given twice."""
-    return _waiting.pop(optimizer, {})
+    return {} if optimizer is None else _waiting.pop(_inmost(optimizer), {})
+
+
+def _inmost(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer

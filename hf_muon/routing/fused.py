@@ -39,11 +39,19 @@ Split = Callable[[Projection], Matrices]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the users of one projection lay its maps out."""
+    """How the users of one projection lay its maps out.
+
+    Attributes:
+        name: Name of the projection.
+        users: Classes whose forward cuts its output so.
+        split: Cuts it.
+        head_size: Where attention heads come out: what the users call the size of one.
+    """
 
     name: str
     users: frozenset[str]
     split: Split
+    head_size: str | None = None
 
 
 def projection_of(candidate: Candidate) -> Projection:
@@ -60,17 +68,28 @@ def split(projection: Projection) -> Matrices | None:
         return thirds(projection) if projection.name == "in_proj_weight" else None
     if projection.name == "gate_up_proj" and hasattr(projection.user, "is_concatenated"):
         return expert_gate_up(projection)
-    # Bases as well, because FSDP2 replaces a module's class by a subclass; those of transformers
-    # alone, because a class of the same name elsewhere may cut otherwise.
-    users = {
+    layout = layout_of(projection)
+    return None if layout is None else layout.split(projection)
+
+
+def layout_of(projection: Projection) -> Layout | None:
+    """The declared layout of a projection."""
+    users = of_transformers(projection.user)
+    found = (one for one in LAYOUTS if one.name == projection.name and users & one.users)
+    return next(found, None)
+
+
+def of_transformers(user: nn.Module) -> set[str]:
+    """The names of a module's classes that are transformers'.
+
+    Bases as well, because FSDP2 replaces a module's class by a subclass; those of transformers
+    alone, because a class of the same name elsewhere may cut otherwise.
+    """
+    return {
         cls.__name__
-        for cls in type(projection.user).__mro__
+        for cls in type(user).__mro__
         if cls.__module__.startswith("transformers.models.")
     }
-    for layout in LAYOUTS:
-        if layout.name == projection.name and users & layout.users:
-            return layout.split(projection)
-    return None
 
 
 def looks_fused(projection: Projection) -> bool:
@@ -169,8 +188,9 @@ LAYOUTS = (
         "c_attn",
         _users("GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention"),
         of_embedding_size,
+        "head_dim",
     ),
-    Layout("qkv_proj", _users("Phi3Attention Phi4MultimodalAttention"), grouped_query),
+    Layout("qkv_proj", _users("Phi3Attention Phi4MultimodalAttention"), grouped_query, "head_dim"),
     Layout(
         "gate_up_proj",
         _users(
@@ -178,8 +198,8 @@ LAYOUTS = (
         ),
         halves,
     ),
-    Layout("query_key_value", _users("GPTNeoXAttention"), per_head("head_size")),
-    Layout("query_key_value", _users("BloomAttention"), per_head("head_dim")),
+    Layout("query_key_value", _users("GPTNeoXAttention"), per_head("head_size"), "head_size"),
+    Layout("query_key_value", _users("BloomAttention"), per_head("head_dim"), "head_dim"),
     Layout(
         "qkv",
         _users(
@@ -187,6 +207,7 @@ LAYOUTS = (
             "Qwen3VLVisionAttention Qwen3VLMoeVisionAttention Glm4vVisionAttention"
         ),
         thirds,
+        "head_dim",
     ),
     Layout("gate_up_proj", _users("Llama4TextExperts"), gate_up_columns),
     Layout("in_proj", _users("MambaMixer FalconMambaMixer JambaMambaMixer"), halves),

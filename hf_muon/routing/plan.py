@@ -187,7 +187,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
 
     Args:
         model: Any module; wrapped by DDP, ``torch.compile`` or PEFT as well.
-        config: Gives ``muon_params``, ``adamw_params`` and ``split_fused``. Default: none.
+        config: Gives ``muon_params``, ``adamw_params``, ``split_fused`` and ``split_heads``.
+            Default: none.
 
     Returns:
         The plan. It may have an empty Muon half; :meth:`RoutePlan.param_groups` refuses that.
@@ -201,8 +202,9 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         muon=_matched("muon_params", config.muon_params, facts),
         adamw=_matched("adamw_params", config.adamw_params, facts),
     )
+    splits = (config.split_fused, config.split_heads)
     decisions = [
-        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, config.split_fused))
+        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *splits))
         for c in facts.candidates
     ]
     names = {

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from hf_muon.routing import fused, matrices
+from hf_muon.routing import fused, heads, matrices
 from hf_muon.routing.adapters import Adapter
 from hf_muon.routing.matrices import Matrices
 from hf_muon.routing.survey import EMBEDDINGS, Candidate, Survey
@@ -53,7 +53,8 @@ class Context:
     survey: Survey
     adapter: Adapter | None
     overrides: Overrides
-    split_fused: bool
+    split_fused: bool = False
+    split_heads: bool = False
 
     @property
     def owner(self) -> nn.Module:
@@ -233,9 +234,15 @@ def is_linear_map(context: Context) -> bool:
 
 
 def hidden(context: Context, kind: str) -> Decision:
-    """A hidden weight: whole, per expert, or cut where it is fused and the user asks."""
+    """A hidden weight: whole, per expert, or where the user asks, cut by maps or by heads."""
+    projection = fused.projection_of(context.candidate)
+    if context.split_heads and heads.is_of_heads(projection):
+        cut = heads.split(projection)
+        if cut is not None:
+            reason = f"{kind}, per head: {projection.name} holds {len(cut)}"
+            return Decision("muon", reason, cut)
+        kind = f"{kind}, no heads declared: not split by them"
     if context.split_fused:
-        projection = fused.projection_of(context.candidate)
         cut = fused.split(projection)
         if cut is not None:
             return Decision("muon", f"{kind}, fused: {projection.name} is split", cut)

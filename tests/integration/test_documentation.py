@@ -62,6 +62,7 @@ AFTERWARDS = {
     "docs/extending.md": "assert optimizer.param_groups[0]['filter'] == 'two_terms'",
     "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
     "docs/learning_rates.md": "assert taken_over",
+    "docs/qk_clip.md": "assert 'max_attention_logit' in str(trainer.state.log_history)",
     "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
     "docs/routing.md": "assert plan.muon",
     "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",

@@ -53,7 +53,7 @@ def captured(attention: nn.Module, **inputs: Any) -> tuple[torch.Tensor, ...]:
 
     def spy(module, query, key, value, *args, **kwargs):
         seen.append((query, key, value))
-        out = torch.zeros_like(query).transpose(1, 2)
+        out = query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
         return out, None
 
     ALL_ATTENTION_FUNCTIONS.register("spy", spy)

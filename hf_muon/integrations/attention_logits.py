@@ -1,0 +1,203 @@
+"""The largest attention logit of each head, seen while a model computes.
+
+In: attention modules of transformers, and the forward passes between ``open()`` and ``close()``.
+Out: max q·k·scale of each head over all pairs that the attention mask leaves. Queries and keys are
+those that the model hands to its attention kernel, rotated and all; the kernel itself, which keeps
+its logits to itself, runs as it would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_muon.integrations.attentions import Attention
+
+_LIMIT = 2**24  # logits of a block of queries that are held at a time: 64 MiB
+
+
+class LogitObserver:
+    """Observes the logits of some attention modules.
+
+    Args:
+        attentions: The modules.
+    """
+
+    def __init__(self, attentions: Sequence[Attention]) -> None:
+        self._attentions = attentions
+        self._known = {id(one.module): one for one in attentions}
+        self._largest: dict[int, Tensor] = {}
+        self._original: Callable[..., Any] | None = None
+
+    def open(self) -> None:
+        """Look on from now on.
+
+        All models ask one table for their attention function, at each call. What is put into the
+        table's place does not reach modules that a compiler has already traced.
+        """
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
+
+        self.close()
+        self._largest = {}
+        self._original = original = TABLE.get_interface
+
+        def get_interface(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+            attend = original(implementation, default)
+
+            @functools.wraps(attend)
+            def attention(
+                module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+            ) -> Any:
+                self._see(module, query, key, mask, str(implementation), more)
+                return attend(module, query, key, value, mask, **more)
+
+            return lambda module, query, key, value, attention_mask=None, **more: attention(
+                module, query, key, value, attention_mask, **more
+            )
+
+        vars(TABLE)["get_interface"] = get_interface
+
+    def close(self) -> None:
+        """Look on no longer."""
+        if self._original is not None:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
+
+            vars(TABLE).pop("get_interface", None)
+            self._original = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _see(
+        self, module: Any, query: Tensor, key: Tensor, mask: Any, kind: str, more: dict[str, Any]
+    ) -> None:
+        one = self._known.get(id(module))
+        if one is None:
+            return
+        if query.shape[1] != one.heads:
+            raise ValueError(
+                f"QKClip saw {query.shape[1]} heads in {one.name}, which has {one.heads}: they are "
+                "divided among ranks. Use DDP, FSDP version 2 or ZeRO, without tensor parallelism."
+            )
+        # Without autocast, which would round the products.
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            found = largest_logits(module, query, key, mask, kind, more)
+        before = self._largest.get(id(module))
+        self._largest[id(module)] = found if before is None else torch.maximum(before, found)
+
+    def take(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The largest logit of each head on all ranks, (heads,), for each module, on the CPU.
+
+        It is -∞ where nothing was seen, and ∞ where a query or a key is not finite.
+
+        Args:
+            device: Where the ranks exchange it.
+            dtype: Of the result.
+        """
+        every = torch.cat(
+            [
+                self._largest.get(id(one.module), torch.full((one.heads,), -torch.inf)).to(
+                    device, dtype
+                )
+                for one in self._attentions
+            ]
+        )
+        self._largest = {}
+        # Infinity stands for NaN, of which no maximum can be taken.
+        every = every.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        # Decisions are made on the CPU, the same on all ranks.
+        return list(torch.split(every.cpu(), [one.heads for one in self._attentions]))
+
+
+def largest_logits(
+    module: Any, query: Tensor, key: Tensor, mask: Any, kind: str, more: dict[str, Any]
+) -> Tensor:
+    """The largest visible logit of each head.
+
+    Args:
+        module: The attention module.
+        query: Queries, (batch, heads, tokens, size).
+        key: Keys, (batch, key heads, keys, size).
+        mask: As the attention function gets it.
+        kind: Name of the attention function.
+        more: Its keyword arguments.
+
+    Returns:
+        (heads,), -∞ where a head sees nothing.
+    """
+    batch, heads, tokens, size = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scaling = more.get("scaling")
+    query = query.to(wide) * (size**-0.5 if scaling is None else scaling)
+    key = key.to(wide).repeat_interleave(heads // key.shape[1], dim=1).transpose(2, 3)
+    visible = visibility(module, tokens, key, mask, kind, more)
+    step = max(1, _LIMIT // (batch * heads * key.shape[3]))
+    largest = query.new_full((heads,), -torch.inf)
+    for start in range(0, tokens, step):
+        rows = torch.arange(start, min(start + step, tokens), device=query.device)
+        logits = query[:, :, start : start + step] @ key  # (batch, heads, rows, keys)
+        logits.masked_fill_(~visible(rows), -torch.inf)
+        largest = torch.maximum(largest, logits.amax(dim=(0, 2, 3)))
+    return largest
+
+
+def visibility(
+    module: Any, tokens: int, key: Tensor, mask: Any, kind: str, more: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """Which keys some queries see, by their indices: True where they do."""
+    keys = key.shape[3]
+    if hasattr(mask, "mask_mod"):  # a BlockMask of flex attention
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, len(key), None, tokens, keys, device=str(key.device))
+    if mask is not None and mask.ndim == 4:
+        if mask.dtype != torch.bool:  # added to the logits: hidden where it is huge
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        return lambda rows: mask[:, :, rows, :keys].to(key.device)
+    return _without_mask(module, tokens, key, mask, kind, more)
+
+
+def _without_mask(
+    module: Any, tokens: int, key: Tensor, padding: Any, kind: str, more: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """The same where the kernel is told the rules and, at most, which keys are padding."""
+    keys, flash = key.shape[3], "flash" in kind
+    causal = more.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and tokens > 1 and kind != "eager"  # which knows masks only
+    window = more.get("sliding_window") if flash else None
+    segments = _segments(tokens, key, more) if flash and padding is None else None
+    columns = torch.arange(keys, device=key.device)
+
+    def seen(rows: Tensor) -> Tensor:
+        # With more keys than queries, flash attention lines up their ends, SDPA their beginnings.
+        distance = (rows + (keys - tokens if flash else 0))[:, None] - columns
+        found = torch.ones_like(distance, dtype=torch.bool)
+        if causal:
+            found &= distance >= 0
+        if window is not None:
+            found &= distance.abs() < window
+        if segments is not None:
+            found &= segments[rows][:, None] == segments
+        # Padding is (batch, keys).
+        return found if padding is None else found & padding[:, None, None, :keys].bool()
+
+    return seen
+
+
+def _segments(tokens: int, key: Tensor, more: dict[str, Any]) -> Tensor | None:
+    """The sequence of each token, where flash attention gets several in one row."""
+    ends, positions = more.get("cu_seq_lens_q"), more.get("position_ids")
+    if ends is not None:
+        places = torch.arange(tokens, device=key.device)
+        marks: Tensor = torch.bucketize(places, ends[1:].to(places), right=True)
+        return marks
+    if positions is not None and positions.shape == (1, tokens) and key.shape[3] == tokens:
+        marks = (positions[0] == positions[0, 0]).cumsum(0).to(key.device)
+        return marks
+    return None

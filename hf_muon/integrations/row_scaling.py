@@ -1,0 +1,71 @@
+"""Weights whose outputs are scaled, wherever a launcher keeps them.
+
+In: a parameter and one factor for each of its outputs. Out: the parameter, changed in place: each
+rank scales what it holds. DeepSpeed has a second copy in float32 and, in stage 3, parts on each
+rank; both change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_muon.integrations.attentions import Attention
+from hf_muon.routing.matrices import columns_are_outputs
+
+
+@torch.no_grad()
+def scale_attention(attention: Attention, gamma: Tensor) -> None:
+    """Make the logits of an attention module γ times as large; all ranks must call it.
+
+    Args:
+        attention: The module.
+        gamma: γ of each head, (heads,). Where it is 1, weights stay as they are, bit for bit,
+            except those of heads that share a key with others.
+    """
+    for name, factors in attention.factors(gamma).items():
+        projection = attention.projections[name]
+        dim = int(columns_are_outputs(projection))
+        scale_outputs(projection.weight, factors, dim)
+        if isinstance(projection.bias, nn.Parameter):
+            scale_outputs(projection.bias, factors, 0)
+
+
+def scale_outputs(parameter: Any, factors: Tensor, dim: int) -> None:
+    """Multiply a parameter with one factor per index of a dimension."""
+    shape = [1] * len(getattr(parameter, "ds_shape", parameter.shape))
+    shape[dim] = -1
+    factors = factors.view(shape)
+    if is_partitioned(parameter):
+        _scale_under_deepspeed(parameter, factors)
+    elif hasattr(parameter, "placements"):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = parameter.device_mesh
+        copies = [Replicate()] * mesh.ndim
+        factors = factors.to(parameter.to_local().device)
+        parameter.mul_(DTensor.from_local(factors, mesh, copies, run_check=False))
+    else:
+        parameter.mul_(factors.to(parameter.device))
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed keeps a copy of the parameter in float32."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _scale_under_deepspeed(parameter: Any, factors: Tensor) -> None:
+    """The copy that the optimizer trains, and the weight that the model computes with.
+
+    Setting the first does not change the second (DeepSpeed 0.19).
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    whole = safe_get_full_fp32_param(parameter)
+    whole = whole.view(getattr(parameter, "ds_shape", parameter.shape)) * factors.to(whole)
+    safe_set_full_fp32_param(parameter, whole)
+    with GatheredParameters([parameter], modifier_rank=0):  # does nothing but in stage 3
+        parameter.data.copy_(whole)
