@@ -1,5 +1,6 @@
 """Muon for the Hugging Face Trainer: ``optim="muon"``."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_muon import diagnostics
@@ -12,11 +13,13 @@ from hf_muon.routing import Route, RoutePlan, route
 
 if TYPE_CHECKING:
     from hf_muon.diagnostics.monitor import SpectralMonitor
+    from hf_muon.integrations.robust import RobustAggregation
 
 __all__ = [
     "Muon",
     "MuonConfig",
     "MuonOptimizerFactory",
+    "RobustAggregation",
     "Route",
     "RoutePlan",
     "SpectralMonitor",
@@ -28,10 +31,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what needs transformers when it is asked for: that takes seconds."""
-    if name != "SpectralMonitor":
-        raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
-    from hf_muon.diagnostics.monitor import SpectralMonitor
+_LATER = {  # what needs transformers, whose import takes seconds
+    "RobustAggregation": "hf_muon.integrations.robust",
+    "SpectralMonitor": "hf_muon.diagnostics.monitor",
+}
 
-    return SpectralMonitor
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers when it is asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
