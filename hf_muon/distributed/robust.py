@@ -117,6 +117,10 @@ def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
     return done
 
 
+# DDP compares annotations with its classes, and here they are strings (torch 2.9 to 2.13).
+robust_hook.__annotations__.clear()
+
+
 def make_robust(model: DistributedDataParallel, state: Robust) -> Robust:
     """Let a DDP model aggregate its gradients robustly from now on.
 

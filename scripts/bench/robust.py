@@ -1,6 +1,6 @@
 """What robust aggregation is worth, and what it costs: a byte-level LLaMA under DDP with Muon.
 
-In: ``torchrun --nproc_per_node 4 scripts/bench/robust.py [--steps 150] [--seeds 5]``. Out: from
+In: ``torchrun --nproc_per_node 4 scripts/bench/robust.py [--steps 200] [--seeds 4]``. Out: from
 rank 0 a table (and JSON) of held-out losses after training, mean and standard deviation over seeds,
 without an attack and with one: the last rank sends −10 times its gradient. The aggregations of a
 seed begin with the same weights and see the same batches. Steps are timed in turns with those of
@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_muon import create_muon_optimizer
 from hf_muon.distributed.robust import METHODS, Robust, make_robust
 
-ATTACK, LR, LENGTH, BATCH = -10.0, 0.003, 64, 8
+ATTACK, LR, LENGTH = -10.0, 0.003, 64
 SHAPE = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -65,11 +65,13 @@ class Run:
         seed: Of weights and batches.
         method: ``mean``, or a method of robust aggregation.
         attacked: Whether the last rank sends something else than its gradient.
+        batch: Sequences per rank and step.
     """
 
-    def __init__(self, seed: int, method: str, *, attacked: bool) -> None:
+    def __init__(self, seed: int, method: str, *, attacked: bool, batch: int) -> None:
         self.model = wrapped(seed, method, attacked=attacked)
         self.optimizer = create_muon_optimizer(self.model, lr=LR, replicate_group="world")
+        self.batch = batch
         self.text, self.held_out = corpus()
         self.draws = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
 
@@ -79,7 +81,7 @@ class Run:
         Returns:
             The seconds it took, until all ranks were done.
         """
-        starts = torch.randint(len(self.text) - LENGTH, (BATCH, 1), generator=self.draws)
+        starts = torch.randint(len(self.text) - LENGTH, (self.batch, 1), generator=self.draws)
         ids = self.text[starts + torch.arange(LENGTH)]
         dist.barrier()
         begin = time.perf_counter()
@@ -96,27 +98,30 @@ class Run:
         return float(self.model.module(input_ids=ids, labels=ids).loss)
 
 
-def final_loss(seed: int, method: str, steps: int, *, attacked: bool) -> float:
+def final_loss(seed: int, method: str, steps: int, *, attacked: bool, batch: int) -> float:
     """The held-out loss after training."""
-    run = Run(seed, method, attacked=attacked)
+    run = Run(seed, method, attacked=attacked, batch=batch)
     for _ in range(steps):
         run.step()
     return run.loss()
 
 
-def losses(steps: int, seeds: int) -> dict[str, list[float]]:
+def losses(steps: int, seeds: int, batch: int) -> dict[str, list[float]]:
     """Held-out losses by aggregation and attack, one per seed."""
     found: dict[str, list[float]] = {}
     for attacked in (False, True):
         for method in ("mean", *METHODS):
             name = f"{method}, {'attacked' if attacked else 'clean'}"
-            found[name] = [final_loss(s, method, steps, attacked=attacked) for s in range(seeds)]
+            found[name] = [
+                final_loss(seed, method, steps, attacked=attacked, batch=batch)
+                for seed in range(seeds)
+            ]
     return found
 
 
-def step_times(repeats: int) -> dict[str, float]:
+def step_times(repeats: int, batch: int) -> dict[str, float]:
     """Median seconds of a step by aggregation, the aggregations in turns."""
-    runs = {method: Run(0, method, attacked=False) for method in ("mean", *METHODS)}
+    runs = {method: Run(0, method, attacked=False, batch=batch) for method in ("mean", *METHODS)}
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     for number in range(repeats + 3):  # the first steps make state, buckets and plans
         for method, run in runs.items():
@@ -148,8 +153,9 @@ def table(results: dict[str, Any]) -> Table:
 def main() -> None:
     """Train and time on the ranks of this launch; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="of each training")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind, at least 2")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--seeds", type=int, default=4, help="trainings of each kind, at least 2")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per rank and step")
     parser.add_argument("--repeats", type=int, default=40, help="timed steps of each aggregation")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     asked = parser.parse_args()
@@ -157,8 +163,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     results = {
         "ranks": dist.get_world_size(),
-        "losses": losses(asked.steps, asked.seeds),
-        "seconds": step_times(asked.repeats),
+        "losses": losses(asked.steps, asked.seeds, asked.batch),
+        "seconds": step_times(asked.repeats, asked.batch),
     }
     if dist.get_rank() == 0:
         Console(width=100).print(table(results))
