@@ -85,7 +85,8 @@ def _plain(layers: Sequence[Observed], patterns: Sequence[str]) -> dict[str, Any
 
 
 _COLUMNS = ("nuc G", "st A", "st G", "edge", "noise", "β ≥", "next")
-_LEGEND = """nuc G: ‖G‖_*²/‖G‖_F² of the gradient; st A: ‖A‖_F²/‖A‖₂² of the layer's input; next: muon
+_LEGEND = """\
+nuc G: ‖G‖_*²/‖G‖_F² of the gradient; st A: ‖A‖_F²/‖A‖₂² of the layer's input; next: muon
 if nuc G ≥ st A (a spectral step beats a Euclidean one, to first order), ? if A is not known.
 st G: ‖G‖_F²/‖G‖₂²; edge: singular values of the average above the noise edge; noise: noise over
 signal of a gradient, in squares; β: 1 − 1/T_min, which shows every direction above the edge.
@@ -108,15 +109,14 @@ def _table(layers: Sequence[Observed]) -> str:
     console = Console(width=WIDTH, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
-    return capture.get()
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def _shared(names: Sequence[str]) -> str:
     """The modules that all layers are in."""
-    above = (name.split(".")[:-2] for name in names)
-    return ".".join(
-        steps[0] for steps in takewhile(lambda s: len({*s}) == 1, zip(*above, strict=False))
-    )
+    steps = zip(*(name.split(".")[:-2] for name in names), strict=False)
+    return ".".join(step[0] for step in takewhile(lambda step: len({*step}) == 1, steps))
 
 
 def _number(value: float | None) -> str:
@@ -147,4 +147,4 @@ def _conclusion(layers: Sequence[Observed], sent: Sequence[str], routed: set[str
     momenta = [one.momentum for one in layers if one.momentum is not None]
     if momenta:
         text += f"\nmomentum={max(momenta):.3f} or more shows all directions above the edge."
-    return text + ("\nFor the next run:" if sent else "\nThe next run needs no new pattern.")
+    return text + ("\nFor the next run:" if sent else "\nThe next run needs no further pattern.")

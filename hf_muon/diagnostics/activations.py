@@ -88,11 +88,9 @@ class _Inputs:
     def look(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Keep rows; as soon as there are enough, only their stable rank."""
         room = MOST_TOKENS - self._count
-        x = inputs[0] if inputs else None
-        # DTensors, and inputs that are divided among ranks, are parts.
-        whole = isinstance(x, Tensor) and not hasattr(x, "placements") and x.ndim > 0
-        if room <= 0 or not whole or x.shape[-1] != self._width or x.numel() == 0:
+        if room <= 0 or not inputs or not _is_whole(inputs[0], self._width):
             return
+        x = inputs[0]
         rows = x.detach().reshape(-1, self._width)
         rows = rows[:: math.ceil(len(rows) / room)].clone()
         self._rows.append(rows)
@@ -106,6 +104,13 @@ class _Inputs:
         if not self._rows:
             return self._rank
         return rank_of_rows(torch.cat(self._rows))
+
+
+def _is_whole(x: Any, width: int) -> bool:
+    """Whether a layer's input has all features: DTensors, and what ranks divide, are parts."""
+    if not isinstance(x, Tensor) or hasattr(x, "placements"):
+        return False
+    return x.ndim > 0 and x.shape[-1] == width and x.numel() > 0
 
 
 def rank_of_rows(A: Tensor) -> float | None:
@@ -123,7 +128,8 @@ def rank_of_rows(A: Tensor) -> float | None:
         return None
     with torch.autocast(A.device.type, enabled=False):
         gram = A @ A.mT if len(A) < A.shape[1] else A.mT @ A
-    return (gram.trace() / torch.linalg.eigvalsh(gram)[-1]).item()
+    rank: float = (gram.trace() / torch.linalg.eigvalsh(gram)[-1]).item()
+    return rank
 
 
 def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
