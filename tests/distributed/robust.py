@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 import hf_muon.auto  # noqa: F401
 import tests.distributed.fsdp_on_cpu  # noqa: F401
-from hf_muon import RobustAggregation
+from hf_muon import Muon, RobustAggregation
 from hf_muon.distributed.robust import Robust, make_robust
 from tests.distributed.layouts import leave_together
 from tests.distributed.train import launcher, lora
@@ -53,7 +54,7 @@ def mlp():
 
 def batch(number):
     generator = torch.Generator().manual_seed(100 * dist.get_rank() + number)
-    return torch.randn(16, 13, generator=generator)
+    return torch.randn(256, 13, generator=generator)
 
 
 def gradients(method, factor, micro_batches=1, dtype=torch.float32):
@@ -106,6 +107,29 @@ def trained(kind, folder, model, method):
     return first
 
 
+def regression(seed, method, factor, steps=60):
+    """Mean square distance from the teacher after training a linear map by Muon under DDP."""
+    torch.manual_seed(seed)
+    teacher, start = torch.randn(16, 24), torch.randn(16, 24)
+    model = nn.Linear(24, 16, bias=False)
+    model.weight.data.copy_(start)
+    Locals(model, factor)
+    wrapped = DistributedDataParallel(model)
+    if METHODS[method]:
+        make_robust(wrapped, Robust(method))
+    optimizer = Muon(list(model.parameters()), lr=0.5, weight_decay=0.0, replicate_group="world")
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    for _ in range(steps):
+        x = torch.randn(32, 24, generator=generator)
+        y = x @ teacher.T + torch.randn(32, 16, generator=generator)
+        (wrapped(x) - y).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return (model.weight - teacher).square().mean().item()
+
+
 def refused(call):
     try:
         call()
@@ -133,6 +157,14 @@ def on_ddp(folder):
             ("NaN", torch.nan, 1, torch.float32),
         )
     }
+    for name, method, factor in (
+        ("clean", "mean", 1.0),
+        ("clean median", "median", 1.0),
+        ("median", "median", ATTACK),
+        ("trimmed_mean", "trimmed_mean", ATTACK),
+        ("mean", "mean", ATTACK),
+    ):
+        saved["regression", name] = [regression(seed, method, factor) for seed in range(5)]
     too_many = Robust("trimmed_mean", 2)
     saved["trim"] = refused(lambda: make_robust(DistributedDataParallel(mlp()), too_many))
     saved["hook"] = refused(another_hook)
