@@ -4,7 +4,8 @@ In: ``torchrun --nproc_per_node 4 scripts/bench/robust.py [--steps 150] [--seeds
 rank 0 a table (and JSON) of held-out losses after training, mean and standard deviation over seeds,
 without an attack and with one: the last rank sends −10 times its gradient. The aggregations of a
 seed begin with the same weights and see the same batches of modules of Python's. Learning rates
-fall to zero. Steps of all aggregations are timed in turns, without an attack.
+fall to zero. Steps of all aggregations, and what they do to one large bucket, are timed in turns,
+without an attack.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_muon import create_muon_optimizer
-from hf_muon.distributed.robust import METHODS, Robust, make_robust
+from hf_muon.distributed.robust import METHODS, Robust, make_robust, robust_hook
 
 ATTACK, LR, LENGTH = -10.0, 0.003, 64
 SHAPE = {
@@ -129,8 +130,8 @@ def losses(steps: int, seeds: int, batch: int) -> dict[str, list[float]]:
     return found
 
 
-def step_times(repeats: int, batch: int) -> dict[str, float]:
-    """Median seconds of a step by aggregation, the aggregations in turns."""
+def step_times(repeats: int, batch: int) -> dict[str, list[float]]:
+    """Seconds of steps by aggregation, the aggregations in turns."""
     runs = {
         method: Run(0, method, repeats + 3, attacked=False, batch=batch)
         for method in ("mean", *METHODS)
@@ -141,7 +142,35 @@ def step_times(repeats: int, batch: int) -> dict[str, float]:
             taken = run.step()
             if number >= 3:
                 seconds[method].append(taken)
-    return {method: statistics.median(values) for method, values in seconds.items()}
+    return seconds
+
+
+class Bucket(NamedTuple):
+    """What the hook reads of a bucket of DDP's."""
+
+    flat: Tensor
+
+    def buffer(self) -> Tensor:
+        """All gradients of the bucket."""
+        return self.flat
+
+
+def bucket_times(repeats: int) -> dict[str, list[float]]:
+    """Seconds for 25 MiB, DDP's default bucket: the all-reduce of the mean, and the hook."""
+    flat = torch.randn(25 * 2**18)
+    states = {method: Robust(method) for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in ("mean", *METHODS)}
+    for _ in range(repeats):
+        for method, taken in seconds.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            if method == "mean":
+                dist.all_reduce(flat.div_(dist.get_world_size()))
+            else:
+                robust_hook(states[method], Bucket(flat)).wait()
+            dist.barrier()
+            taken.append(time.perf_counter() - begin)
+    return seconds
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -156,12 +185,15 @@ def table(results: dict[str, Any]) -> Table:
     return made
 
 
-def times(seconds: dict[str, float]) -> str:
-    """Milliseconds of a step, and over those with the mean."""
-    return ", ".join(
-        f"{name} {1e3 * value:.1f} ms ({value / seconds['mean']:.2f})"
-        for name, value in seconds.items()
-    )
+def times(seconds: dict[str, list[float]]) -> str:
+    """Median milliseconds, and the quartiles of their ratio to the mean's within a round."""
+    found = []
+    for name, own in seconds.items():
+        ratios = [one / plain for one, plain in zip(own, seconds["mean"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        times = f"{1e3 * statistics.median(own):.1f} ms"
+        found.append(f"{name} {times}, ratio {middle:.2f} ({low:.2f} … {high:.2f})")
+    return "; ".join(found)
 
 
 def main() -> None:
@@ -179,10 +211,12 @@ def main() -> None:
         "ranks": dist.get_world_size(),
         "losses": losses(asked.steps, asked.seeds, asked.batch),
         "seconds": step_times(asked.repeats, asked.batch),
+        "bucket": bucket_times(asked.repeats),
     }
     if dist.get_rank() == 0:
         Console(width=100).print(table(results))
         print(f"A step: {times(results['seconds'])}.")
+        print(f"A bucket of 25 MiB: {times(results['bucket'])}.")
         if asked.json:
             asked.json.write_text(json.dumps(results, indent=1))
     dist.barrier()
