@@ -14,12 +14,14 @@ from hf_muon.routing import Route, RoutePlan, route
 if TYPE_CHECKING:
     from hf_muon.diagnostics.monitor import SpectralMonitor
     from hf_muon.integrations.qk_clip import QKClip
+    from hf_muon.integrations.robust import RobustAggregation
 
 __all__ = [
     "Muon",
     "MuonConfig",
     "MuonOptimizerFactory",
     "QKClip",
+    "RobustAggregation",
     "Route",
     "RoutePlan",
     "SpectralMonitor",
@@ -31,14 +33,15 @@ __all__ = [
 ]
 
 
-_LATE = {
-    "SpectralMonitor": "hf_muon.diagnostics.monitor",
+_LATE = {  # what needs transformers, whose import takes seconds
     "QKClip": "hf_muon.integrations.qk_clip",
+    "RobustAggregation": "hf_muon.integrations.robust",
+    "SpectralMonitor": "hf_muon.diagnostics.monitor",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers when it is asked for: that takes seconds."""
+    """Import what needs transformers when it is asked for."""
     if name not in _LATE:
         raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
     return getattr(import_module(_LATE[name]), name)

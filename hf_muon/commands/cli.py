@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_muon.commands.blueprint import require_matrices, routed
-from hf_muon.commands.plan import Auto, OptimArgs, Source, plan
+from hf_muon.commands.observe import show
+from hf_muon.commands.plan import Auto, OptimArgs, plan
 from hf_muon.commands.probe import probe
 from hf_muon.commands.report import report
 from hf_muon.routing.plan import state_bytes
@@ -28,15 +30,32 @@ def main() -> None:
 
 
 def route(
-    source: Source,
+    source: Annotated[
+        str | None, typer.Argument(help="A config.json, a model folder, or a model id.")
+    ] = None,
     optim_args: OptimArgs = "",
     auto: Auto = None,
     full: Annotated[
         bool, typer.Option("--full", help="A line per parameter, none folded.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    observe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="In place of a model: the output folder of a run with a SpectralMonitor. Shows "
+            "what it says about the routing of the next run.",
+        ),
+    ] = None,
 ) -> None:
     """Show which parameters of a model go to Muon, which to AdamW, and why. Reads no weights."""
+    if observe is not None:
+        if source is not None or optim_args or auto or full:
+            raise ValueError("--observe reads a run and no model: it stands alone, or with --json.")
+        show(observe, as_json=as_json)
+        return
+    if source is None:
+        raise ValueError("Give a config.json, a model folder or a model id, or --observe RUN.")
     routes, config = routed(source, optim_args, auto)
     state = state_bytes(routes, config)
     if as_json:

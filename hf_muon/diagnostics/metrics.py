@@ -217,6 +217,23 @@ def stable_rank(X: Tensor) -> Tensor:
     return 1 / weights[..., 0]
 
 
+def nuclear_rank(X: Tensor) -> Tensor:
+    """How many directions a spectral step gains from: ‖X‖_*²/‖X‖_F².
+
+    Args:
+        X: Matrix, (…, m, n).
+
+    Returns:
+        Between 1 and the rank of X, which it is where all singular values are equal, (…).
+
+    References:
+        arXiv 2512.04299: to first order a spectral step on a layer beats a Euclidean one iff this
+        number of its gradient is at least the stable rank of its input activations.
+    """
+    (X,) = _prepared(X)
+    return nuclear_energy(torch.linalg.svdvals(X))
+
+
 def spectral_entropy(X: Tensor) -> Tensor:
     """How evenly the energy is spread: H = −Σ p_i ln p_i with p_i = σ_i²/Σσ².
 
@@ -309,6 +326,13 @@ def energies(sigma: Tensor) -> Tensor:
     """
     squares = (sigma / sigma[..., :1]).square()
     return squares / squares.sum(-1, keepdim=True)
+
+
+def nuclear_energy(sigma: Tensor) -> Tensor:
+    """(Σσ_i)²/Σσ_i² of singular values in falling order, (…)."""
+    relative = sigma / sigma[..., :1]
+    result: Tensor = relative.sum(-1).square() / relative.square().sum(-1)
+    return result
 
 
 def rounding_threshold(sigma: Tensor, longer_side: int) -> Tensor:

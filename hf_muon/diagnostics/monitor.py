@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_muon.diagnostics.activations import Activations
 from hf_muon.diagnostics.advice import in_words
 from hf_muon.diagnostics.history import FILE_NAME, append_records
 from hf_muon.diagnostics.instability import Instability
@@ -37,14 +38,17 @@ class SpectralMonitor(TrainerCallback):
 
     Pass it to any Trainer: ``Trainer(..., callbacks=[SpectralMonitor(layers="mlp")])``. It works in
     one process and under DDP, FSDP2 and DeepSpeed ZeRO, where the ranks divide the matrices among
-    them. A sampled step costs seven singular value decompositions of each matrix. The first step of
-    a run is never sampled, as the optimizer finds its matrices in it.
+    them. A sampled step costs seven singular value decompositions of each matrix, and one of its
+    layer's inputs. The first step of a run is never sampled, as the optimizer finds its matrices
+    in it.
 
     The names of the values are those of :func:`~hf_muon.diagnostics.spectra.measure` and
-    :func:`~hf_muon.diagnostics.advice.advise`, and ``sin_left``, ``sin_right``: ‖sin Θ‖₂ between
-    the leading subspaces of M in this sample and in the one before. In the logs they are called
-    ``muon/<layer>/<name>``. Every sample asks the Trainer for a record. Callbacks that stand behind
-    the monitor do not get them, so that the progress bar does not print hundreds of numbers.
+    :func:`~hf_muon.diagnostics.advice.advise`; ``sin_left``, ``sin_right``: ‖sin Θ‖₂ between the
+    leading subspaces of M in this sample and in the one before; and ``input_stable_rank``:
+    ‖A‖_F²/‖A‖₂² of what goes into the ``nn.Linear`` of a matrix, A having a row for each of at
+    most 4096 tokens per rank. In the logs they are called ``muon/<layer>/<name>``. Every sample
+    asks the Trainer for a record. Callbacks that stand behind the monitor do not get them, so that
+    the progress bar does not print hundreds of numbers.
 
     Args:
         layers: Regexes, of which one must be found in the name of a parameter. Default: eight
@@ -84,6 +88,7 @@ class SpectralMonitor(TrainerCallback):
         self.warnings: list[tuple[int, str, str]] = []
         self._optimizer: Muon | None = None
         self._sampler: Sampler | None = None
+        self._activations: Activations | None = None
         self._instability = Instability()
         self._path = Path()
         self._begin = 0
@@ -103,6 +108,7 @@ class SpectralMonitor(TrainerCallback):
             return
         shapes = chosen_matrices(self._optimizer, self.layers, _DEFAULT_LAYERS)
         self._sampler = Sampler(self._optimizer, list(shapes), self.singular_values)
+        self._activations = Activations(kwargs["model"], shapes)
         self._instability, self._begin = Instability(), state.global_step
         self.warnings.clear()
         self._latest.clear()
@@ -122,6 +128,8 @@ class SpectralMonitor(TrainerCallback):
         step = state.global_step + 1
         if self._sampler is not None and step > self._begin + 1 and step % self.every == 0:
             self._sampler.ask(step)
+            if self._activations is not None:
+                self._activations.ask()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,11 +138,14 @@ class SpectralMonitor(TrainerCallback):
         if self._sampler is None or self._optimizer is None or not self._sampler.asked:
             return
         found = self._sampler.answer()
+        inputs = self._activations.answer() if self._activations is not None else {}
         control.should_log = True
         if not state.is_world_process_zero:
             return
         step = state.global_step
         for layer, values in found.items():
+            if layer in inputs:
+                values["input_stable_rank"] = inputs[layer]
             self._warn(step, layer, self._instability.of_sample(layer, values))
             found[layer] = {name: v for name, v in values.items() if math.isfinite(v)}
             self._latest[layer].append(found[layer])
@@ -186,4 +197,6 @@ class SpectralMonitor(TrainerCallback):
     def _close(self) -> None:
         if self._sampler is not None:
             self._sampler.remove()
-        self._sampler = self._optimizer = None
+        if self._activations is not None:
+            self._activations.remove()
+        self._sampler = self._optimizer = self._activations = None

@@ -73,6 +73,52 @@ def noise_in(G: Tensor, M: Tensor, momentum: float) -> Noise | None:
     return Noise(norm * (1 + margin), filtered, filtered * math.sqrt(2 * window - 1))
 
 
+class Powers(NamedTuple):
+    """Energy of noise and signal in a gradient G = S + Ξ.
+
+    Attributes:
+        noise: tr Σ = E‖Ξ‖_F², estimated without bias.
+        signal: ‖S‖_F², the same; what noise leaves of it may be below zero.
+    """
+
+    noise: float
+    signal: float
+
+    @property
+    def noise_to_signal(self) -> float:
+        """The ratio tr Σ/‖S‖_F²; NaN where no signal is left."""
+        return self.noise / self.signal if self.signal > 0 else math.nan
+
+
+def powers_in(G: Tensor, M: Tensor, momentum: float) -> Powers | None:
+    """Estimate tr Σ and ‖S‖_F² by what one gradient differs from the average of those before it.
+
+    For a fixed S, noise that is uncorrelated in time, and an average that has run in, G_t and
+    M_{t−1} are independent, with means S and noise of tr Σ and tr Σ/(2T−1). So
+    E‖G_t − M_{t−1}‖_F² = tr Σ·2T/(2T−1) and E‖M_{t−1}‖_F² = ‖S‖_F² + tr Σ/(2T−1), and without bias
+
+        tr Σ ≈ (2T−1)/(2T)·‖G_t − M_{t−1}‖_F²,   ‖S‖_F² ≈ ‖M_{t−1}‖_F² − ‖G_t − M_{t−1}‖_F²/(2T).
+
+    The ratio of the two scatters; over several samples divide their sums. What turns within a
+    window counts as noise. Nothing is assumed about the covariance of the entries.
+
+    Args:
+        G: Gradient, (m, n).
+        M: Moving average after this gradient, M_t = βM_{t−1} + (1−β)G_t, (m, n).
+        momentum: β.
+
+    Returns:
+        None where nothing is averaged (β = 0).
+    """
+    if momentum == 0:
+        return None
+    window = 1 / (1 - momentum)
+    before = (M - (1 - momentum) * G) / momentum
+    difference = (G - before).square().sum().item()
+    noise = difference * (2 * window - 1) / (2 * window)
+    return Powers(noise, before.square().sum().item() - difference / (2 * window))
+
+
 def signal_strength(y: float, deviation: float, shape: Sequence[int]) -> float:
     """The singular value λ that noise has raised to y; 0 where noise alone may reach y.
 

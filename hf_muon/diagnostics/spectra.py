@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hf_muon.diagnostics.metrics import (
     energies,
+    nuclear_energy,
     orthogonality_error,
     rounding_threshold,
     subspace_angles,
 )
-from hf_muon.diagnostics.noise_edge import Noise, noise_in, signal_strength
+from hf_muon.diagnostics.noise_edge import Noise, noise_in, powers_in, signal_strength
 
 # Directions that are kept for the next sample; more are rarely visible.
 _MOST_DIRECTIONS = 16
@@ -78,6 +79,10 @@ def measure(
     ========================================  ===================================================
     ``gradient_sigma_k``, ``average_sigma_k``  σ_k(G), σ_k(M)
     ``filtering_ratio_k``                      σ_k(M)/σ_k(G)
+    ``gradient_nuclear_rank``                  ‖G‖_*²/‖G‖_F²
+    ``gradient_stable_rank``                   ‖G‖_F²/‖G‖₂²
+    ``noise_power``, ``signal_power``          tr Σ and ‖S‖_F² of G (``noise_edge.powers_in``), and
+    and ``noise_to_signal``                    their ratio where both are above zero
     ``noise_suppression``                      R(T), as median σ(G) over median σ(M)
     ``noise_edge``, ``visible_rank``           the largest singular value of the noise in M
                                                (``noise_edge.noise_in``), and how many are above it
@@ -105,10 +110,13 @@ def measure(
         **_numbered("gradient_sigma", sigma_g, count),
         **_numbered("average_sigma", sigma_m, count),
         **_numbered("filtering_ratio", _ratio(sigma_m, sigma_g, max(at.gradient.shape)), count),
+        "gradient_nuclear_rank": nuclear_energy(sigma_g).item(),
+        "gradient_stable_rank": (1 / energies(sigma_g)[0]).item(),
         "noise_suppression": (sigma_g.quantile(0.5) / sigma_m.quantile(0.5)).item(),
         "noise_edge": noise.edge if noise else math.nan,
         "visible_rank": float(visible) if noise else math.nan,
         "gap": (sigma_m[rank - 1] - sigma_m[rank : rank + 1].sum()).item(),
+        **_powers(at, momentum),
         **_shape_of("update", at.update),
     }
     if at.factor is not None:
@@ -132,6 +140,17 @@ def turned(before: Leading, now: Leading) -> dict[str, float]:
     return {
         "sin_left": subspace_angles(before.left[:, :r], now.left[:, :r])[-1].sin().item(),
         "sin_right": subspace_angles(before.right[:, :r], now.right[:, :r])[-1].sin().item(),
+    }
+
+
+def _powers(at: StepMatrices, momentum: float) -> dict[str, float]:
+    powers = powers_in(at.gradient, at.average, momentum)
+    if powers is None:
+        return {}
+    return {
+        "noise_power": powers.noise,
+        "signal_power": powers.signal,
+        "noise_to_signal": powers.noise_to_signal,
     }
 
 

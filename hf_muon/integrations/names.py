@@ -48,7 +48,7 @@ def add_names(handler: Callable[..., Any]) -> None:
         if member is None:
             member = _add_member(OptimizerNames, name)
         elif not getattr(member, "_from_hf_muon", False):
-            others = [f"{key}={value}" for key, value in PRESETS[name].items()]
+            others = [f"{key}={value}" for key, value in PRESETS.get(name, {}).items()]
             logger.warning(
                 "transformers has an optimizer %r of its own; ours is optim='hf_muon'%s.",
                 name,

@@ -125,7 +125,8 @@ def _on_the_ball(
         radius = kept.double()[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
         length = (weight - 2 * size * both + size.square() * update).sqrt()
-        factor = radius / length
+        # A rate of zero, with which loaders step to have state made, must not round the weights.
+        factor = radius / length if given.settings["lr"] else torch.ones_like(length)
         found.append(torch.stack([factor, -factor * size]))
     return found
 

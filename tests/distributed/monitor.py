@@ -10,17 +10,40 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_muon import SpectralMonitor
 from tests.distributed.layouts import leave_together
 from tests.distributed.train import launcher, placement, whole_weights
 from tests.integration.recorder import Recorder
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
+from tests.reference.spectra import stable_rank
 
 ORDERS = ("pre_polar", "post_polar")
 LAYERS = (r"layers\.0\.mlp", r"layers\.1\.self_attn\.[kv]")
 STEPS, EVERY = 8, 4
+
+
+WATCHED = "model.layers.0.mlp.down_proj"
+
+
+class Inputs(TrainerCallback):
+    """What goes into one layer on this rank, step by step."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.rows = {}
+        layer = model.get_submodule(WATCHED)
+        layer.register_forward_hook(lambda _, inputs, __: self.rows[self.step].append(inputs[0]))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step + 1
+        self.rows[self.step] = []
+
+    def stable_ranks(self):
+        rows = {
+            step: torch.cat([x.flatten(0, 1) for x in inputs]) for step, inputs in self.rows.items()
+        }
+        return {step: stable_rank(A.detach()) for step, A in rows.items()}
 
 
 def run(kind, folder, batch, order, *callbacks):
@@ -50,9 +73,11 @@ def main(kind, folder, batch):
     for order in ORDERS:
         recorder = Recorder()
         recorders = [recorder] if plain.args.world_size == 1 else []
-        trainer = run(kind, folder, batch, order, *recorders, SpectralMonitor(LAYERS, every=EVERY))
+        monitor, inputs = SpectralMonitor(LAYERS, every=EVERY), Inputs()
+        trainer = run(kind, folder, batch, order, *recorders, inputs, monitor)
         saved[order] = {
             "weights": whole_weights(kind, trainer),
+            "inputs": inputs.stable_ranks(),
             "logged": [r for r in trainer.state.log_history if any("muon/" in key for key in r)],
         }
         if recorders:

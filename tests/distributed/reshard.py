@@ -78,7 +78,7 @@ def load(kind, folder, out):
         model, optimizer = build(kind, case)
         with torch.no_grad():
             for p in model.parameters():
-                p.zero_()
+                p.neg_()
         state = state_of(model, optimizer)
         dcp.load(state, checkpoint_id=f"{folder}/{case}")
         set_state_dict(

@@ -5,7 +5,7 @@ import torch
 
 from hf_muon.diagnostics.history import read_spectra
 from tests.distributed.launch import launch
-from tests.distributed.monitor import EVERY, ORDERS, STEPS
+from tests.distributed.monitor import EVERY, ORDERS, STEPS, WATCHED
 from tests.integration.recorder import assert_close
 from tests.integration.tiny import largest_difference
 from tests.reference.monitor import sample as expected_of
@@ -73,3 +73,14 @@ def test_only_the_first_rank_logs(kind_and_launch):
     first, second = (rank[ORDERS[0]]["logged"] for rank in launched.ranks)
     assert [record["step"] for record in first] == [4, 8]
     assert second == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_inputs_are_the_mean_over_what_the_ranks_saw(kind_and_launch, order):
+    _, launched = kind_and_launch
+    samples = {s["step"]: s for s in launched.samples[order] if WATCHED in s["layer"]}
+    assert set(samples) == {4, 8}
+    for step, sample in samples.items():
+        first, second = (rank[order]["inputs"][step] for rank in launched.ranks)
+        assert first != second  # of different batches
+        assert sample["input_stable_rank"] == pytest.approx((first + second) / 2, rel=1e-6)

@@ -44,4 +44,6 @@ def assert_close(found, expected, tolerance):
             scale = 1.0
         elif name == "gap":
             scale = expected["average_sigma_1"]
+        elif name in ("signal_power", "noise_to_signal"):  # a difference of two such powers
+            scale += abs(expected["noise_power"]) * (1 if name == "signal_power" else scale)
         assert abs(found[name] - value) <= tolerance * scale, (name, found[name], value)

@@ -28,6 +28,12 @@ DOTS = ("Trainer(..., ", "Trainer(model=model, args=args, train_dataset=data, ")
 # What a page needs besides, what is made smaller in it, and what must be there afterwards.
 MORE = {
     "docs/polar.md": "x = torch.randn(4, 6)\n",
+    "docs/robust.md": """
+import hf_muon.auto
+from transformers import Trainer
+from tests.integration.tiny import arguments as tiny_arguments
+args = tiny_arguments("out")
+""",
     "docs/routing.md": "import hf_muon\n",
     "docs/diagnostics.md": """
 import hf_muon.auto
@@ -64,6 +70,7 @@ AFTERWARDS = {
     "docs/learning_rates.md": "assert taken_over",
     "docs/qk_clip.md": "assert 'max_attention_logit' in str(trainer.state.log_history)",
     "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
+    "docs/robust.md": "assert RobustAggregation('median').settings.method == 'median'",
     "docs/routing.md": "assert plan.muon",
     "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",
 }

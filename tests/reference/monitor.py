@@ -67,6 +67,9 @@ def sample(history: History, step: int, count: int, before: int | None = None) -
         "noise_edge": edge,
         "visible_rank": visible(sigma_m, edge),
         "gap": reference.spectral_gap(M, rank),
+        "gradient_nuclear_rank": sum(sigma_g) ** 2 / sum(s**2 for s in sigma_g),
+        "gradient_stable_rank": reference.stable_rank(G),
+        **powers(G, history.average(step - 1), beta),
     }
     for k in range(count):
         values[f"gradient_sigma_{k + 1}"] = sigma_g[k]
@@ -100,6 +103,17 @@ def noise_edge(residual: Tensor, momentum: float) -> float:
     scatter = 1.27 * math.sqrt(2) * (2 * sides * (2 / sides) ** (1 / 3)) / (2 * sides) ** 2
     norm = reference.singular_values(residual)[0] / math.sqrt(2 / (1 - momentum))
     return norm * (1 + 2.3 * scatter / 2)  # σ scatters half as much as σ²
+
+
+def powers(G: Tensor, before: Tensor, momentum: float) -> dict[str, float]:
+    """The energy of the noise in G, from M_{t−1}, and of the signal, with their ratio."""
+    T, difference = 1 / (1 - momentum), torch.norm(G - before).item() ** 2
+    noise = difference * (1 - 1 / (2 * T))
+    signal = torch.norm(before).item() ** 2 - difference / (2 * T)
+    found = {"noise_power": noise, "signal_power": signal}
+    # Where the two nearly cancel, the ratio is that of roundings.
+    clear = signal > 0.05 * difference / (2 * T)
+    return found | ({"noise_to_signal": noise / signal} if clear else {})
 
 
 def _rounding(X: Tensor) -> float:

@@ -39,7 +39,10 @@ ALLOWED = {
     "auto": {"integrations"},
 }
 # Entry points inside a room, and the rooms that they know in addition.
-ENTRY_POINTS = {"diagnostics/monitor.py": {"integrations"}}
+ENTRY_POINTS = {
+    "diagnostics/monitor.py": {"integrations"},
+    "integrations/robust.py": {"distributed"},
+}
 # Files that work elementwise or on whole matrices, and know nothing of processes or trainers.
 PURE = [
     "polar",

@@ -28,6 +28,8 @@ def test_values_are_those_of_the_metrics():
     expected = {
         "gap": d.spectral_gap(at.average, rank),
         "filtering_ratio_3": d.filtering_ratio(at.average, at.gradient)[2],
+        "gradient_nuclear_rank": d.nuclear_rank(at.gradient),
+        "gradient_stable_rank": d.stable_rank(at.gradient),
         "weight_stable_rank": d.stable_rank(at.weight),
         "update_entropy": d.spectral_entropy(at.update),
         "orthogonality_error": error.relative,

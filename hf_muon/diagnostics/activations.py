@@ -1,0 +1,144 @@
+"""How many directions the inputs of linear layers have, in the steps that are asked for.
+
+In: a model and the names of matrices. Out: the stable rank ‖A‖_F²/‖A‖₂² of what went into the layer
+of each, A having a row per token. Hooks are on the layers in those steps only; they read, and draw
+no random number. Layers that are no ``nn.Linear``, or get a part of their input, are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_muon.routing.survey import named_modules
+
+# Tokens of a step and rank that are looked at.
+MOST_TOKENS = 4096
+
+
+class Activations:
+    """Measures the inputs of some layers between :meth:`ask` and :meth:`answer`.
+
+    Args:
+        model: Whose layers; it may be wrapped.
+        names: Of matrices, as :func:`~hf_muon.diagnostics.watched.matrix_names` has them.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        matrices: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            matrices[re.sub(r"\[\d+\]$", "", name)].append(name)
+        self._layers = [
+            (module, matrices[f"{name}.weight"])
+            for _, name, module in named_modules(model)
+            if isinstance(module, nn.Linear) and f"{name}.weight" in matrices
+        ]
+        self._inputs: list[_Inputs] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def ask(self) -> None:
+        """Look at what goes in from now on."""
+        self.remove()
+        self._inputs = [_Inputs(module.in_features) for module, _ in self._layers]
+        self._hooks = [
+            module.register_forward_pre_hook(inputs.look)
+            for (module, _), inputs in zip(self._layers, self._inputs, strict=True)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def answer(self) -> dict[str, float]:
+        """Stable ranks by matrix, on rank 0: the mean over ranks, in their order.
+
+        Every rank must call; each has seen its own batches.
+        """
+        self.remove()
+        found = {
+            name: rank
+            for (_, names), inputs in zip(self._layers, self._inputs, strict=True)
+            if (rank := inputs.stable_rank()) is not None
+            for name in names
+        }
+        self._inputs = []
+        return _mean_over_ranks(found)
+
+
+class _Inputs:
+    """Some rows of what went into one layer, spread evenly over each call."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._rows: list[Tensor] = []
+        self._count = 0
+        self._rank: float | None = None
+
+    @torch.no_grad()
+    def look(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Keep rows; as soon as there are enough, only their stable rank."""
+        room = MOST_TOKENS - self._count
+        if room <= 0 or not inputs or not _is_whole(inputs[0], self._width):
+            return
+        x = inputs[0]
+        rows = x.detach().reshape(-1, self._width)
+        rows = rows[:: math.ceil(len(rows) / room)].clone()
+        self._rows.append(rows)
+        self._count += len(rows)
+        if self._count >= MOST_TOKENS:
+            self._rank = self.stable_rank()
+            self._rows = []
+
+    def stable_rank(self) -> float | None:
+        """Of the rows so far; None where nothing, zero or something not finite went in."""
+        if not self._rows:
+            return self._rank
+        return rank_of_rows(torch.cat(self._rows))
+
+
+def _is_whole(x: Any, width: int) -> bool:
+    """Whether a layer's input has all features: DTensors, and what ranks divide, are parts."""
+    if not isinstance(x, Tensor) or hasattr(x, "placements"):
+        return False
+    return x.ndim > 0 and x.shape[-1] == width and x.numel() > 0
+
+
+def rank_of_rows(A: Tensor) -> float | None:
+    """‖A‖_F²/‖A‖₂² in float64, through the Gram matrix of the smaller side.
+
+    Args:
+        A: (tokens, features).
+
+    Returns:
+        None where A is zero or not finite.
+    """
+    A = (A.cpu() if A.device.type == "mps" else A).double()  # which has no float64
+    A = A / A.abs().max()
+    if not A.isfinite().all():
+        return None
+    with torch.autocast(A.device.type, enabled=False):
+        gram = A @ A.mT if len(A) < A.shape[1] else A.mT @ A
+    rank: float = (gram.trace() / torch.linalg.eigvalsh(gram)[-1]).item()
+    return rank
+
+
+def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(values, parts)
+    together: dict[str, list[float]] = defaultdict(list)
+    for part in parts or []:
+        for name, value in part.items():
+            together[name].append(value)
+    return {name: sum(ranks) / len(ranks) for name, ranks in together.items()}

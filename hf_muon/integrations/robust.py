@@ -1,0 +1,133 @@
+"""The median over ranks, or a trimmed mean, in place of the mean: for a Trainer under DDP.
+
+In: the events of a Trainer. Out: a communication hook on the DDP model that the Trainer makes, or
+an error that says why the gradients of single ranks cannot be seen; warnings of ranks whose
+gradients were not finite.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_muon.distributed.robust import Robust, make_robust
+
+logger = logging.getLogger(__name__)
+
+
+class RobustAggregation(TrainerCallback):
+    """Aggregates the gradients of DDP's ranks so that a few bad ones do not spoil them.
+
+    Pass it to any Trainer, with any optimizer:
+    ``Trainer(..., callbacks=[RobustAggregation("median")])``. Gradients of micro-batches add up on
+    each rank first, and the hook runs once a step. It keeps nothing from step to step.
+
+    Args:
+        method: ``median``, entry by entry, or ``trimmed_mean``.
+        trim: How many of the lowest, and of the highest, a trimmed mean leaves out.
+
+    Raises:
+        ValueError: An unknown method or number; when training begins, one process, FSDP or
+            DeepSpeed, or ``trim`` leaves no rank.
+
+    Example:
+        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[RobustAggregation()])
+    """
+
+    def __init__(self, method: str = "median", trim: int = 1) -> None:
+        self.settings = Robust(method, trim)
+        self._waiting: RemovableHandle | None = None
+        self._state: Robust | None = None
+        self._said: set[int] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot work, and wait for the first call of the wrapped model.
+
+        A Trainer does not show its wrapped model to callbacks; ranks call it for the first batch,
+        which is soon enough: before the first backward pass.
+        """
+        self._stop_waiting()
+        self._state, self._said = None, set()
+        model = kwargs["model"]
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        _require_ddp(model)
+        if self.settings.left_out(ranks) == 0:
+            logger.warning("The median of two ranks is their mean: neither is left out.")
+
+        def register(called: nn.Module, _: Any) -> None:
+            if (wrapped := _wrapper(called, model)) is not None:
+                self._stop_waiting()
+                settings = Robust(self.settings.method, self.settings.trim)
+                self._state = make_robust(wrapped, settings)
+
+        self._waiting = register_module_forward_pre_hook(register)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before a step whose gradients were averaged after all."""
+        if self._state is None:
+            self._stop_waiting()
+            raise RuntimeError(
+                "No DistributedDataParallel around the model was called: gradients were not "
+                "aggregated robustly. RobustAggregation is for Trainers that wrap the model in DDP."
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the ranks whose gradients were not finite, once each; every rank sees a part."""
+        if self._state is None or self._state.not_finite is None:
+            return
+        bad = self._state.not_finite.nonzero().flatten().tolist()
+        for rank in sorted({*bad} - self._said):
+            logger.warning(
+                "Up to step %d rank %d has sent gradients with NaN or infinity; these entries "
+                "count as extremes.",
+                state.global_step,
+                rank,
+            )
+        self._said.update(bad)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop waiting, if the model was never called."""
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+            self._waiting = None
+
+
+def _wrapper(called: nn.Module, model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP around a model, if it is what was called; a compiled module is looked into."""
+    called = getattr(called, "_orig_mod", called)
+    if isinstance(called, DistributedDataParallel):
+        inside: object = getattr(model, "_orig_mod", model)
+        if inside in (called.module, getattr(called.module, "_orig_mod", None)):
+            return called
+    return None
+
+
+def _require_ddp(model: nn.Module) -> None:
+    """Raise where gradients are reduced before any rank could compare them."""
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+
+    kind = AcceleratorState().distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED") or any(hasattr(p, "placements") for p in model.parameters()):
+        name = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}.get(kind, "a sharded model")
+        raise ValueError(
+            f"RobustAggregation needs DDP, and this is {name}: there the sum over ranks is made "
+            "while gradients are sharded, and no rank sees what the others had."
+        )
