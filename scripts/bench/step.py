@@ -38,7 +38,7 @@ def ours(parameters: Parameters, **settings: object) -> tuple[Step, torch.optim.
         {"params": parameters.matrices},
         {"params": parameters.others, "algorithm": "adamw"},
     ]
-    optimizer = Muon(groups, lr=LR, weight_decay=DECAY, **settings)
+    optimizer = Muon(groups, **{"lr": LR, "weight_decay": DECAY, **settings})
     return optimizer.step, optimizer
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_muon.rules import register_map
 from tests.distributed import layouts
 from tests.distributed.launch import launch
 
@@ -90,3 +91,16 @@ def test_polar_factors_of_shards_would_be_noticed(alone, monkeypatch):
     difference = (model.up - alone["none", layouts.DEFAULT]["up"]).abs().max()
     assert difference > 1000 * ROUNDING
     assert torch.equal(model.q, alone["none", layouts.DEFAULT]["q"])
+
+
+@pytest.mark.parametrize("settings", [{"rescale": "rows"}, {"momentum_dtype": "int8"}], ids=str)
+def test_row_means_and_blocks_of_shards_would_be_noticed(settings, monkeypatch):
+    register_map("as_it_is", lambda X, polar, settings: X.clone())
+    columns = layouts.SHAPES["up"][1]
+    settings = {**settings, "matrix_map": "as_it_is", "adjust_lr": "none", "lr": 1.0}
+    whole, _ = layouts.train("none", **settings)
+    halves = tuple((i * columns // 2, (130, columns // 2), (columns, 1), 0) for i in range(2))
+    monkeypatch.setitem(layouts.MATRICES, "up", halves)
+    shards, _ = layouts.train("none", **settings)
+    assert (whole.up - shards.up).abs().max() > 100 * ROUNDING
+    assert torch.equal(whole.q, shards.q)
