@@ -44,8 +44,10 @@ class Averages:
         self._kept: dict[tuple[str, Piece], Tensor] = {}
         self._missing: dict[str, float] = {}
 
-    def momentum(self, entry: Entry) -> float:
+    def momentum(self, entry: Entry, matrix: int = 0) -> float:
         """β of the step that was just made, or of an average as old as what filters."""
+        if entry.group.get("momenta"):
+            return float(entry.momenta[matrix])
         return single(entry.group, self._steps_before(entry))
 
     def _steps_before(self, entry: Entry) -> int:
@@ -64,7 +66,9 @@ class Averages:
             gradient, key = piece.of_local(gradients[unit.parameter]), (call.name(unit), piece)
             if key not in self._kept:
                 self._kept[key] = torch.zeros_like(gradient)
-            self._kept[key].lerp_(gradient, 1 - self.momentum(call.entries[unit.parameter]))
+            self._kept[key].lerp_(
+                gradient, 1 - self.momentum(call.entries[unit.parameter], unit.matrix)
+            )
 
     def has_run_in(self, name: str) -> bool:
         """Whether the average of a matrix is what it would be without an interruption."""

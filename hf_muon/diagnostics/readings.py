@@ -11,11 +11,11 @@ without a signal.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from hf_muon.diagnostics import metrics
 from hf_muon.diagnostics.probe_report import ProbeReport, Reading, Statistic
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
 from hf_muon.optimizer.momentum import single
+from hf_muon.stages import Momentum
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -36,8 +37,10 @@ class ProbeSettings:
 
     Attributes:
         orders: Orders to replay.
-        momenta: β of the momentum, each in [0, 1). Default: 0.95.
+        momenta: β of the momentum, each in [0, 1), or the terms of a kernel. Default: 0.95.
         nesterov: Whether the momentum looks ahead, as the optimizer's does by default.
+        settings: Further fields of :class:`~hf_muon.MuonConfig`: ``momentum_weights``,
+            ``prefilter``, ``matrix_map``, ``rescale``, …
         proxy: Which mean stands for the signal: ``held_out``, ``in_buffer`` or ``both``.
         rank: r, the number of leading singular directions that count as signal.
         flips: Sign-flipped copies of the buffers that calibrate the null, ≥ 2.
@@ -47,8 +50,9 @@ class ProbeSettings:
     """
 
     orders: Sequence[str] = ORDERS
-    momenta: Sequence[float] = (0.95,)
+    momenta: Sequence[Momentum] = (0.95,)
     nesterov: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
     proxy: Proxy = "held_out"
     rank: int = 1
     flips: int = 16
@@ -79,7 +83,7 @@ class ProbeSettings:
                 order=order,  # type: ignore[arg-type]  # checked by the constructor
                 momentum=momentum,
                 nesterov=self.nesterov,
-                polar_method="svd",
+                **{"polar_method": "svd", **self.settings},
             )
             if momentum == self.momenta[0] or _filters(config):
                 chosen.append(config)

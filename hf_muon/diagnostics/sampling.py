@@ -26,6 +26,7 @@ from hf_muon.distributed.buckets import Unit
 from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.auto_momentum import momenta_in_use
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.pairs import moves_pairs
 from hf_muon.optimizer.step import polar_function
@@ -123,14 +124,23 @@ class Sampler:
             if not self._averages.has_run_in(name):
                 continue
             try:
-                X, P = self._factored(entry, G, M)
+                momentum = self._averages.momentum(entry, unit.matrix)
+                X, P = self._factored(entry, momentum, G, M)
                 matrices = StepMatrices(G, M, W, change, X, P)
-                self._values[name] = self._numbers(name, step, matrices, entry)
+                self._values[name] = self._numbers(name, step, matrices, momentum)
+                self._values[name].update(self._chosen(entry, unit))
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 # Of one rank alone: if it stopped, the others would wait.
                 logger.warning("%s is not measured in step %d: %s", name, step, error)
 
-    def _factored(self, entry: Entry, G: Tensor, M: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _chosen(self, entry: Entry, unit: Unit) -> dict[str, float]:
+        """β of a matrix, where it has been chosen."""
+        scores = self._optimizer.state[entry.tensor].get("momentum_scores")
+        return {} if scores is None else {"momentum": momenta_in_use(scores)[unit.matrix]}
+
+    def _factored(
+        self, entry: Entry, momentum: float, G: Tensor, M: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """What the polar factor was taken of; and the factor, again.
 
         It is the same function of the same matrix. From the weights, low precision or a rate of
@@ -140,7 +150,6 @@ class Sampler:
         rule = rule_of(group)
         X = G
         if dtype is not None:
-            momentum = self._averages.momentum(entry)
             X = M.to(dtype)
             if group["nesterov"]:
                 X = torch.lerp(G.to(dtype), X, momentum)
@@ -149,10 +158,9 @@ class Sampler:
         return X.to(G.dtype), polar_function(group)(X).to(G.dtype)
 
     def _numbers(
-        self, name: str, step: int, matrices: StepMatrices, entry: Entry
+        self, name: str, step: int, matrices: StepMatrices, momentum: float
     ) -> dict[str, float]:
         """The numbers of a sample, and of its distances from earlier ones."""
-        momentum = self._averages.momentum(entry)
         values, now = measure(step, matrices, momentum, self._count)
         earlier = self._leading[name]
         if earlier:

@@ -119,7 +119,8 @@ class MuonCallback(TrainerCallback):
         """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, and what others have left."""
         if logs is None:
             return
-        values = take_waiting(kwargs.get("optimizer"))
+        optimizer = find_muon(kwargs.get("optimizer"))
+        values = {**chosen_momenta(optimizer), **take_waiting(kwargs.get("optimizer"))}
         if "learning_rate" in logs and self.adamw_lr is not None:  # the Trainer's: of group 0
             values["adamw/lr"] = self.adamw_lr
         if values:
@@ -150,6 +151,18 @@ class MuonCallback(TrainerCallback):
         optimizer = find_muon(wrapped)
         if optimizer is not None and state.is_world_process_zero:
             write_report(optimizer, folder)
+
+
+def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:
+    """What ``momentum="auto"`` uses now: the smallest, the median and the largest β of a matrix."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    if optimizer is None or all(group.get("momentum") != "auto" for group in groups):
+        return {}
+    found = sorted(b for of in optimizer.momenta().values() for b in of if isinstance(b, float))
+    if not found:
+        return {}
+    shown = {"min": found[0], "median": found[len(found) // 2], "max": found[-1]}
+    return {f"momentum/{name}": beta for name, beta in shown.items()}
 
 
 def untrained(model: nn.Module, optimizer: Muon) -> list[str]:

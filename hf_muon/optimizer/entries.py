@@ -60,6 +60,12 @@ class Entry:
         return [of_group[i] for i in self.indices for _ in inside[i]] if of_group else []
 
     @property
+    def owners(self) -> list[str]:
+        """The name of the parameter that each of :attr:`matrices` belongs to."""
+        inside = self.group["matrices"]
+        return [self._name(index) for index in self.indices for _ in inside[index]]
+
+    @property
     def momenta(self) -> list[Any]:
         """β for each of :attr:`matrices`, where the group gives them by parameter."""
         inside, of_group = self.group["matrices"], self.group["momenta"]

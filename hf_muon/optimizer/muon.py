@@ -34,10 +34,11 @@ from hf_muon.optimizer.launcher import (
     with_own_settings,
 )
 from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
-from hf_muon.optimizer.plans import Plan, Plans
+from hf_muon.optimizer.plans import Plan, Plans, momenta_of
 from hf_muon.optimizer.step import bucket_step
 from hf_muon.polar import Workspace, polar_factor
 from hf_muon.rules import check_rule, rule_of
+from hf_muon.stages import Momentum
 
 
 class Muon(Optimizer):
@@ -272,6 +273,19 @@ class Muon(Optimizer):
             state.update(new_state(entry))
         if entry.flat is not None and state is not None:
             complete_state(entry.group, state, entry.tensor)
+
+    def momenta(self) -> dict[str, list[Momentum]]:
+        """β of the next step for the matrices of each parameter, by its name.
+
+        Of a kernel that of each term; with ``momentum="auto"`` what is in use.
+        """
+        found: dict[str, list[Momentum]] = {}
+        for entry in chain(*self._origins.entries(self.param_groups)):
+            if entry.group["algorithm"] == "muon" and (state := self.state.get(entry.tensor)):
+                momenta = momenta_of(entry, state)
+                for name, momentum in zip(entry.owners, momenta, strict=True):
+                    found.setdefault(name, []).append(momentum)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The state and groups; what schedulers wrote in NumPy's types is plain."""

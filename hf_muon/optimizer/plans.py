@@ -28,6 +28,7 @@ from hf_muon.distributed.find import (
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
+from hf_muon.optimizer.auto_momentum import momenta_in_use
 from hf_muon.optimizer.buffers import buffers_of
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.entries import Entry, Group
@@ -112,7 +113,7 @@ class Plan:
     def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
         """β of each matrix of each entry."""
         group = self.group
-        if any(group.get("momenta") or ()):
+        if group.get("momenta"):
             return [entry.momenta for entry in self.entries]
         now: list[Momentum] = [group["momentum"]] * len(counts)
         if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
@@ -206,6 +207,15 @@ class Plans:
             found = find_layout(tensor, entry.matrices, entry.name, replicate)
             self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
         return self._layouts[key]
+
+
+def momenta_of(entry: Entry, state: State) -> Sequence[Momentum]:
+    """β of the next step for each matrix of an entry; with ``auto`` what is in use."""
+    if "momentum_scores" in state:
+        return momenta_in_use(state["momentum_scores"])
+    if entry.group.get("momenta"):
+        return entry.momenta
+    return [momentum_at(entry.group, int(state["step"]))] * len(entry.matrices)
 
 
 def _counted(state: State) -> bool:

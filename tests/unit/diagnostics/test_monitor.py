@@ -67,6 +67,16 @@ def test_values_equal_a_recomputation_from_recorded_gradients(tmp_path, order):
             assert_close(sample, expected_of(history, step - 1, 4), 1e-3)
 
 
+def test_the_momentum_that_was_chosen_is_logged(tmp_path):
+    settings = {"optim_args": "momentum=auto", "max_steps": 4, "every": 2}
+    trainer, samples = monitored(tmp_path, **settings)
+    assert {sample["momentum"] for sample in samples} == {0.95}  # nothing else is known so early
+    logged = [record for record in trainer.state.log_history if "learning_rate" in record]
+    assert {record["momentum/median"] for record in logged} == {0.95}
+    momenta = find_muon(trainer.optimizer).momenta()
+    assert "model.layers.1.mlp.up_proj.weight" in momenta
+
+
 def test_a_stack_of_matrices_and_fused_projections_are_watched_one_by_one(tmp_path):
     weight = torch.nn.Parameter(torch.randn(3, 16, 24))
     optimizer = Muon([{"params": [("stack", weight)], "matrices": [_stacked(3, 16, 24)]}], lr=1e-2)

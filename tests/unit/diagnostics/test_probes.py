@@ -42,6 +42,17 @@ def spiked(count, strength, m=48, n=64):
     return [signal + xi / m**0.5 for xi in noise(count, m, n)], signal
 
 
+def test_a_probe_replays_any_rule():
+    batches, _ = spiked(40, 3.0)
+    settings = {"momentum_weights": (0.25, 0.75), "prefilter": "norm", "rescale": "rows"}
+    report = probe(batches, orders=("pre_polar",), momenta=((0.5, 0.9),), settings=settings)
+    [reading] = report.readings
+    assert reading.momentum == pytest.approx(1 - 1 / (0.25 * 2 + 0.75 * 10))  # of the same mean age
+    assert reading.flag != "as in noise"
+    with pytest.raises(ValueError, match="momentum_weights"):
+        probe(batches, momenta=(0.9,), settings={"momentum_weights": (0.5, 0.5)})
+
+
 # --- noise ----------------------------------------------------------------------------------------
 
 

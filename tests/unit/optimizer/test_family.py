@@ -205,6 +205,19 @@ def test_momenta_are_checked(momenta, said):
         Muon([{"params": weights, "momenta": momenta}], lr=LR)
 
 
+def test_momenta_say_what_the_next_step_uses():
+    start, gradients = draw(12, 20, steps=2)
+    name = "parameter 0 of shape (12, 20)"
+    for settings, expected in [
+        ({"momentum": 0.9}, 0.9),
+        ({"momentum": (0.9, 0.98)}, (0.9, 0.98)),
+        ({"momentum": "auto"}, 0.95),
+        ({"momentum_end": 0.85, "momentum_cooldown_steps": 4}, pytest.approx(0.9)),
+    ]:
+        _, optimizer = trained(start, gradients, **settings)
+        assert optimizer.momenta() == {name: [expected]}
+
+
 def test_schedulers_that_cycle_momentum_refuse_a_kernel():
     optimizer = Muon([nn.Parameter(torch.randn(4, 4))], lr=LR, momentum=(0.9, 0.95))
     with pytest.raises(ValueError, match="momentum"):
