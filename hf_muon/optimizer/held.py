@@ -8,6 +8,7 @@ know of whole matrices is added up over their pieces first, one message for all 
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -45,6 +46,11 @@ class Part(NamedTuple):
     weights: list[Tensor]
     kept: dict[str, list[Tensor]]
     shapes: list[tuple[int, int]]
+    told: dict[int, Told]
+
+
+Told = tuple[tuple[list[Tensor], ...], Given]
+"""What a stage gets with a portion: its buffers, and what else it is told."""
 
 
 class Held:
@@ -124,7 +130,7 @@ class Held:
             kept[name] = [of_units[unit] for unit, _ in portion.each(self.items)]
         momentum, scale = portion.key
         weights, shapes = portion.of(self.weights), portion.each(self._shapes)
-        return Part(portion, momentum, scale, weights, kept, shapes)
+        return Part(portion, momentum, scale, weights, kept, shapes, {})
 
     def passed(
         self,
@@ -157,32 +163,26 @@ class Held:
     def _through(
         self, step: Step, stage: Stage, parts: Sequence[Part], lists: Lists, whole: Sums
     ) -> Iterator[list[Tensor]]:
+        run = partial(_guarded, step, stage) if stage.may_fail else stage.run
         for part, x in zip(parts, lists, strict=True):
-            yield self._run(step, stage, part, x, self._read_buffers(stage, part), whole)
+            kept, given = self._told(step, stage, part, whole)
+            yield run(x, kept, given)
 
-    def _run(
-        self,
-        step: Step,
-        stage: Stage,
-        part: Part,
-        x: list[Tensor],
-        kept: tuple[list[Tensor], ...],
-        whole: Sums,
-    ) -> list[Tensor]:
-        given = self._given(step, stage, part)
+    def _told(self, step: Step, stage: Stage, part: Part, whole: Sums | None = None) -> Told:
+        """What a stage gets with a portion: mostly the same in every step, and then kept."""
+        told = part.told.get(id(stage))
+        if told is None or told[1].settings is not step.settings:
+            steps: Sequence[int] = ()
+            if stage.counts:
+                steps = [step.numbers[unit.parameter] for unit, _ in part.portion.each(self.items)]
+            fixed = (step.settings, part.momentum, part.shapes)
+            given = Given(*fixed, steps=steps, weights=part.weights, scale=part.scale)
+            told = self._read_buffers(stage, part), given
+            if not stage.counts and self._coded.isdisjoint(stage.buffers):
+                part.told[id(stage)] = told
         if whole:
-            given = given._replace(whole=self._of_pieces(stage, part, whole))
-        if not stage.may_fail:
-            return stage.run(x, kept, given)
-        with step.guarded() as found:
-            found += stage.run(x, kept, given)
-        return found or [torch.zeros_like(one) for one in x]
-
-    def _given(self, step: Step, stage: Stage, part: Part) -> Given:
-        steps: Sequence[int] = ()
-        if stage.counts:
-            steps = [step.numbers[unit.parameter] for unit, _ in part.portion.each(self.items)]
-        return Given(step.settings, part.momentum, part.shapes, (), steps, part.weights, part.scale)
+            return told[0], told[1]._replace(whole=self._of_pieces(stage, part, whole))
+        return told
 
     # --- whole matrices -------------------------------------------------------------------------
 
@@ -197,8 +197,7 @@ class Held:
         """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
         flat, sums = self._empty(statistic, torch.float64)
         for part, x in zip(parts, lists, strict=True):
-            kept = self._read_buffers(stage, part)
-            found = statistic.measure(x, kept, self._given(step, stage, part))
+            found = statistic.measure(x, *self._told(step, stage, part))
             of_part = zip(part.portion.each(self.items), found, strict=True)
             for (unit, piece), one in of_part:
                 of_unit = sums[unit]
@@ -282,9 +281,11 @@ class Held:
     ) -> Generator[None, None, Lists]:
         """The same where buffers are kept in int8: read them, run, write them."""
         results, opened = [], []
+        run = partial(_guarded, step, stage) if stage.may_fail else stage.run
         for part, x in zip(parts, lists, strict=True):
-            opened.append(self._read_buffers(stage, part))
-            results.append(self._run(step, stage, part, x, opened[-1], whole))
+            kept, given = self._told(step, stage, part, whole)
+            opened.append(kept)
+            results.append(run(x, kept, given))
         for number, buffer in enumerate(stage.buffers):
             if buffer in self._coded:
                 yield from self._closed(buffer, parts, [kept[number] for kept in opened])
@@ -355,6 +356,15 @@ def _rows(of_matrix: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
     """The rows of a piece, or of a portion of it, in what belongs to all rows of its matrix."""
     of_piece = of_matrix[first : first + rows]
     return of_piece if portion.rows is None else of_piece[portion.rows]
+
+
+def _guarded(
+    step: Step, stage: Stage, x: list[Tensor], kept: tuple[list[Tensor], ...], given: Given
+) -> list[Tensor]:
+    """What a stage makes of a portion; zeros if it raises, which the step then does."""
+    with step.guarded() as found:
+        found += stage.run(x, kept, given)
+    return found or [torch.zeros_like(one) for one in x]
 
 
 def _no_run(*_: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> lis
     arithmetic.
     """
     [exp_avg] = buffers
-    momentum, like = cast(float, given.momentum), _like(x, exp_avg)
+    momentum: Any = given.momentum
+    like = _like(x, exp_avg)
     torch._foreach_lerp_(exp_avg, like, 1 - momentum)
     if not given.settings["nesterov"]:
         return exp_avg
@@ -44,7 +45,7 @@ def kernel(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 
     With Nesterov (1−μ)X + μM, where μ = Σ w_k·β_k is the weight of the past in M.
     """
-    momenta = cast(tuple[float, ...], given.momentum)
+    momenta: Any = given.momentum
     weights = weights_of(given.settings)
     like = _like(x, buffers[0])
     for term, beta in zip(buffers, momenta, strict=True):
