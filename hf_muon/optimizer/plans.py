@@ -112,7 +112,7 @@ class Plan:
     def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
         """β of each matrix of each entry."""
         group = self.group
-        if any(group.get("momenta") or ()):
+        if group.get("momenta"):
             return [entry.momenta for entry in self.entries]
         now: list[Momentum] = [group["momentum"]] * len(counts)
         if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
