@@ -195,6 +195,16 @@ def test_momenta_of_parameters_share_a_group():
         assert torch.equal(weights[i].detach(), alone)
 
 
+def test_momenta_of_zero_are_momenta():
+    start, gradients = draw(4, 6, steps=2)
+    weight = nn.Parameter(start.clone())
+    optimizer = Muon([{"params": [weight], "momenta": (0.0,)}], lr=LR, polar_method="svd")
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(weight, trained(start, gradients, momentum=0.0)[0])
+
+
 @pytest.mark.parametrize(
     ("momenta", "said"),
     [((0.5,), "2 parameters"), ((0.5, 1.0), "momentum=1.0 is out of range")],
