@@ -137,8 +137,8 @@ def _check_momentum(config: Any) -> None:
         )
     if first and not config.momentum_cooldown_steps:
         raise ValueError(
-            f"momentum_cooldown_start={first} has no effect without momentum_cooldown_steps: set how "
-            "many steps the cooldown takes, and momentum_end."
+            f"momentum_cooldown_start={first} has no effect without momentum_cooldown_steps: set "
+            "how many steps the cooldown takes, and momentum_end."
         )
 
 
@@ -173,8 +173,8 @@ def _check_combinations(config: Any) -> None:
         )
     if config.map_power and config.matrix_map != "soft":
         raise ValueError(
-            f"map_power={config.map_power!r} needs matrix_map='soft', not {config.matrix_map!r}: no "
-            "other map has a power."
+            f"map_power={config.map_power!r} needs matrix_map='soft', not {config.matrix_map!r}: "
+            "no other map has a power."
         )
     if config.step_rule == "hyperball":
         _check_hyperball(config)
