@@ -108,7 +108,10 @@ def _over(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(second > 0, first / second, 0.0)
 
 
-def _as_is(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+def _checked(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    for (weight, _), step in zip(sums, given.steps, strict=True):
+        if step == 1:
+            _check_first(weight, "relative", "changes a share of a matrix")
     return sums
 
 
@@ -120,7 +123,7 @@ def _on_the_ball(
     found = []
     for (weight, update, both), kept, step in zip(sums, radii, given.steps, strict=True):
         if step == 1:
-            _check_first(weight)
+            _check_first(weight, "hyperball", "keeps the norm that a matrix begins with")
             kept.copy_(weight.sqrt())
         radius = kept.double()[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
@@ -130,19 +133,23 @@ def _on_the_ball(
     return found
 
 
-def _check_first(square: Tensor) -> None:
+def _check_first(square: Tensor, name: str, why: str) -> None:
     if not square > 0:
         raise ValueError(
-            "A matrix of zeros cannot be trained with step_rule='hyperball', which keeps the norm "
-            "that a matrix begins with (the B of a LoRA adapter begins with zeros). Use "
-            "step_rule='additive', or send the parameter to AdamW with adamw_params."
+            f"A matrix of zeros cannot be trained with step_rule={name!r}, which {why} (the B of a "
+            "LoRA adapter begins with zeros). Use step_rule='additive', or send the parameter to "
+            "AdamW with adamw_params."
         )
 
 
 WRITES["additive"] = Stage(additive, may_fail=False)
 WRITES["change"] = Stage(change, may_fail=False)
 WRITES["relative"] = Stage(
-    relative, needs=Statistic(_both, _as_is, width=2, of_input=False), may_fail=False
+    relative,
+    needs=Statistic(_both, _checked, width=2, of_input=False),
+    may_fail=False,
+    counts=True,
+    may_refuse=True,
 )
 WRITES["hyperball"] = Stage(
     hyperball,

@@ -323,10 +323,11 @@ def test_hyperball_turns_and_keeps_the_norm():
     assert cosine == pytest.approx(1 / math.sqrt(1 + 0.3**2), abs=1e-6)
 
 
-def test_hyperball_refuses_a_matrix_of_zeros_and_changes_nothing():
+@pytest.mark.parametrize("step_rule", ["hyperball", "relative"])
+def test_a_matrix_of_zeros_is_refused_and_nothing_changes(step_rule):
     weights = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))]
     before = [w.detach().clone() for w in weights]
-    optimizer = Muon(weights, lr=LR, step_rule="hyperball")
+    optimizer = Muon(weights, lr=LR, step_rule=step_rule)
     for w in weights:
         w.grad = torch.randn(4, 4)
     with pytest.raises(ValueError, match="matrix of zeros"):
