@@ -2,8 +2,8 @@
 
 ``some`` and ``all`` train some or all of the cases, save halfway, convert the checkpoints to
 universal ones, and go on: uninterrupted, from either checkpoint, from the weights alone, and with
-other routes. ``load`` goes on from the universal ones, on any number of ranks. Rank 0 writes what
-was trained.
+other routes. ``load`` goes on from the universal ones, on any number of ranks. ``family`` and
+``arrive`` do the same for rules that keep more. Rank 0 writes what was trained.
 """
 
 import sys
@@ -31,6 +31,16 @@ KINDS = {
 }
 ALL = [(kind, order) for kind in KINDS for order in ORDERS]
 SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar")]
+# Rules that keep more: the stage and the settings.
+FAMILY = {
+    "two terms": (3, {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56)}),
+    "entries": (2, {"rescale": "entries"}),
+    "three terms": (2, {"momentum": (0.5, 0.9, 0.98)}),
+    "two terms, entries": (3, {"momentum": (0.5, 0.9), "rescale": "entries"}),
+    "auto, clip": (2, {"momentum": "auto", "prefilter": "clip"}),
+    "rows, int8": (3, {"rescale": "rows", "momentum_dtype": "int8"}),
+    "hyperball": (3, {"step_rule": "hyperball", "weight_decay": 0.0}),
+}
 MATRICES = {"q": (37, 64), "down": (48, 130), "experts": (3, 24, 40)}
 EMBEDDINGS = {"embedding": (33, 16)}
 VECTORS = {"norm": (40,), "bias": (24,)}
@@ -54,7 +64,7 @@ class Model(nn.Module):
         return sum(p.sum() for p in self.parameters())
 
 
-def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS)):
+def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS), **settings):
     """Three groups with settings of their own, none of which may end up in another one."""
     named = dict(model.named_parameters())
     groups = [
@@ -71,12 +81,13 @@ def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDING
             "algorithm": "adamw", "lr": 1e-3, "weight_decay": 0.0,
         },
     ]  # fmt: skip
-    return Muon(groups, lr=0.02, weight_decay=0.1, polar_dtype="float32", order=order)
+    usual = {"lr": 0.02, "weight_decay": 0.1, "polar_dtype": "float32", "order": order}
+    return Muon(groups, **{**usual, **settings})
 
 
-def engine_of(kind, order, first=0, universal=False, **routes):
+def engine_of(kind, order, first=0, universal=False, **given):
     model = Model()
-    optimizer = build_optimizer(model, order, **routes)
+    optimizer = build_optimizer(model, order, **given)
     zero.inject(optimizer, SHAPES, first)
     config = {**KINDS[kind], "checkpoint": {"load_universal": universal}}
     engine, *_ = deepspeed.initialize(
@@ -164,16 +175,51 @@ def save(folder, kind, order):
     }
 
 
+def save_family(folder):
+    """What each rule trains from its own checkpoint, and from a universal one, or its refusal."""
+    results = {}
+    for case, (kind, settings) in FAMILY.items():
+        engine = engine_of(kind, "pre_polar", **settings)
+        train(engine)
+        engine.save_checkpoint(f"{folder}/{case}", tag=TAG)
+        convert(f"{folder}/{case}", f"{folder}/{case}/universal")
+        train(engine)
+        results[case] = {"uninterrupted": finished(engine)}
+        engine = engine_of(kind, "pre_polar", STEPS, **settings)
+        engine.load_checkpoint(f"{folder}/{case}", tag=TAG)
+        train(engine)
+        results[case]["resumed"] = finished(engine)
+        results[case]["universal"] = arrive(folder, case)
+    return results
+
+
+def arrive(folder, case):
+    kind, settings = FAMILY[case]
+    engine = engine_of(kind, "pre_polar", STEPS, True, **settings)
+    try:
+        engine.load_checkpoint(f"{folder}/{case}/universal", tag=TAG)
+        train(engine)
+    except ValueError as error:
+        engine.destroy()
+        return str(error)
+    return finished(engine)
+
+
 def load(folder, kind, order):
     universal = f"{folder}/{kind}/{order}/universal"
     return {"universal": go_on(universal, kind, order, universal=True)}
 
 
 def main(task, folder, out):
-    results = {
-        case: (load if task == "load" else save)(folder, *case)
-        for case in (SOME if task == "some" else ALL)
-    }
+    if task == "family":
+        results = save_family(folder)
+    elif task == "arrive":
+        results = {case: arrive(folder, case) for case in FAMILY}
+    else:
+        results = {
+            case: (load if task == "load" else save)(folder, *case)
+            for case in (SOME if task == "some" else ALL)
+        }
     if dist.get_rank() == 0:
         torch.save(results, out)
 
