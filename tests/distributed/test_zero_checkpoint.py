@@ -5,14 +5,12 @@ import torch
 
 from tests.distributed import zero_checkpoint
 from tests.distributed.launch import launch
-from tests.distributed.zero_checkpoint import FAMILY, MATRICES, SHAPES, SOME
+from tests.distributed.zero_checkpoint import MATRICES, ROUTED_OTHERWISE, SHAPES, UNKNOWN_TO_ADAM
 
 FULL = pytest.mark.full
 # AdamW's fused kernel may round elements that do not fill a vector register otherwise, and on
 # another number of ranks partitions end elsewhere; twice within these steps, of entries below one.
 ROUNDING = 2.5e-7
-# With sums over whole matrices, as in layouts.TO_ROUNDING.
-TO_ROUNDING = 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,19 @@ def test_resume_is_bitwise(results):
 def test_resume_from_a_universal_checkpoint_is_bitwise(results):
     # Its loader for stage 3 gives every group the first one's settings, and all one step count.
     for case, result in results.items():
-        assert far(result["universal"], result["uninterrupted"], SHAPES) == 0, case
+        if case[1] not in UNKNOWN_TO_ADAM:
+            assert far(result["universal"], result["uninterrupted"], SHAPES) == 0, case
+
+
+def test_a_universal_checkpoint_that_lost_state_is_refused(results):
+    refused = {
+        case: one["universal"] for case, one in results.items() if case[1] in UNKNOWN_TO_ADAM
+    }
+    assert {case[1] for case in refused} == set(UNKNOWN_TO_ADAM)
+    for case, messages in refused.items():
+        assert len(messages) == 2
+        for message in messages:
+            assert "DeepSpeed's universal checkpoints hold exp_avg and" in message, (case, message)
 
 
 @pytest.mark.full
@@ -55,7 +65,7 @@ def test_a_universal_checkpoint_goes_on_on_another_number_of_ranks(saved, tmp_pa
     folder, expected = saved("all")
     launch("zero_checkpoint", 3, "load", folder, tmp_path / "results.pt", timeout=280)
     loaded = torch.load(tmp_path / "results.pt")
-    assert loaded.keys() == expected.keys() == set(zero_checkpoint.ALL)
+    assert loaded.keys() == {case for case in zero_checkpoint.ALL if case[1] not in UNKNOWN_TO_ADAM}
     for case, result in loaded.items():
         weights = result["universal"]
         assert far(weights, expected[case]["uninterrupted"], MATRICES) == 0, case
@@ -71,7 +81,7 @@ def test_the_state_matters(results):
 
 
 def test_other_routes_are_refused_by_name_on_every_rank(results):
-    for case in SOME:
+    for case in ROUTED_OTHERWISE:
         for (checkpoint, routes), messages in results[case]["refused"].items():
             if checkpoint == "own" and routes == "fewer" and case[0] < 3:
                 continue  # below
@@ -84,32 +94,7 @@ def test_other_routes_are_refused_by_name_on_every_rank(results):
 
 def test_stages_1_and_2_refuse_groups_of_another_size_themselves(results):
     # DeepSpeed (0.19) does before it asks the optimizer.
-    for case in SOME:
+    for case in ROUTED_OTHERWISE:
         if case[0] < 3:
             for message in results[case]["refused"]["own", "fewer"]:
                 assert "layout does not match" in message
-
-
-# What a universal checkpoint lacks of each rule; it holds exp_avg and exp_avg_sq.
-LACKS = {
-    "three terms": "exp_avg_3",
-    "two terms, entries": "exp_avg_2",
-    "auto, clip": "median",
-    "rows, int8": "row_avg_sq",
-    "hyperball": "radius",
-}
-
-
-@pytest.mark.full
-def test_what_travels_of_rules_that_keep_more(saved, tmp_path):
-    folder, results = saved("family")
-    launch("zero_checkpoint", 3, "arrive", folder, tmp_path / "results.pt", timeout=280)
-    on_three = torch.load(tmp_path / "results.pt")
-    for case in FAMILY:
-        expected = results[case]["uninterrupted"]
-        assert far(results[case]["resumed"], expected, SHAPES) == 0, case
-        for found in (results[case]["universal"], on_three[case]):
-            if case in LACKS:
-                assert f"has no {LACKS[case]!r}" in found
-            else:
-                assert far(found, expected, SHAPES) <= TO_ROUNDING, case

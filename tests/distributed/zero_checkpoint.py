@@ -2,8 +2,8 @@
 
 ``some`` and ``all`` train some or all of the cases, save halfway, convert the checkpoints to
 universal ones, and go on: uninterrupted, from either checkpoint, from the weights alone, and with
-other routes. ``load`` goes on from the universal ones, on any number of ranks. ``family`` and
-``arrive`` do the same for rules that keep more. Rank 0 writes what was trained.
+other routes. ``load`` goes on from the universal ones, on any number of ranks. Rank 0 writes what
+was trained.
 """
 
 import sys
@@ -22,25 +22,24 @@ from hf_muon import Muon
 from tests.distributed import layouts, zero
 
 STEPS, TAG = 3, "halfway"
-ORDERS = ("pre_polar", "post_polar", "polar_only")
+RULES = {
+    **{order: {"order": order} for order in ("pre_polar", "post_polar", "polar_only")},
+    "two terms": {"momentum": (0.5, 0.9)},
+}
+# What they keep has no place in universal checkpoints, which hold Adam's two averages.
+UNKNOWN_TO_ADAM = {
+    "rows": {"rescale": "rows"},
+    "int8": {"momentum_dtype": "int8", "prefilter": "clip", "momentum": (0.5, 0.8, 0.9)},
+}
 BFLOAT16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 # What DeepSpeed is told; the last has an optimizer class of its own there.
 KINDS = {
     **{stage: zero.config(stage) for stage in (1, 2, 3)},
     "bf16": {**zero.config(1), **BFLOAT16},
 }
-ALL = [(kind, order) for kind in KINDS for order in ORDERS]
-SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar")]
-# Rules that keep more: the stage and the settings.
-FAMILY = {
-    "two terms": (3, {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56)}),
-    "entries": (2, {"rescale": "entries"}),
-    "three terms": (2, {"momentum": (0.5, 0.9, 0.98)}),
-    "two terms, entries": (3, {"momentum": (0.5, 0.9), "rescale": "entries"}),
-    "auto, clip": (2, {"momentum": "auto", "prefilter": "clip"}),
-    "rows, int8": (3, {"rescale": "rows", "momentum_dtype": "int8"}),
-    "hyperball": (3, {"step_rule": "hyperball", "weight_decay": 0.0}),
-}
+ALL = [(kind, rule) for kind in KINDS for rule in RULES | UNKNOWN_TO_ADAM]
+SOME = [(1, "polar_only"), (2, "post_polar"), (3, "pre_polar"), (2, "rows"), (3, "int8")]
+ROUTED_OTHERWISE = SOME[:3]
 MATRICES = {"q": (37, 64), "down": (48, 130), "experts": (3, 24, 40)}
 EMBEDDINGS = {"embedding": (33, 16)}
 VECTORS = {"norm": (40,), "bias": (24,)}
@@ -64,7 +63,7 @@ class Model(nn.Module):
         return sum(p.sum() for p in self.parameters())
 
 
-def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS), **settings):
+def build_optimizer(model, rule, matrices=tuple(MATRICES), rest=tuple(EMBEDDINGS)):
     """Three groups with settings of their own, none of which may end up in another one."""
     named = dict(model.named_parameters())
     groups = [
@@ -81,13 +80,14 @@ def build_optimizer(model, order, matrices=tuple(MATRICES), rest=tuple(EMBEDDING
             "algorithm": "adamw", "lr": 1e-3, "weight_decay": 0.0,
         },
     ]  # fmt: skip
-    usual = {"lr": 0.02, "weight_decay": 0.1, "polar_dtype": "float32", "order": order}
-    return Muon(groups, **{**usual, **settings})
+    return Muon(
+        groups, lr=0.02, weight_decay=0.1, polar_dtype="float32", **(RULES | UNKNOWN_TO_ADAM)[rule]
+    )
 
 
-def engine_of(kind, order, first=0, universal=False, **given):
+def engine_of(kind, rule, first=0, universal=False, **routes):
     model = Model()
-    optimizer = build_optimizer(model, order, **given)
+    optimizer = build_optimizer(model, rule, **routes)
     zero.inject(optimizer, SHAPES, first)
     config = {**KINDS[kind], "checkpoint": {"load_universal": universal}}
     engine, *_ = deepspeed.initialize(
@@ -114,17 +114,17 @@ def finished(engine):
     return weights
 
 
-def go_on(folder, kind, order, universal=False, **load):
+def go_on(folder, kind, rule, universal=False, **load):
     """Train the second half from a checkpoint."""
-    engine = engine_of(kind, order, STEPS, universal)
+    engine = engine_of(kind, rule, STEPS, universal)
     engine.load_checkpoint(str(folder), tag=TAG, **load)
     train(engine)
     return finished(engine)
 
 
-def refusal(folder, kind, order, universal, routes):
-    """The error of a checkpoint with other routes, as every rank sees it."""
-    engine = engine_of(kind, order, STEPS, universal, **OTHER_ROUTES[routes])
+def refusal(folder, kind, rule, universal, routes):
+    """The error of a checkpoint, with other routes if any are named, as every rank sees it."""
+    engine = engine_of(kind, rule, STEPS, universal, **OTHER_ROUTES.get(routes, {}))
     message = "none"
     try:
         engine.load_checkpoint(str(folder), tag=TAG)
@@ -154,72 +154,42 @@ def convert(source, target):
     dist.barrier()
 
 
-def save(folder, kind, order):
-    own, universal = f"{folder}/{kind}/{order}", f"{folder}/{kind}/{order}/universal"
-    engine = engine_of(kind, order)
+def save(folder, kind, rule):
+    own, universal = f"{folder}/{kind}/{rule}", f"{folder}/{kind}/{rule}/universal"
+    engine = engine_of(kind, rule)
     train(engine)
     engine.save_checkpoint(own, tag=TAG)
     convert(own, universal)
     train(engine)
     return {
         "uninterrupted": finished(engine),
-        "resumed": go_on(own, kind, order),
-        "weights only": go_on(own, kind, order, load_optimizer_states=False),
-        "universal": go_on(universal, kind, order, universal=True),
+        "resumed": go_on(own, kind, rule),
+        "weights only": go_on(own, kind, rule, load_optimizer_states=False),
+        "universal": (
+            refusal(universal, kind, rule, True, None)
+            if rule in UNKNOWN_TO_ADAM
+            else go_on(universal, kind, rule, universal=True)
+        ),
         "refused": {
-            (name, routes): refusal(path, kind, order, name == "universal", routes)
+            (name, routes): refusal(path, kind, rule, name == "universal", routes)
             for name, path in {"own": own, "universal": universal}.items()
             for routes in OTHER_ROUTES
-            if (kind, order) in SOME
+            if (kind, rule) in ROUTED_OTHERWISE
         },
     }
 
 
-def save_family(folder):
-    """What each rule trains from its own checkpoint, and from a universal one, or its refusal."""
-    results = {}
-    for case, (kind, settings) in FAMILY.items():
-        engine = engine_of(kind, "pre_polar", **settings)
-        train(engine)
-        engine.save_checkpoint(f"{folder}/{case}", tag=TAG)
-        convert(f"{folder}/{case}", f"{folder}/{case}/universal")
-        train(engine)
-        results[case] = {"uninterrupted": finished(engine)}
-        engine = engine_of(kind, "pre_polar", STEPS, **settings)
-        engine.load_checkpoint(f"{folder}/{case}", tag=TAG)
-        train(engine)
-        results[case]["resumed"] = finished(engine)
-        results[case]["universal"] = arrive(folder, case)
-    return results
-
-
-def arrive(folder, case):
-    kind, settings = FAMILY[case]
-    engine = engine_of(kind, "pre_polar", STEPS, True, **settings)
-    try:
-        engine.load_checkpoint(f"{folder}/{case}/universal", tag=TAG)
-        train(engine)
-    except ValueError as error:
-        engine.destroy()
-        return str(error)
-    return finished(engine)
-
-
-def load(folder, kind, order):
-    universal = f"{folder}/{kind}/{order}/universal"
-    return {"universal": go_on(universal, kind, order, universal=True)}
+def load(folder, kind, rule):
+    universal = f"{folder}/{kind}/{rule}/universal"
+    return {"universal": go_on(universal, kind, rule, universal=True)}
 
 
 def main(task, folder, out):
-    if task == "family":
-        results = save_family(folder)
-    elif task == "arrive":
-        results = {case: arrive(folder, case) for case in FAMILY}
-    else:
-        results = {
-            case: (load if task == "load" else save)(folder, *case)
-            for case in (SOME if task == "some" else ALL)
-        }
+    results = {
+        case: (load if task == "load" else save)(folder, *case)
+        for case in (SOME if task == "some" else ALL)
+        if task != "load" or case[1] in RULES
+    }
     if dist.get_rank() == 0:
         torch.save(results, out)
 
