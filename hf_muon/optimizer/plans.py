@@ -209,7 +209,7 @@ class Plans:
 
 
 def _counted(state: State) -> bool:
-    return bool(state["step"] > 0)
+    return bool(state["step"] > 1)
 
 
 def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:

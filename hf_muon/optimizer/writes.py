@@ -110,8 +110,7 @@ def _over(first: Tensor, second: Tensor) -> Tensor:
 
 def _checked(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     for (weight, _), step in zip(sums, given.steps, strict=True):
-        if step == 1:
-            _check_first(weight, "relative", "changes a share of a matrix")
+        _check_first(weight, step, given, "changes a share of a matrix")
     return sums
 
 
@@ -122,19 +121,26 @@ def _on_the_ball(
     [radii] = buffers
     found = []
     for (weight, update, both), kept, step in zip(sums, radii, given.steps, strict=True):
+        _check_first(weight, step, given, "keeps the norm that a matrix begins with")
         if step == 1:
-            _check_first(weight, "hyperball", "keeps the norm that a matrix begins with")
             kept.copy_(weight.sqrt())
         radius = kept.double()[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
         length = (weight - 2 * size * both + size.square() * update).sqrt()
-        factor = radius / length
+        # A rate of zero, with which loaders step to have state made, must not round the weights.
+        factor = radius / length if given.settings["lr"] else torch.ones_like(length)
         found.append(torch.stack([factor, -factor * size]))
     return found
 
 
-def _check_first(square: Tensor, name: str, why: str) -> None:
-    if not square > 0:
+def _check_first(square: Tensor, step: int, given: Given, why: str) -> None:
+    """Refuse zeros; but not at a rate of zero, with which loaders step before weights are there.
+
+    A warmup may also begin at zero, so the second step is looked at as well; none later, because
+    the answer has to come from the device.
+    """
+    name = given.settings["step_rule"]
+    if step <= 2 and given.settings["lr"] and not square > 0:
         raise ValueError(
             f"A matrix of zeros cannot be trained with step_rule={name!r}, which {why} (the B of a "
             "LoRA adapter begins with zeros). Use step_rule='additive', or send the parameter to "

@@ -195,16 +195,6 @@ def test_momenta_of_parameters_share_a_group():
         assert torch.equal(weights[i].detach(), alone)
 
 
-def test_momenta_of_zero_are_momenta():
-    start, gradients = draw(4, 6, steps=2)
-    weight = nn.Parameter(start.clone())
-    optimizer = Muon([{"params": [weight], "momenta": (0.0,)}], lr=LR, polar_method="svd")
-    for gradient in gradients:
-        weight.grad = gradient.clone()
-        optimizer.step()
-    assert torch.equal(weight, trained(start, gradients, momentum=0.0)[0])
-
-
 @pytest.mark.parametrize(
     ("momenta", "said"),
     [((0.5,), "2 parameters"), ((0.5, 1.0), "momentum=1.0 is out of range")],
@@ -323,11 +313,10 @@ def test_hyperball_turns_and_keeps_the_norm():
     assert cosine == pytest.approx(1 / math.sqrt(1 + 0.3**2), abs=1e-6)
 
 
-@pytest.mark.parametrize("step_rule", ["hyperball", "relative"])
-def test_a_matrix_of_zeros_is_refused_and_nothing_changes(step_rule):
+def test_hyperball_refuses_a_matrix_of_zeros_and_changes_nothing():
     weights = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))]
     before = [w.detach().clone() for w in weights]
-    optimizer = Muon(weights, lr=LR, step_rule=step_rule)
+    optimizer = Muon(weights, lr=LR, step_rule="hyperball")
     for w in weights:
         w.grad = torch.randn(4, 4)
     with pytest.raises(ValueError, match="matrix of zeros"):
