@@ -109,7 +109,7 @@ def _check_rule(config: Any) -> None:
 def _check_momentum(config: Any) -> None:
     momentum, several = config.momentum, isinstance(config.momentum, tuple)
     if several and not momentum:
-        raise ValueError("momentum=() has no β: give a number, several of them, or 'auto'.")
+        raise ValueError("momentum=() has no β: a number is expected, several of them, or 'auto'.")
     if (several or momentum == "auto") and config.filter != "ema":
         raise ValueError(
             f"momentum={shown(momentum)} with filter={config.filter!r}: several averages, and "
@@ -137,8 +137,8 @@ def _check_momentum(config: Any) -> None:
         )
     if first and not config.momentum_cooldown_steps:
         raise ValueError(
-            f"momentum_cooldown_start={first} without momentum_cooldown_steps: set how many steps "
-            "the cooldown takes, and momentum_end."
+            f"momentum_cooldown_start={first} has no effect without momentum_cooldown_steps: set "
+            "how many steps the cooldown takes, and momentum_end."
         )
 
 
@@ -173,8 +173,8 @@ def _check_combinations(config: Any) -> None:
         )
     if config.map_power and config.matrix_map != "soft":
         raise ValueError(
-            f"map_power={config.map_power!r} with matrix_map={config.matrix_map!r}: only 'soft' "
-            "has a power."
+            f"map_power={config.map_power!r} needs matrix_map='soft', not {config.matrix_map!r}: "
+            "no other map has a power."
         )
     if config.step_rule == "hyperball":
         _check_hyperball(config)

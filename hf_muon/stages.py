@@ -127,7 +127,7 @@ class Stage(NamedTuple):
             buffers of rows; or a :class:`Statistic`.
         may_fail: Whether it may raise; see :class:`WholeMap`.
         counts: Whether it asks for ``given.steps``.
-        may_refuse: Whether it may raise in the first step of a matrix, if only there.
+        may_refuse: Whether it may raise in the first two steps of a matrix, if only there.
     """
 
     run: Run
@@ -204,7 +204,7 @@ class Rule(NamedTuple):
 
     @property
     def may_refuse(self) -> bool:
-        """Whether a stage may raise in the first step."""
+        """Whether a stage may raise in the first steps."""
         return any(stage.may_refuse for stage in self.stages)
 
 

@@ -75,6 +75,8 @@ class Forecast:
         in_lockstep: The same on the busiest rank of each bucket, summed over buckets: how long the
             step takes if every bucket waits for its slowest rank.
         wire: Dtype on the wire.
+        sums: All-reduces of a bucket, of some numbers for each matrix, which no cost counts.
+        by_svd: Whether matrices are decomposed, of which the operations say nothing.
     """
 
     world: World
@@ -83,6 +85,8 @@ class Forecast:
     matrices: tuple[int, ...]
     in_lockstep: int
     wire: torch.dtype
+    sums: int = 0
+    by_svd: bool = False
 
     @property
     def mean(self) -> float:
@@ -123,6 +127,8 @@ class Forecast:
             "max_over_mean": self.balance,
             "lower_bound": self.lower_bound,
             "idle_ranks": self.idle,
+            "all_reduces_per_bucket": self.sums,
+            "by_svd": self.by_svd,
             "polar_ms": polar_ms(max(cost.operations for cost in self.ranks)),
             "polar_in_lockstep_ms": polar_ms(self.in_lockstep),
             "polar_duplicated_ms": polar_ms(sum(self.matrices)),
@@ -231,6 +237,8 @@ def forecast(
         matrices=tuple(polar_cost(matrix.rows, matrix.cols) for matrix in matrices),
         in_lockstep=in_lockstep,
         wire=wire,
+        sums=_sums(config, world),
+        by_svd=config.polar_method == "svd" or config.rule.whole.decomposes,
     )
 
 
@@ -254,6 +262,20 @@ def _wire(config: MuonConfig, dtype: torch.dtype, device: str) -> torch.dtype:
         requested = "bfloat16"
     settings = {**config.to_dict(), "polar_dtype": requested}
     return wire_dtype(settings, dtype, torch.device("cpu" if device == "cpu" else "meta"))
+
+
+def _sums(config: MuonConfig, world: World) -> int:
+    """How often a bucket adds up what stages must know of whole matrices, over ranks."""
+    rule, (replicas, shards) = config.rule, world.mesh
+    following = rule.after[0] if rule.after else rule.write
+    asked = [stage for stage in rule.stages if stage.statistic is not None]
+    of_pieces, of_owners = len(asked), 0
+    if following.statistic is not None and following.statistic.of_input:  # owners measure
+        of_owners = 1
+    if config.momentum_dtype == "int8":
+        of_pieces += sum(buffer.sizes is not None for buffer in rule.buffers)
+    of_pieces += config.skip_zero_gradients
+    return of_pieces * (shards > 1) + of_owners * (replicas > 1)
 
 
 def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device: str) -> bool:
@@ -284,12 +306,16 @@ def _summary(facts: dict[str, Any], tflops: float, gbps: float) -> str:
         short(facts[f"{name}_ms"])
         for name in ("polar", "polar_in_lockstep", "polar_duplicated", "wire")
     )
+    svd = "an SVD takes their place, which these numbers do not foretell; " * facts["by_svd"]
+    sums = facts["all_reduces_per_bucket"]
+    besides = f"\nNot counted: {sums} small all-reduces a bucket, of sums over whole matrices."
     return (
         f"{facts['matrices']:,} polar factors, {short(facts['newton_schulz_flops'] / 1e12)} TFLOP, "
-        f"{facts['wire_dtype']} on the wire. Busiest rank over the mean "
+        f"{svd}{facts['wire_dtype']} on the wire. Busiest rank over the mean "
         f"{facts['max_over_mean']:,.2f}, with whole matrices at least "
         f"{facts['lower_bound']:,.2f}; {facts['idle_ranks']} idle ranks.\n"
         f"At {tflops:g} TFLOP/s and {gbps:g} GB/s per rank: polar factors {busiest} ms on the "
         f"busiest rank ({in_lockstep} ms if every bucket waits for its slowest rank, {duplicated} "
         f"ms if every rank computed all), wire {wire} ms."
+        f"{besides if sums else ''}"
     )

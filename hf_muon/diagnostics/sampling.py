@@ -185,8 +185,10 @@ def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str
     """What cannot be measured in a run, as the ends of sentences."""
     if resumed and not all(map(is_kept_by_optimizer, groups)):
         yield (
-            f"begins three windows 3/(1-momentum) from here: order={groups[0]['order']!r} keeps no "
-            "average of gradients, and a checkpoint has none of the monitor's, which must run in."
+            "begins three windows 3/(1-momentum) from here: order={order!r} with momentum="
+            "{momentum!r}, prefilter={prefilter!r} and momentum_dtype={momentum_dtype!r} keeps no "
+            "single average of gradients in full precision, and a checkpoint has none of the "
+            "monitor's, which must run in.".format_map(groups[0])
         )
     if any(map(moves_pairs, groups)):
         yield (

@@ -10,18 +10,21 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.auto_momentum import MOMENTA
 from hf_muon.optimizer.groups import STRUCTURE
-from hf_muon.optimizer.momentum import window
-from hf_muon.rules import FILTERS, rule_of
+from hf_muon.optimizer.momentum import weights_of, window
+from hf_muon.rules import rule_of
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "muon_report.json"
+_LEFT_OUT = {*STRUCTURE} - {"momenta"}
 _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspeed")
 
 
@@ -42,7 +45,7 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
         "config": optimizer.config.to_dict(),
         "groups": [
             {
-                **{key: _plain(value) for key, value in group.items() if key not in STRUCTURE},
+                **{key: _plain(value) for key, value in group.items() if key not in _LEFT_OUT},
                 "lr": _rate(group),
                 "scheduled_lr": float(group["lr"]),
                 "parameters": len(group["params"]),
@@ -94,27 +97,88 @@ def write_report(optimizer: Muon, folder: str | Path) -> None:
 
 
 def describe(optimizer: Muon) -> str:
-    """The optimizer in one sentence: order, filter and window, polar factor, the AdamW half."""
+    """The optimizer in one sentence: rule, filter and window, polar factor, the AdamW half."""
     group = optimizer.param_groups[0]
     text = f"Muon (hf_muon {_version('hf-muon')}) with order={group['order']}"
-    others = {"filter": "ema", "matrix_map": "polar", "rescale": "none"}
-    text += "".join(f", {key}={group[key]}" for key, usual in others.items() if group[key] != usual)
-    stages = (*rule_of(group).before, *rule_of(group).after)
-    if FILTERS["ema"] in stages:
-        beta = group["momentum"]
-        text += f", momentum beta={beta:g} (window T=1/(1-beta)={window(beta):.4g} steps"
-        text += ", Nesterov)" if group["nesterov"] else ")"
-    text += f", polar_method={group['polar_method']}"
-    if group["polar_method"] != "svd":
-        text += f" ({group['coefficients']}, {group['polar_steps']} steps)"
-    text += f", adjust_lr={group['adjust_lr']}, lr={_rate(group):g}"
-    text += f", weight_decay={group['weight_decay']:g}, for the hidden matrices"
+    others = {key: value for key, value in _RULE.items() if group[key] != value}
+    text += "".join(f", {key}={group[key]}{_number_of(key, group)}" for key in others)
+    text += ", match_update_rms=true" if group["match_update_rms"] else ""
+    text += _momentum(group)
+    if not rule_of(group).whole.decomposes:  # an SVD of its own
+        text += f", polar_method={group['polar_method']}"
+        if group["polar_method"] != "svd":
+            text += f" ({group['coefficients']}, {group['polar_steps']} steps)"
+    if group["step_rule"] == "additive":  # the others have no step-size factor
+        text += f", adjust_lr={group['adjust_lr']}"
+    text += f", lr={_rate(group):g}"
+    if group["step_rule"] != "hyperball":
+        text += f", weight_decay={group['weight_decay']:g}"
+    text += ", for the hidden matrices"
     adamw = next((g for g in optimizer.param_groups if g["algorithm"] == "adamw"), None)
     if adamw:
         beta1, beta2 = adamw["betas"]
         text += f"; AdamW with betas=({beta1:g}, {beta2:g}), eps={adamw['eps']:g}"
         text += f", lr={_rate(adamw):g} for all other parameters"
     return text
+
+
+# What is written where it is not this, and the number that belongs to a value.
+_RULE = {
+    "prefilter": "none",
+    "filter": "ema",
+    "matrix_map": "polar",
+    "rescale": "none",
+    "step_rule": "additive",
+    "lora_update": "factor",
+}
+_NUMBERS = {
+    "clip": "prefilter_threshold",
+    "soft": "map_power",
+    "rows": "rescale_beta",
+    "entries": "rescale_beta",
+}
+
+
+def _number_of(key: str, group: dict[str, Any]) -> str:
+    name = _NUMBERS.get(group[key])
+    return f" ({name} {group[name]:g})" if name else ""
+
+
+def _momentum(group: dict[str, Any]) -> str:
+    """The filter of the package, its window and its schedule; nothing where another one filters."""
+    if group["order"] == "polar_only" or group["filter"] != "ema":
+        return ""
+    momentum, ahead = group["momentum"], ", Nesterov" if group["nesterov"] else ""
+    if momentum == "auto":
+        text = f", momentum=auto (of each matrix one of {_joined(MOMENTA, ', ')}{ahead})"
+    elif isinstance(momentum, tuple):
+        weights = weights_of(group)
+        age = sum(w * (window(beta) - 1) for w, beta in zip(weights, momentum, strict=True))
+        text = f", momentum betas={_joined(momentum)} with weights {_joined(weights)}"
+        text += f" (mean age {age:.4g} steps{ahead})"
+    elif momenta := group.get("momenta"):
+        text = f", momentum beta from {min(momenta):g} to {max(momenta):g}, by parameter"
+        text += f" ({ahead.removeprefix(', ')})" if ahead else ""
+    else:
+        text = f", momentum beta={momentum:g} (window T=1/(1-beta)={window(momentum):.4g} steps"
+        text += f"{ahead})"
+    return text + _schedule(group)
+
+
+def _schedule(group: dict[str, Any]) -> str:
+    warmup, cooldown = group["momentum_warmup_steps"], group["momentum_cooldown_steps"]
+    text = f", from {_joined(group['momentum_start'])} over {warmup} steps" if warmup else ""
+    if cooldown:
+        text += f", to {_joined(group['momentum_end'])} over {cooldown} steps from step "
+        text += f"{group['momentum_cooldown_start']} on"
+    kind = f" ({group['momentum_schedule']})" if warmup or cooldown else ""
+    chosen = group["momentum_dtype"]
+    return text + kind + (f", momentum_dtype={chosen}" if chosen != "parameter" else "")
+
+
+def _joined(numbers: float | Sequence[float], by: str = ":") -> str:
+    of = numbers if isinstance(numbers, Sequence) else [numbers]
+    return by.join(f"{number:.4g}" for number in of)
 
 
 def _rate(group: dict[str, Any]) -> float:

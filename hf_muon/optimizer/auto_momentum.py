@@ -119,6 +119,10 @@ KERNELS["auto"] = auto_stage
 
 
 def momenta_in_use(scores: Tensor) -> list[float]:
-    """β of each matrix, from the state of a parameter."""
+    """β of each matrix of a parameter under ``momentum="auto"``.
+
+    Args:
+        scores: ``momentum_scores`` in the state of the parameter.
+    """
     places = torch.where(scores[:, 0] > 0, scores[:, 0] - 1, _FIRST).long().tolist()
     return [MOMENTA[place] for place in places]

@@ -35,8 +35,8 @@ def import_state(
         The names whose state was loaded.
 
     Raises:
-        ValueError: The order is not ``pre_polar``; names are missing, unknown, or too few; or a
-            shape or an algorithm differs.
+        ValueError: The rule keeps something other than one average of gradients; names are
+            missing, unknown, or too few; or a shape or an algorithm differs.
 
     References:
         torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py.
@@ -44,9 +44,11 @@ def import_state(
     own = _own_parameters(optimizer)
     group = optimizer.param_groups[0]
     if rule_of(group).before != (FILTERS["ema"],):
+        names = ("order", "filter", "momentum", "prefilter")
+        given = ", ".join(f"{name}={group[name]!r}" for name in names)
         raise ValueError(
-            "The state holds averages of gradients, which order='pre_polar' with filter='ema' "
-            f"keeps; filter={group['filter']!r} with order={group['order']!r} cannot continue."
+            "The state holds averages of gradients, which order='pre_polar' with filter='ema', one "
+            f"β and no prefilter keeps; {given} cannot continue."
         )
     found = {
         name: _translated(state, group)

@@ -219,7 +219,7 @@ def momenta_of(entry: Entry, state: State) -> Sequence[Momentum]:
 
 
 def _counted(state: State) -> bool:
-    return bool(state["step"] > 0)
+    return bool(state["step"] > 1)
 
 
 def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:

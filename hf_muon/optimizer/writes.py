@@ -108,7 +108,9 @@ def _over(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(second > 0, first / second, 0.0)
 
 
-def _as_is(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+def _checked(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
+    for (weight, _), step in zip(sums, given.steps, strict=True):
+        _check_first(weight, step, given, "changes a share of a matrix")
     return sums
 
 
@@ -119,8 +121,8 @@ def _on_the_ball(
     [radii] = buffers
     found = []
     for (weight, update, both), kept, step in zip(sums, radii, given.steps, strict=True):
+        _check_first(weight, step, given, "keeps the norm that a matrix begins with")
         if step == 1:
-            _check_first(weight)
             kept.copy_(weight.sqrt())
         radius = kept.double()[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
@@ -131,19 +133,29 @@ def _on_the_ball(
     return found
 
 
-def _check_first(square: Tensor) -> None:
-    if not square > 0:
+def _check_first(square: Tensor, step: int, given: Given, why: str) -> None:
+    """Refuse zeros; but not at a rate of zero, with which loaders step before weights are there.
+
+    A warmup may also begin at zero, so the second step is looked at as well; none later, because
+    the answer has to come from the device.
+    """
+    name = given.settings["step_rule"]
+    if step <= 2 and given.settings["lr"] and not square > 0:
         raise ValueError(
-            "A matrix of zeros cannot be trained with step_rule='hyperball', which keeps the norm "
-            "that a matrix begins with (the B of a LoRA adapter begins with zeros). Use "
-            "step_rule='additive', or send the parameter to AdamW with adamw_params."
+            f"A matrix of zeros cannot be trained with step_rule={name!r}, which {why} (the B of a "
+            "LoRA adapter begins with zeros). Use step_rule='additive', or send the parameter to "
+            "AdamW with adamw_params."
         )
 
 
 WRITES["additive"] = Stage(additive, may_fail=False)
 WRITES["change"] = Stage(change, may_fail=False)
 WRITES["relative"] = Stage(
-    relative, needs=Statistic(_both, _as_is, width=2, of_input=False), may_fail=False
+    relative,
+    needs=Statistic(_both, _checked, width=2, of_input=False),
+    may_fail=False,
+    counts=True,
+    may_refuse=True,
 )
 WRITES["hyperball"] = Stage(
     hyperball,

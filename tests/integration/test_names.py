@@ -42,7 +42,7 @@ def test_registering_again_changes_nothing():
     assert sum(c.__name__ == "MuonCallback" for c in DEFAULT_CALLBACKS) == 1
 
 
-@pytest.mark.parametrize("name", ["muon", "hf_muon"])
+@pytest.mark.parametrize("name", names.NAMES)
 def test_the_name_is_a_member(name):
     member = OptimizerNames(name)
     assert OptimizerNames[name.upper()] is member
@@ -55,11 +55,13 @@ def test_the_name_is_a_member(name):
     assert not names.is_ours("adamw_torch")
 
 
-def test_a_name_that_transformers_owns_is_left_alone(monkeypatch):
+def test_a_name_that_transformers_owns_is_left_alone(monkeypatch, caplog):
     monkeypatch.setattr(names, "NAMES", ("sgd",))
+    monkeypatch.setitem(names.PRESETS, "sgd", {"rescale": "rows"})
     kept = trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames.SGD]
     names.add_names(lambda context: None)
     assert trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames.SGD] is kept
+    assert "ours is optim='hf_muon' with optim_args='rescale=rows'" in caplog.text
 
 
 def test_a_transformers_without_handlers_is_an_error_that_names_versions(monkeypatch):

@@ -20,8 +20,39 @@ NAMES = list(DEFAULTS)
 WORDS = [
     "pre_polar", "post_polar", "polar_only", "auto", "newton_schulz", "gram", "svd", "quintic",
     "polar_express", "tight", "bfloat16", "float32", "match_rms_adamw", "original", "spectral",
-    "none", "factor", "product", "owner", "redundant",
+    "none", "factor", "product", "owner", "redundant", "int8", "clip", "norm", "polargrad", "soft",
+    "frobenius", "rows", "entries", "relative", "hyperball", "cosine",
 ]  # fmt: skip
+# Settings for which a number or a word of those above would nearly always be refused.
+CHOICES = {
+    "momentum": [0, 0.9, "auto", (0.9, 0.98), (0.5, 0.9, 0.95), (0.9,), (0.9, 1.0)],
+    "momentum_weights": [None, (0.44, 0.56), (0.5, 0.25, 0.25), (1.5, -0.5), (0.5, 0.6)],
+    "momentum_start": [None, 0.5, (0.5, 0.9), "auto"],
+    "momentum_end": [None, 0.5, (0.5, 0.9), 1.0],
+    "prefilter": ["none", "clip", "norm"],
+    "matrix_map": ["polar", "polargrad", "soft"],
+    "rescale": ["none", "frobenius", "rows", "entries"],
+    "step_rule": ["additive", "relative", "hyperball"],
+    "momentum_schedule": ["linear", "cosine"],
+    "momentum_dtype": [None, "int8", "float32", "bfloat16"],
+}
+# Settings that only make sense together.
+TOGETHER = [
+    {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56)},
+    {"momentum": (0.5, 0.9, 0.95), "momentum_weights": (0.5, 0.25, 0.25)},
+    {"momentum": (0.9, 0.98), "momentum_start": (0.5, 0.9), "momentum_warmup_steps": 3},
+    {"momentum_end": 0.5, "momentum_cooldown_start": 1, "momentum_cooldown_steps": 3},
+    {"momentum_start": 0.5, "momentum_warmup_steps": 3, "momentum_schedule": "cosine"},
+    {"matrix_map": "soft", "map_power": 0.5},
+    {"prefilter": "clip", "prefilter_threshold": 1.5},
+    {"rescale": "rows", "rescale_beta": 0.5},
+    {"rescale": "entries", "momentum": (0.5, 0.9)},
+    {"momentum": "auto", "momentum_dtype": "int8"},
+    {"momentum": "auto", "rescale": "entries"},
+    {"momentum_dtype": "int8", "momentum": (0.9, 0.98)},
+    {"step_rule": "hyperball", "weight_decay": 0.0},
+    {"step_rule": "relative", "prefilter": "norm"},
+]
 SECONDS = 10.0  # a tenth of a millisecond is usual, and other processes may take the CPU away
 
 
@@ -61,9 +92,11 @@ def pattern(dice):
 def plausible(dice, name):
     """A value of about the right type, for settings that get further than the first check."""
     default = DEFAULTS[name]
+    if name in CHOICES:
+        return dice.choice([default, *CHOICES[name]])
     if isinstance(default, bool):
         return dice.random() < 0.5
-    if isinstance(default, int | float) or (default is None and name != "momentum_dtype"):
+    if isinstance(default, int | float) or default is None:
         return dice.choice([0, 1, 3, 5, 0.5, 0.9, 1e-3, 1e-8, 40])
     if isinstance(default, tuple):
         return (pattern(dice),) if name.endswith("params") else (0.9, dice.random())
@@ -72,7 +105,7 @@ def plausible(dice, name):
 
 def settings(dice):
     """A few settings: plausible ones, broken ones, unknown names."""
-    made = {}
+    made = dict(dice.choice(TOGETHER)) if dice.random() < 0.2 else {}
     for _ in range(dice.choice([1, 1, 2, 3, 6])):
         name = dice.choice(NAMES)
         kind = dice.random()
@@ -92,15 +125,14 @@ def text(dice):
     """An ``optim_args`` string: most pairs plausible, some broken, some torn apart."""
     pairs = []
     for name in dice.sample(NAMES, dice.randint(1, 3)):
-        value = plausible(dice, name)
-        written = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        written = joined(plausible(dice, name))
         if dice.random() < 0.4:
             written = dice.choice([*TEXTS, pattern(dice)])
         equals = dice.choice(["=", "=", " = ", "==", " "])
         pairs.append(f"{name}{equals}{written}")
-    joined = dice.choice([",", ", ", " , ", ",,"]).join(pairs)
-    torn = dice.sample(joined[:200], len(joined[:200]))
-    return joined if dice.random() < 0.9 else "".join(torn)
+    whole = dice.choice([",", ", ", " , ", ",,"]).join(pairs)
+    torn = dice.sample(whole[:200], len(whole[:200]))
+    return whole if dice.random() < 0.9 else "".join(torn)
 
 
 def document(dice):
@@ -199,7 +231,8 @@ def test_accepted_settings_train():
     dice = random.Random(3)
     trained = 0
     for _ in range(300):
-        given = {name: plausible(dice, name) for name in dice.sample(NAMES, 3)} | {"lr": 0.01}
+        given = {name: plausible(dice, name) for name in dice.sample(NAMES, 3)}
+        given |= dice.choice([{}, *TOGETHER]) | {"lr": 0.01}
         given.pop("compile", None)  # takes seconds
         if judged(from_keywords, given) is None:
             continue
@@ -214,3 +247,20 @@ def test_accepted_settings_train():
         assert weight.isfinite().all(), given
         assert not torch.equal(weight, torch.ones(2, 3)), given
     assert trained > 50
+
+
+def test_settings_that_belong_together_are_accepted():
+    reached = {name: set() for name in CHOICES}
+    for given in TOGETHER:
+        config = MuonConfig(**given)
+        text = ",".join(f"{name}={joined(value)}" for name, value in given.items())
+        assert MuonConfig.from_optim_args(text) == config
+        assert MuonConfig(**json.loads(json.dumps(config.to_dict()))) == config
+        for name in reached.keys() & given.keys():
+            reached[name].add(given[name])
+    assert all(reached.values())
+
+
+def joined(value):
+    """A value as ``optim_args`` has it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)

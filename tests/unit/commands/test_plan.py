@@ -36,6 +36,33 @@ def config(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize(
+    ("optim_args", "of_fsdp2", "of_ddp"),
+    [
+        ("", 0, 0),
+        ("momentum=0.9:0.98", 0, 0),
+        ("momentum=auto", 1, 0),
+        ("prefilter=clip,step_rule=hyperball", 2, 0),
+        ("rescale=rows", 1, 1),  # owners measure the whole, and say so to all
+        ("rescale=rows,order=post_polar", 1, 0),
+        ("rescale=entries,momentum_dtype=int8", 2, 0),
+    ],
+)
+def test_sums_over_matrices_are_named(config, optim_args, of_fsdp2, of_ddp):
+    for layout, sums in (("fsdp2", of_fsdp2), ("ddp", of_ddp)):
+        asked = (config, "--ranks", 2, "--layout", layout, "--optim-args", optim_args)
+        text = run(*asked).output
+        assert (f"Not counted: {sums} small all-reduces" in text) is (sums > 0)
+        assert json.loads(run(*asked, "--json").output)["all_reduces_per_bucket"] == sums
+
+
+@pytest.mark.parametrize("optim_args", ["polar_method=svd", "matrix_map=soft"])
+def test_an_svd_is_not_passed_off_as_an_iteration(config, optim_args):
+    said = "an SVD takes their place"
+    assert said in run(config, "--ranks", 2, "--optim-args", optim_args).output
+    assert said not in run(config, "--ranks", 2).output
+
+
 def run(*arguments: object):
     return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
