@@ -8,6 +8,7 @@ are scalars or tuples of scalars, so that they survive command lines, JSON and c
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -250,6 +251,13 @@ class MuonConfig:
                 "not suit AdamW. Set adamw_lr (optim_args: adamw_lr=3e-4), or use "
                 "adjust_lr='match_rms_adamw', under which one learning rate serves both halves."
             )
+        if self.adamw_lr is None and (self.step_rule, self.matrix_map) not in _LIKE_ADAMW:
+            warnings.warn(
+                f"adamw_lr is not set, so that AdamW trains what is no matrix with lr={self.lr!r}. "
+                f"Under step_rule={self.step_rule!r} and matrix_map={self.matrix_map!r} lr has "
+                "another scale than AdamW's: set adamw_lr (optim_args: adamw_lr=3e-4).",
+                stacklevel=2,
+            )
         own_decay = self.adamw_weight_decay
         weight_decay = self.weight_decay if own_decay is None else own_decay
         return {
@@ -265,6 +273,9 @@ class MuonConfig:
             raise ValueError("lr is not set: pass lr=…, or learning_rate to the Trainer.")
         return self.lr
 
+
+# Write rules and maps under which one learning rate serves both halves.
+_LIKE_ADAMW = {("additive", name) for name in ("polar", "soft")}
 
 _MUON_FIELDS = (
     "order", "momentum", "momentum_weights", "nesterov", "prefilter", "prefilter_threshold",

@@ -143,6 +143,11 @@ class Stage(NamedTuple):
         return self.needs if isinstance(self.needs, Statistic) else None
 
 
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or in more digits if it has them."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _squares(x: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
     return [torch.linalg.vector_norm(one, dtype=torch.float64).square()[None] for one in x]
 

@@ -23,6 +23,7 @@ from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.auto_momentum import momenta_in_use
 from hf_muon.routing.survey import trainable
 
 logger = logging.getLogger(__name__)
@@ -155,10 +156,9 @@ class MuonCallback(TrainerCallback):
 
 def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:
     """What ``momentum="auto"`` uses now: the smallest, the median and the largest β of a matrix."""
-    groups = optimizer.param_groups if optimizer is not None else []
-    if optimizer is None or all(group.get("momentum") != "auto" for group in groups):
-        return {}
-    found = sorted(b for of in optimizer.momenta().values() for b in of if isinstance(b, float))
+    states = optimizer.state.values() if optimizer is not None else []
+    scores = [state["momentum_scores"] for state in states if "momentum_scores" in state]
+    found = sorted(beta for one in scores for beta in momenta_in_use(one))
     if not found:
         return {}
     shown = {"min": found[0], "median": found[len(found) // 2], "max": found[-1]}

@@ -263,6 +263,8 @@ def _limit(entry: Entry) -> float:
     elif group["momentum_dtype"] != "parameter":
         dtype = getattr(torch, group["momentum_dtype"])
     largest = torch.finfo(dtype).max / (4 if rule_of(group).buffers else 1)  # differences, too
+    if group["matrix_map"] == "polargrad":  # a nuclear norm
+        largest /= max(1, entry.tensor.numel())
     in_double = group["polar_method"] == "svd" and group["polar_dtype"] == "auto"
     if in_double or group["polar_dtype"] == "float64":
         return largest

@@ -46,13 +46,13 @@ def chosen(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 
 
 def _measure(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """⟨X, m_k⟩ and ‖m_k‖² of each average, float64."""
+    """‖X‖², then ⟨X, m_k⟩ and ‖m_k‖² of each average, float64."""
     found = []
     for number, one in enumerate(x):
         terms = [term[number] for term in buffers[:_TERMS]]
         same = one.to(terms[0].dtype)
         dots = [(same * term).sum(dtype=torch.float64) for term in terms]
-        found.append(torch.stack([*dots, *map(_square, terms)]))
+        found.append(torch.stack([_square(same), *dots, *map(_square, terms)]))
     return found
 
 
@@ -62,56 +62,59 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _choose(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """Score the averages, and go over to another one where it leads beyond the noise of scores."""
-    matrices = zip(sums, buffers[0], given.shapes, given.steps, strict=True)
-    return [_choose_one(*matrix) for matrix in matrices]
-
-
-def _choose_one(sums: Tensor, kept: Tensor, shape: tuple[int, int], step: int) -> Tensor:
-    """Of one matrix.
+    """Score the averages, and go over to another one where it leads beyond the noise of scores.
 
     ⟨G, m_k⟩ says how much of the signal S is in m_k, without bias. What disturbs a polar factor is
-    not all the noise in m_k but the norm of its largest singular value: of N = ‖m_k‖² − ⟨S, m_k⟩ in
-    all, (√m + √n)²/(mn)·N. So the score is ⟨G, m_k⟩/√(⟨S, m_k⟩ + that), which is the alignment of
-    the polar factor with S up to what is the same for all k. An average of few gradients is smaller
-    by 1 − βᵗ, which is made good.
+    not all the noise in m_k but its largest singular value: of N = ‖m_k‖² − ⟨S, m_k⟩ in all,
+    (√m + √n)²/(mn)·N. So the score is ⟨G, m_k⟩/√(⟨S, m_k⟩ + that), the alignment of the polar
+    factor with S up to what is the same for all k. Both are divided by norms, step by step, so that
+    no single gradient counts for more than others.
 
-    ``kept`` has the choice (from 1), the weight of its averages so far, and the averages of dots,
-    squares, scores and squares of scores.
+    What is kept of each matrix: the choice (from 1), the weight of its averages so far, and the
+    averages of shares ⟨G, m_k⟩/‖m_k‖², of scores and of their squares.
     """
-    filled = kept.new_tensor([1 - beta ** max(step - 1, 1) for beta in MOMENTA])
-    dots, squares = sums.to(kept).view(2, _TERMS) / torch.stack([filled, filled.square()])
+    numbers = torch.stack(sums)
+    kept = torch.stack(buffers[0])
+    squares = numbers[:, 1 + _TERMS :]
+    dots = numbers[:, 1 : 1 + _TERMS]
+    # An average of few gradients is smaller by 1 − βᵗ.
+    filled = [[1 - beta ** max(step - 1, 1) for beta in MOMENTA] for step in given.steps]
+    shares = dots / squares * numbers.new_tensor(filled)
+    shares = torch.nan_to_num(shares, 0.0, 0.0, 0.0).clamp(-2, 2).to(kept)
+    cosines = torch.nan_to_num(dots / (numbers[:, :1] * squares).sqrt(), 0.0, 0.0, 0.0).to(kept)
+
     rate = 1 / SCORED_OVER
-    averages = kept[2:].view(4, _TERMS)
-    kept[1].lerp_(kept.new_ones(()), rate)
-    averages[0].lerp_(dots, rate)
-    averages[1].lerp_(squares, rate)
-    signal, all_of_it = averages[:2] / kept[1]
-    edge = sum(side**-0.5 for side in shape) ** 2
-    disturbed = signal.clamp(min=0) + edge * (all_of_it - signal).clamp(min=0)
-    scores = torch.where(disturbed > 0, dots * disturbed.rsqrt(), 0.0)
-    scores -= scores.mean()  # what all have in common says nothing of their differences
-    averages[2].lerp_(scores, rate)
-    averages[3].lerp_(scores.square(), rate)
-    mean, square = averages[2:] / kept[1]
+    kept[:, 1].lerp_(torch.ones_like(kept[:, 1]), rate)
+    weight, averages = kept[:, 1:2], kept[:, 2:].view(-1, 3, _TERMS)
+    averages[:, 0].lerp_(shares, rate)
+    signal = (averages[:, 0] / weight).clamp(0, 1)
+    edges = kept.new_tensor([sum(side**-0.5 for side in shape) ** 2 for shape in given.shapes])
+    scores = cosines * (signal + edges[:, None] * (1 - signal)).rsqrt()
+    scores -= scores.mean(1, keepdim=True)  # what all have in common says nothing of differences
+    averages[:, 1].lerp_(scores, rate)
+    averages[:, 2].lerp_(scores.square(), rate)
+    mean, square = (averages[:, 1:] / weight[..., None]).unbind(1)
     # The number of scores that a mean with equal weights would take for the same variance.
-    equal = (2 * SCORED_OVER - 1) * kept[1] / (2 - kept[1])
+    equal = (2 * SCORED_OVER - 1) * weight / (2 - weight)
     error = ((square - mean.square()).clamp(min=0) / equal).sqrt()
-    now = torch.where(kept[0] > 0, kept[0] - 1, _FIRST).long()
-    best = mean.argmax()
-    leads = mean[best] - mean[now] > LEAD * (error[best] + error[now])
+
+    now = torch.where(kept[:, :1] > 0, kept[:, :1] - 1, _FIRST).long()
+    best = mean.argmax(1, keepdim=True)
+    lead = mean.gather(1, best) - mean.gather(1, now)
+    leads = lead > LEAD * (error.gather(1, best) + error.gather(1, now))
     now = torch.where(leads & (equal > SCORED_OVER / 2), best, now)
-    kept[0] = now + 1
-    found: Tensor = torch.nn.functional.one_hot(now, _TERMS)
-    return found
+    kept[:, :1] = now + 1
+    for own, new in zip(buffers[0], kept, strict=True):
+        own.copy_(new)
+    return list(torch.nn.functional.one_hot(now[:, 0], _TERMS))
 
 
 @lru_cache(maxsize=4)
 def auto_stage(terms: int, second: str) -> Stage:
     """The filter, and what it keeps; ``second`` is the name of its second average."""
     averages = map(Buffer, term_names(_TERMS, second))
-    scores = Buffer("momentum_scores", "numbers", length=2 + 4 * _TERMS, scales=False)
-    statistic = Statistic(_measure, _choose, 2 * _TERMS, of_input=False)
+    scores = Buffer("momentum_scores", "numbers", length=2 + 3 * _TERMS, scales=False)
+    statistic = Statistic(_measure, _choose, 1 + 2 * _TERMS, of_input=False)
     return Stage(chosen, (*averages, scores), statistic, may_fail=False, counts=True)
 
 

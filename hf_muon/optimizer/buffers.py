@@ -101,7 +101,10 @@ def _lost(key: str) -> str:
     if key in ("step", *(buffer.name for buffer in _OF_ADAMW)):
         return ""
     names = " and ".join(buffer.name for buffer in _OF_ADAMW)
-    return f" DeepSpeed's universal checkpoints hold {names} only: go on from its ordinary one."
+    return (
+        " The checkpoint was made with other settings of the update rule, or is universal: "
+        f"DeepSpeed's universal checkpoints hold {names} only, its ordinary ones all."
+    )
 
 
 def _number(value: Any) -> float:
@@ -194,7 +197,10 @@ def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -
         except KeyError:
             return False
         dtypes = {dtype: buffer_dtype(group, one, buffer) for dtype, one in one_of.items()}
-        if buffer.kind != "entries" or found != [(dtypes[t.dtype], t.shape) for t in tensors]:
+        shapes: list[tuple[int, ...]] = [t.shape for t in tensors]
+        if buffer.kind != "entries":
+            shapes = [shape_of(entry, buffer) for entry in entries]
+        if found != [(dtypes[t.dtype], s) for t, s in zip(tensors, shapes, strict=True)]:
             return False
     return all(
         [

@@ -218,6 +218,8 @@ def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
 def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
     """The settings of a loaded group, checked as those of a new one are."""
     _check_order(own, loaded)
+    if "momentum" in loaded and "momentum_weights" not in loaded:  # of an older version
+        own = {key: value for key, value in own.items() if key != "momentum_weights"}
     known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
     if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
         known["lr"] = 0.0  # a schedule that ends at zero has rounded
@@ -239,6 +241,12 @@ def _check_order(own: Group, loaded: Group) -> None:
                 f"same {key}, or start the optimizer afresh."
             )
 
+    if tuple(own.get("momenta") or ()) != tuple(loaded.get("momenta") or ()):
+        raise ValueError(
+            f"The checkpoint was trained with momenta={str(loaded.get('momenta'))[:90]}, one β for "
+            f"each parameter, and this optimizer has {str(own.get('momenta'))[:90]}: build it with "
+            "the same."
+        )
     if loaded.get("lora_update", "factor") != "factor" and "pairs" not in own:
         raise ValueError(
             f"The checkpoint was trained with lora_update={str(loaded['lora_update'])[:90]!r}, and "

@@ -120,7 +120,7 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
         group["matrices"] = tuple(tuple(map(plain, inside)) for inside in given)
         for key in {"pairs", "factors", "scalings", "momenta"} & group.keys():
             group[key] = tuple(map(plain, group[key]))
-        _check_momenta(group, len(tensors), config)
+        _check_momenta(group, len(tensors))
         _check_cover(group, tensors)
         for inside in set(group["matrices"]):
             for matrix in inside:
@@ -149,6 +149,8 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
         cycled = {"momentum": checked.momentum} if "momentum" in given else {}
         return {**given, **checked.adamw_group(), **cycled}
     values = {**config.muon_group(), **given}
+    if "momentum" in given and "momentum_weights" not in given:
+        values["momentum_weights"] = None  # those of the settings belong to their momentum
     if values["momentum_dtype"] == "parameter":
         values["momentum_dtype"] = None
     if not values["momentum_warmup_steps"]:
@@ -217,7 +219,7 @@ def _check_dtypes(group: Group, tensors: list[Tensor]) -> None:
             )
 
 
-def _check_momenta(group: Group, count: int, config: MuonConfig) -> None:
+def _check_momenta(group: Group, count: int) -> None:
     """β of each parameter, where the group gives them, is what one for all may be."""
     momenta = group.get("momenta")
     if momenta is None:
@@ -228,8 +230,11 @@ def _check_momenta(group: Group, count: int, config: MuonConfig) -> None:
             f"{len(momenta)} entries of 'momenta'; a number for each parameter is expected, which "
             "takes the place of one β."
         )
-    for momentum in momenta:
-        dataclasses.replace(config, momentum=momentum, momentum_weights=None)
+    for number, momentum in enumerate(momenta):
+        if not 0 <= typed(f"momenta[{number}]", momentum, float) < 1:
+            raise ValueError(
+                f"momenta[{number}]={momentum!r} is out of range: 0 ≤ β < 1 is allowed."
+            )
     if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
         raise ValueError(
             "A Muon group gives 'momenta' and a schedule of momentum: use one of them, since a "

@@ -105,7 +105,10 @@ class Held:
         lists = [part.portion.of(views) for part in parts]
         sums = yield from self._sums(step, Stage(_no_run, needs=NORMS), NORMS, parts, lists)
         units = self.bucket.units
-        found = [bool(one > 0) for one in torch.stack([sums[unit][0] for unit in units]).cpu()]
+        # A rank may have a gradient where its copies have none.
+        norms = torch.cat([sums[unit] for unit in units])
+        yield from combined(norms, self.bucket.replicate)
+        found = [norm > 0 for norm in norms.tolist()]
         if of_pairs:  # a factor moves with its partner
             found = [
                 one for a, b in zip(found[::2], found[1::2], strict=True) for one in [a or b] * 2
@@ -128,7 +131,12 @@ class Held:
     def _part(self, portion: Portion) -> Part:
         kept = {name: portion.of(of_items) for name, of_items in self._entries.items()}
         for name, of_units in self._of_units.items():
-            kept[name] = [of_units[unit] for unit, _ in portion.each(self.items)]
+            kept[name] = [
+                of_units[unit]
+                if of_units[unit].dim() < 2
+                else _rows(of_units[unit], piece.row, piece.rows, portion)
+                for unit, piece in portion.each(self.items)
+            ]
         momentum, scale = portion.key
         weights, shapes = portion.of(self.weights), portion.each(self._shapes)
         return Part(portion, momentum, scale, weights, kept, shapes, {})
@@ -198,9 +206,11 @@ class Held:
         """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
         flat, sums = self._empty(statistic, torch.float64)
         for part, x in zip(parts, lists, strict=True):
-            found = statistic.measure(x, *self._told(step, stage, part))
-            of_part = zip(part.portion.each(self.items), found, strict=True)
-            for (unit, piece), one in of_part:
+            items = part.portion.each(self.items)
+            with step.guarded() as found:
+                found += statistic.measure(x, *self._told(step, stage, part))
+                _check_count(found, items)
+            for (unit, piece), one in zip(items, found, strict=False):  # none where it failed
                 of_unit = sums[unit]
                 if statistic.of_rows:
                     of_unit = _rows(of_unit, piece.row, piece.rows, part.portion)
@@ -218,8 +228,9 @@ class Held:
         flat, sums = self._empty(statistic, torch.float64)
         for unit, matrix in of_owner.items():
             given = Given(step.settings, 0.0, [unit.shape])
-            [found] = statistic.measure([matrix], (), given)
-            sums[unit].copy_(found)
+            with step.guarded() as found:
+                found += statistic.measure([matrix], (), given)
+                sums[unit].copy_(found[0])
         for ranks in (self.bucket.shard, self.bucket.replicate):
             yield from combined(flat, ranks)
         return sums
@@ -253,6 +264,7 @@ class Held:
         of_units = [sums[unit].to(self.device) for unit in units]
         with step.guarded() as found:
             found += statistic.conclude(of_units, kept, given)
+            _check_count(found, units)
         return dict(zip(units, found or of_units, strict=True))
 
     def _of_pieces(self, stage: Stage, part: Part, whole: Sums) -> list[Tensor]:
@@ -357,6 +369,14 @@ def _rows(of_matrix: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
     """The rows of a piece, or of a portion of it, in what belongs to all rows of its matrix."""
     of_piece = of_matrix[first : first + rows]
     return of_piece if portion.rows is None else of_piece[portion.rows]
+
+
+def _check_count(found: Sequence[Any], asked: Sequence[Any]) -> None:
+    if len(found) != len(asked):
+        raise ValueError(
+            f"A Statistic gives {len(found)} results for {len(asked)} tensors: one for each is "
+            "expected."
+        )
 
 
 def _guarded(

@@ -47,4 +47,4 @@ def add_largest(x: Tensor, largest: Tensor, first: int) -> None:
     """Raise ``largest`` to the largest entries of a piece, (rows, cols)."""
     for block, cut in _cuts(first, x.shape[1]):
         found = torch.linalg.vector_norm(x[:, cut], float("inf"), dim=1)
-        torch.maximum(largest[:, block], found, out=largest[:, block])
+        torch.maximum(largest[:, block], found.to(largest.device), out=largest[:, block])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import MAPS
-from hf_muon.stages import WholeMap
+from hf_muon.stages import WholeMap, wide
 
 Polar = Callable[..., Tensor]
 Settings = Mapping[str, Any]
@@ -27,7 +27,7 @@ def polar_factor_of(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
 def polargrad(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     """⟨X, O⟩·O, the nuclear norm of X times its polar factor (arXiv 2505.21799)."""
     O = polar(X)  # noqa: E741
-    nuclear_norm: Tensor = torch.sum(X.float() * O.float())
+    nuclear_norm: Tensor = torch.sum(wide(X) * wide(O))
     return O * nuclear_norm.to(O.dtype)
 
 

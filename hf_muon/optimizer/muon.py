@@ -185,6 +185,7 @@ class Muon(Optimizer):
         plans: list[Plan | None] = []
         try:
             check_decay(self.param_groups)
+            self._check_momentum()
             self._create_state()
             for entries in groups:
                 of_muon = entries if entries and entries[0].group["algorithm"] == "muon" else []
@@ -192,6 +193,17 @@ class Muon(Optimizer):
         except Exception as error:  # the others would wait
             return plans, error
         return plans, None
+
+    def _check_momentum(self) -> None:
+        """Raise where a scheduler that cycles momentum has written one β over several."""
+        for group in self.param_groups:
+            own = self._settings[group["group_id"]].get("momentum")
+            if own is not None and type(own) is not type(group["momentum"]):
+                raise ValueError(
+                    f"momentum={group['momentum']!r} was written over {own!r}, as OneCycleLR and "
+                    "CyclicLR do: several averages, and 'auto', cannot be cycled. Pass "
+                    "cycle_momentum=False, or give one number."
+                )
 
     def _plan(self, entries: list[Entry]) -> Plan | None:
         if not entries:
@@ -209,7 +221,7 @@ class Muon(Optimizer):
     ) -> None:
         """One step of the Muon groups: all of it, or, where a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
-        guarded = any(plan.may_fail for plan, _ in chosen)
+        guarded = any(plan.may_fail(of) for plan, of in chosen)
         copies = [pair for plan, _ in chosen if guarded for pair in plan.copies()]
         failures: list[Exception] = []
         for plan, entries in chosen:

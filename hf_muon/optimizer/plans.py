@@ -128,10 +128,10 @@ class Plan:
         for state, step in zip(states, counted, strict=True):
             state["step"] = step
 
-    @property
-    def may_fail(self) -> bool:
-        """Whether a step may have to be taken back."""
-        is_first = self.rule.may_refuse and not all(map(_counted, self._states))
+    def may_fail(self, trained: Sequence[Entry]) -> bool:
+        """Whether a step on some of the entries may have to be taken back."""
+        states = (self._states[self._number[entry]] for entry in trained)
+        is_first = self.rule.may_refuse and not all(map(_counted, states))
         return may_fail(self.rule, self.group, is_first)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -151,6 +151,7 @@ class Plan:
         return {
             f"parameters {where}": len(names),
             f"wire dtype {where}": sorted({str(bucket.wire)[6:] for bucket in self.buckets}),
+            f"momenta {where}": self.group.get("momenta"),
             **{f"shape of {name}": shape for name, shape in names},
             f"matrices and owners {where}": zlib.crc32(repr(owners).encode()),
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import PREFILTERS
-from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic
+from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, wide
 
 # How much the logarithm of the running median changes where no entry, or every one, is above it.
 _RATE = 0.1
@@ -57,8 +57,12 @@ _MEDIAN_OF_NORMAL = 0.67448975 / math.sqrt(2 / math.pi)  # median over mean of a
 
 def norm(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """G/‖G‖_F of the whole matrix: each step has the same weight in what follows. Zero stays."""
-    factors = (torch.where(one > 0, 1 / one, 0.0) for one in given.whole)
-    return [one * factor.to(one) for one, factor in zip(x, factors, strict=True)]
+    found = []
+    for one, size in zip(x, given.whole, strict=True):
+        numbers = wide(one)
+        divisor = size.to(numbers.dtype)
+        found.append(torch.where(divisor > 0, numbers / divisor, 0.0).to(one.dtype))
+    return found
 
 
 PREFILTERS["clip"] = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import RESCALES
-from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic
+from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, wide
 
 _EPS = 1e-8
 
@@ -26,12 +26,12 @@ def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
 
 def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """Each update times what was found for it, a number for each of its rows, in float32."""
-    return [u * factor.float() for u, factor in zip(x, given.whole, strict=True)]
+    return [wide(u) * factor.to(wide(u).dtype) for u, factor in zip(x, given.whole, strict=True)]
 
 
 def _row_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    norms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32) for u in x)
-    return [norm.double().square() for norm in norms]
+    norms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64) for u in x)
+    return [norm.square() for norm in norms]
 
 
 def _row_factors(

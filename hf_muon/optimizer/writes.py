@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import WRITES
-from hf_muon.stages import Buffer, Given, Stage, Statistic
+from hf_muon.stages import Buffer, Given, Stage, Statistic, wide
 
 
 def apply_update(
@@ -62,7 +62,7 @@ def change(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 def relative(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """W ← (1 − ηλ)W − η·U·‖W‖_F/‖U‖_F: the rate is the share of W that a step changes."""
     sizes = (_over(weight, update).sqrt() for weight, update in given.whole)
-    _apply([u * size.float() for u, size in zip(x, sizes, strict=True)], given, 1.0)
+    _apply([wide(u) * size.to(wide(u).dtype) for u, size in zip(x, sizes, strict=True)], given, 1.0)
     return x
 
 
@@ -81,8 +81,9 @@ def _apply(updates: list[Tensor], given: Given, scale: float) -> None:
 def hyperball(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """W ← R(W − ηŨ)/‖W − ηŨ‖_F, Ũ = R·U/‖U‖_F, and R = ‖W₀‖_F: the norm of W stays."""
     for weight, update, factors in zip(given.weights, x, given.whole, strict=True):
-        of_weight, of_update = factors.to(torch.promote_types(weight.dtype, torch.float32))[:2]
-        weight.copy_(weight * of_weight + update * of_update)
+        numbers = wide(weight)
+        of_weight, of_update = factors.to(numbers.dtype)[:2]
+        weight.copy_(numbers * of_weight + wide(update) * of_update)
     return x
 
 

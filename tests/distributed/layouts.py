@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -101,7 +102,7 @@ TO_ROUNDING = {
     "relative", "int8, all at once",
 }  # fmt: skip
 # So that the choice is made within a few steps.
-auto_momentum.SCORED_OVER, auto_momentum.LEAD = 4, 0.0
+CHOOSES_SOON = {"SCORED_OVER": 4, "LEAD": 0.0}
 DEFAULT, OTHER = "pre_polar, float32, Nesterov", "pre_polar, float32, plain"
 
 
@@ -197,9 +198,10 @@ def count_collectives(counts):
 def train(kind, **settings):
     model, told = build(kind)
     optimizer = build_optimizer(model, **told, **settings)
-    for step in range(STEPS):
-        set_gradients(model, step)
-        optimizer.step()
+    with mock.patch.multiple(auto_momentum, **CHOOSES_SOON):
+        for step in range(STEPS):
+            set_gradients(model, step)
+            optimizer.step()
     return model, optimizer
 
 

@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 import hf_muon.distributed.exchange
 import hf_muon.optimizer.entries
+from hf_muon.optimizer import auto_momentum
 from tests.distributed import layouts
 
 STAGES = (1, 2, 3)
@@ -76,6 +77,7 @@ def build(stage, zero=None, **case):
     inject(optimizer)
     settings = config(stage, **(zero or {}))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    vars(auto_momentum).update(layouts.CHOOSES_SOON)
     return engine, optimizer
 
 

@@ -197,7 +197,12 @@ def test_momenta_of_parameters_share_a_group():
 
 @pytest.mark.parametrize(
     ("momenta", "said"),
-    [((0.5,), "2 parameters"), ((0.5, 1.0), "momentum=1.0 is out of range")],
+    [
+        ((0.5,), "2 parameters"),
+        ((0.5, 1.0), r"momenta\[1\]=1.0 is out of range"),
+        (("auto", 0.5), r"momenta\[0\]='auto' is of type str"),
+        (((0.5, 0.9), 0.5), r"momenta\[0\]=\(0.5, 0.9\)"),
+    ],
 )
 def test_momenta_are_checked(momenta, said):
     weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
@@ -218,10 +223,58 @@ def test_momenta_say_what_the_next_step_uses():
         assert optimizer.momenta() == {name: [expected]}
 
 
-def test_schedulers_that_cycle_momentum_refuse_a_kernel():
-    optimizer = Muon([nn.Parameter(torch.randn(4, 4))], lr=LR, momentum=(0.9, 0.95))
+@pytest.mark.parametrize("momentum", [(0.9, 0.95), "auto"])
+def test_schedulers_that_cycle_momentum_refuse_several(momentum):
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = Muon([weight], lr=LR, momentum=momentum)
     with pytest.raises(ValueError, match="momentum"):
         torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    optimizer = Muon([{"params": [weight], "momentum": momentum}], lr=LR)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    weight.grad, before = torch.randn(4, 4), weight.detach().clone()
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_one_number_in_a_group_does_without_the_weights_of_a_kernel():
+    weight = nn.Parameter(torch.randn(4, 4))
+    settings = {"momentum": (0.9, 0.98), "momentum_weights": (0.4, 0.6)}
+    optimizer = Muon([{"params": [weight], "momentum": 0.5}], lr=LR, **settings)
+    assert optimizer.param_groups[0]["momentum_weights"] == ()
+
+
+def test_a_checkpoint_from_before_the_family_goes_on():
+    start, gradients = draw(12, 20)
+    through, _ = trained(start, gradients)
+    halfway, optimizer = trained(start, gradients[:4])
+    older = optimizer.state_dict()
+    new = (
+        "momentum_weights", "prefilter", "prefilter_threshold", "map_power", "rescale_beta",
+        "step_rule", "momentum_end", "momentum_cooldown_start", "momentum_cooldown_steps",
+        "momentum_schedule",
+    )  # fmt: skip
+    for name in new:
+        del older["param_groups"][0][name]
+    weight = nn.Parameter(halfway.clone())
+    for settings in ({}, {"momentum": (0.9, 0.98), "momentum_weights": (0.4, 0.6)}):
+        resumed = Muon([weight], lr=LR, polar_method="svd", **settings)
+        if settings:
+            with pytest.warns(UserWarning, match="momentum=0.95"):
+                resumed.load_state_dict(older)
+        else:
+            resumed.load_state_dict(older)
+            for gradient in gradients[4:]:
+                weight.grad = gradient.clone()
+                resumed.step()
+            assert torch.equal(weight, through)
+
+
+def test_momenta_of_a_checkpoint_are_not_dropped():
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    with_momenta = Muon([{"params": weights, "momenta": (0.5, 0.9)}], lr=LR)
+    with pytest.raises(ValueError, match=r"momenta=\(0.5, 0.9\)"):
+        Muon(weights, lr=LR).load_state_dict(with_momenta.state_dict())
 
 
 def alignment(update, signal):
@@ -274,6 +327,15 @@ def test_auto_finds_the_window_for_a_drift(drift, best):
     assert abs(places[0] - places[1]) <= 1
 
 
+def test_one_gradient_does_not_decide_for_auto():
+    made = spiked_stream(64, 64, [2.0], steps=500, sigma=1 / 8, seed=1)
+    gradients = [one.gradient for one in made]
+    gradients[60] = 1e20 * torch.randn(64, 64)
+    assert auto_chosen(gradients, prefilter="norm")[0] >= 0.98
+    # Without it long averages are full of that gradient, and the shortest is the best.
+    assert auto_chosen(gradients) == [0.8]
+
+
 def test_auto_prefers_nothing_on_noise_and_long_windows_on_a_fixed_signal():
     noise = [one.gradient for one in spiked_stream(64, 64, [], steps=600, batch=(4,), seed=1)]
     assert auto_chosen(noise) == [0.95] * 4
@@ -281,13 +343,27 @@ def test_auto_prefers_nothing_on_noise_and_long_windows_on_a_fixed_signal():
     assert auto_chosen(fixed)[0] >= 0.98
 
 
-def auto_chosen(gradients):
+def auto_chosen(gradients, **more):
     start = torch.zeros_like(gradients[0])
     # One Newton-Schulz step: the choice does not look at updates.
     settings = {"polar_method": "newton_schulz", "coefficients": "quintic", "polar_steps": 1}
-    _, optimizer = trained(start, gradients, momentum="auto", **settings)
+    _, optimizer = trained(start, gradients, momentum="auto", **settings, **more)
     [state] = optimizer.state.values()
     return [round(beta, 4) for beta in auto_momentum.momenta_in_use(state["momentum_scores"])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", [*CASES, "auto", "int8"])
+def test_trains_in_every_dtype(case, dtype):
+    others = {"auto": {"momentum": "auto"}, "int8": {"momentum_dtype": "int8"}}
+    settings = {"momentum_dtype": "float32", **(others.get(case) or CASES[case][0])}
+    start, gradients = draw(12, 20, steps=3)
+    # Of 1e-6 the norm is representable in float16, and not one over it.
+    small = [1e-6 * gradient.to(dtype) for gradient in gradients]
+    weight, _ = trained(start.to(dtype), small, **settings)
+    assert torch.isfinite(weight).all()
+    # An update of the size of the gradient rounds away.
+    assert torch.equal(weight, start.to(dtype)) is (case == "polargrad" and dtype.itemsize == 2)
 
 
 # --- rescalings and writes ------------------------------------------------------------------------
