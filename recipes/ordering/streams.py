@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_muon.diagnostics import spiked_stream
 from hf_muon.diagnostics.synthetic import Observation
-from hf_muon.optimizer.momentum import accumulate
 
 Settings = Mapping[str, Any]
 
@@ -38,7 +37,7 @@ def averages(
         prepared = prepare(last.gradient)
         for momentum in momenta:
             average = kept.setdefault(momentum, torch.zeros_like(prepared))
-            accumulate([prepared], [average], momentum)
+            average.lerp_(prepared, 1 - momentum)
     if last is None:
         raise ValueError("The stream is empty: steps must be 1 or more.")
     return kept, last
