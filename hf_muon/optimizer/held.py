@@ -252,6 +252,8 @@ class Held:
     def _concluded(self, step: Step, stage: Stage, statistic: Statistic, sums: Sums) -> Sums:
         """What follows for each matrix; every rank that holds some of it comes to the same."""
         units = self.bucket.units
+        if not units:  # no gradient moves any of them
+            return {}
         kept = of_matrices(
             stage,
             tuple(

@@ -210,6 +210,16 @@ def test_momenta_are_checked(momenta, said):
         Muon([{"params": weights, "momenta": momenta}], lr=LR)
 
 
+@pytest.mark.parametrize("case", [*(case for case in CASES if case != "hyperball"), "auto", "int8"])
+def test_what_has_no_gradient_can_be_left_as_it_is(case):
+    others = {"auto": {"momentum": "auto"}, "int8": {"momentum_dtype": "int8"}}
+    settings = others.get(case) or CASES[case][0]
+    start, gradients = draw(12, 20, steps=2)
+    gradients = [*gradients, torch.zeros(12, 20)]
+    weight, _ = trained(start, gradients, skip_zero_gradients=True, **settings)
+    assert torch.equal(weight, trained(start, gradients[:2], **settings)[0])
+
+
 def test_momenta_say_what_the_next_step_uses():
     start, gradients = draw(12, 20, steps=2)
     name = "parameter 0 of shape (12, 20)"
