@@ -46,17 +46,9 @@ def test_weights_equal_those_of_one_process(kind_and_ranks, alone, model, optim)
         assert len(found["logged"]) == STEPS
         assert found["logged"][0] > 5 * TAU
         assert found["logged"][-1] < 1.5 * TAU
+        if kind.startswith("zero"):  # DeepSpeed trains copies
+            assert largest_difference(found["masters"], found["weights"]) == 0
     assert largest_difference(expected["weights"], free) > 0.1
-
-
-@pytest.mark.parametrize(("model", "optim"), CASES)
-def test_the_copies_that_deepspeed_trains_are_the_weights(kind_and_ranks, model, optim):
-    kind, ranks = kind_and_ranks
-    if not kind.startswith("zero"):
-        pytest.skip("there are no copies")
-    for rank in ranks:
-        found = rank[kind, model, optim]
-        assert largest_difference(found["masters"], found["weights"]) == 0
 
 
 @pytest.fixture(scope="module")
