@@ -36,7 +36,7 @@ CASES = {
         "adamuon", KERNEL, {**TWO, "exp_avg_2": ENTRIES}, "rescale=entries",
     ),
     "auto": (
-        "muon", "momentum=auto", {**FIVE, "momentum_scores": (1, 22)},
+        "muon", "momentum=auto", {**FIVE, "momentum_scores": (1, 17)},
         "momentum=auto (of each matrix one of 0.8, 0.9, 0.95, 0.98, 0.99, Nesterov)",
     ),
     "cooldown": (
