@@ -198,7 +198,7 @@ class Muon(Optimizer):
         """Raise where a scheduler that cycles momentum has written one β over several."""
         for group in self.param_groups:
             own = self._settings[group["group_id"]].get("momentum")
-            if own is not None and type(own) is not type(group["momentum"]):
+            if isinstance(own, str | tuple) and not isinstance(group["momentum"], type(own)):
                 raise ValueError(
                     f"momentum={group['momentum']!r} was written over {own!r}, as OneCycleLR and "
                     "CyclicLR do: several averages, and 'auto', cannot be cycled. Pass "

@@ -37,7 +37,9 @@ def _counts(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) ->
 
 
 def _median(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """S ← s·exp(r·(2p − 1)), p the share of entries above s: at rest where p is a half.
+    """The running median: s ← s·exp(r·(2p − 1)), p the share of entries above s.
+
+    It rests where p is a half.
 
     A count depends on no layout, and no size of an entry moves s by more than a factor e^r. Entries
     of zero do not count: what a gradient does not reach says nothing of its scale. s begins with

@@ -26,7 +26,7 @@ def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
 
 def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """Each update times what was found for it, a number for each of its rows, in float32."""
-    return [wide(u) * factor.to(wide(u).dtype) for u, factor in zip(x, given.whole, strict=True)]
+    return [u * factor.to(u) for u, factor in zip(map(wide, x), given.whole, strict=True)]
 
 
 def _row_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:

@@ -62,7 +62,7 @@ def change(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 def relative(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """W ← (1 − ηλ)W − η·U·‖W‖_F/‖U‖_F: the rate is the share of W that a step changes."""
     sizes = (_over(weight, update).sqrt() for weight, update in given.whole)
-    _apply([wide(u) * size.to(wide(u).dtype) for u, size in zip(x, sizes, strict=True)], given, 1.0)
+    _apply([u * size.to(u) for u, size in zip(map(wide, x), sizes, strict=True)], given, 1.0)
     return x
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -231,6 +232,16 @@ def test_momenta_say_what_the_next_step_uses():
     ]:
         _, optimizer = trained(start, gradients, **settings)
         assert optimizer.momenta() == {name: [expected]}
+
+
+@pytest.mark.parametrize("momentum", [0, np.float64(0.5), torch.tensor(0.5)])
+def test_one_beta_may_be_written_in_any_kind_of_number(momentum):
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = Muon([weight], lr=LR)
+    optimizer.param_groups[0]["momentum"] = momentum
+    weight.grad, before = torch.randn(4, 4), weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("momentum", [(0.9, 0.95), "auto"])
