@@ -148,8 +148,14 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def square_norm(x: Tensor) -> Tensor:
+    """‖x‖², a float64 number without a float64 copy of x."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
+
+
 def _squares(x: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
-    return [torch.linalg.vector_norm(one, dtype=torch.float64).square()[None] for one in x]
+    return [square_norm(one)[None] for one in x]
 
 
 def _roots(sums: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_muon.optimizer.momentum import past_weight
+
 
 def impulse_response(
     betas: Sequence[float], weights: Sequence[float], nesterov: bool = False, lags: int = 100
@@ -35,7 +37,7 @@ def impulse_response(
     response = [sum(w * (1 - beta) * beta**lag for beta, w in terms) for lag in range(lags)]
     if not nesterov:
         return response
-    mu = _look_ahead(betas, weights)
+    mu = past_weight(betas, weights)
     return [mu * h + (1 - mu) * (lag == 0) for lag, h in enumerate(response)]
 
 
@@ -65,7 +67,7 @@ def noise_factor(betas: Sequence[float], weights: Sequence[float], nesterov: boo
     )
     if not nesterov:
         return factor
-    mu = _look_ahead(betas, weights)
+    mu = past_weight(betas, weights)
     first = sum(w * (1 - beta) for beta, w in terms)
     return (1 - mu) ** 2 + 2 * (1 - mu) * mu * first + mu**2 * factor
 
@@ -88,12 +90,7 @@ def mean_age(betas: Sequence[float], weights: Sequence[float], nesterov: bool = 
     """
     _check(betas, weights)
     age = sum(w * beta / (1 - beta) for beta, w in zip(betas, weights, strict=True))
-    return age * _look_ahead(betas, weights) if nesterov else age
-
-
-def _look_ahead(betas: Sequence[float], weights: Sequence[float]) -> float:
-    """μ = Σ w_k β_k."""
-    return sum(w * beta for beta, w in zip(betas, weights, strict=True))
+    return age * past_weight(betas, weights) if nesterov else age
 
 
 def _check(betas: Sequence[float], weights: Sequence[float]) -> None:

@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_muon.optimizer.momentum import term_names
+from hf_muon.optimizer.momentum import in_dtype_of, term_names
 from hf_muon.rules import KERNELS
-from hf_muon.stages import Buffer, Given, Stage, Statistic
+from hf_muon.stages import Buffer, Given, Stage, Statistic, square_norm
 
 # The averages: 1/(1−β), and the one that is used until another one is known to be better.
 WINDOWS = (5, 10, 20, 50, 100)
@@ -30,7 +30,7 @@ LEAD = 3.0
 def chosen(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """The average in use, after all are brought up to date; with Nesterov (1−β)X + βM."""
     terms = buffers[:_TERMS]
-    like = [one.to(kept.dtype) for one, kept in zip(x, terms[0], strict=True)]
+    like = in_dtype_of(x, terms[0])
     for term, beta in zip(terms, MOMENTA, strict=True):
         torch._foreach_lerp_(term, like, 1 - beta)
     found = []
@@ -52,13 +52,8 @@ def _measure(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -
         terms = [term[number] for term in buffers[:_TERMS]]
         same = one.to(terms[0].dtype)
         dots = [(same * term).sum(dtype=torch.float64) for term in terms]
-        found.append(torch.stack([_square(same), *dots, *map(_square, terms)]))
+        found.append(torch.stack([square_norm(same), *dots, *map(square_norm, terms)]))
     return found
-
-
-def _square(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return norm.square()
 
 
 def _choose(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:

@@ -204,7 +204,7 @@ class Held:
         lists: Sequence[list[Tensor]],
     ) -> Generator[None, None, Sums]:
         """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
-        flat, sums = self._empty(statistic, torch.float64)
+        flat, sums = self._empty(statistic)
         for part, x in zip(parts, lists, strict=True):
             items = part.portion.each(self.items)
             with step.guarded() as found:
@@ -225,7 +225,7 @@ class Held:
 
         The others add zeros to what an owner found, so that its bits arrive.
         """
-        flat, sums = self._empty(statistic, torch.float64)
+        flat, sums = self._empty(statistic)
         for unit, matrix in of_owner.items():
             given = Given(step.settings, 0.0, [unit.shape])
             with step.guarded() as found:
@@ -235,11 +235,11 @@ class Held:
             yield from combined(flat, ranks)
         return sums
 
-    def _empty(self, statistic: Statistic, dtype: torch.dtype) -> tuple[Tensor, Sums]:
+    def _empty(self, statistic: Statistic) -> tuple[Tensor, Sums]:
         """Zeros for what is found of each matrix, and the memory of all of them."""
         units, width = self.bucket.units, statistic.width
         shapes = [(u.shape[0], width) if statistic.of_rows else (width,) for u in units]
-        return self._zeros(shapes, dtype)
+        return self._zeros(shapes, torch.float64)
 
     def _zeros(
         self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype

@@ -30,7 +30,7 @@ def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> lis
     """
     [exp_avg] = buffers
     momentum: Any = given.momentum
-    like = _like(x, exp_avg)
+    like = in_dtype_of(x, exp_avg)
     torch._foreach_lerp_(exp_avg, like, 1 - momentum)
     if not given.settings["nesterov"]:
         return exp_avg
@@ -47,7 +47,7 @@ def kernel(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
     """
     momenta: Any = given.momentum
     weights = weights_of(given.settings)
-    like = _like(x, buffers[0])
+    like = in_dtype_of(x, buffers[0])
     for term, beta in zip(buffers, momenta, strict=True):
         torch._foreach_lerp_(term, like, 1 - beta)
     mixed = list(torch._foreach_mul(buffers[0], weights[0]))
@@ -84,7 +84,8 @@ def past_weight(momenta: Sequence[float], weights: Sequence[float]) -> float:
     return sum(weight * beta for weight, beta in zip(weights, momenta, strict=True))
 
 
-def _like(x: list[Tensor], buffer: list[Tensor]) -> list[Tensor]:
+def in_dtype_of(x: list[Tensor], buffer: list[Tensor]) -> list[Tensor]:
+    """Each tensor in the dtype of its buffer, which is that of the arithmetic."""
     return [one.to(kept.dtype) for one, kept in zip(x, buffer, strict=True)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import RESCALES
-from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, wide
+from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, square_norm, wide
 
 _EPS = 1e-8
 
@@ -79,11 +79,7 @@ def _both_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Giv
         for u, average in zip(x, averages, strict=True)
     ]
     divided = _divided(x, coming, given)
-    norms = (
-        torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in pair])
-        for pair in zip(x, divided, strict=True)
-    )
-    return [norm.square() for norm in norms]
+    return [torch.stack(list(map(square_norm, pair))) for pair in zip(x, divided, strict=True)]
 
 
 def _ratios(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:

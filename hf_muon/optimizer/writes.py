@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import WRITES
-from hf_muon.stages import Buffer, Given, Stage, Statistic, wide
+from hf_muon.stages import Buffer, Given, Stage, Statistic, square_norm, wide
 
 
 def apply_update(
@@ -92,17 +92,15 @@ def _products(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
     found = []
     for weight, update in zip(given.weights, x, strict=True):
         both = (weight.double() * update.double()).sum()
-        found.append(torch.stack([*_squares(weight, update), both]))
+        found.append(torch.stack([square_norm(weight), square_norm(update), both]))
     return found
 
 
 def _both(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """‖W‖² and ‖U‖²."""
-    return [torch.stack(_squares(w, u)) for w, u in zip(given.weights, x, strict=True)]
-
-
-def _squares(*tensors: Tensor) -> list[Tensor]:
-    return [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]
+    return [
+        torch.stack([square_norm(w), square_norm(u)]) for w, u in zip(given.weights, x, strict=True)
+    ]
 
 
 def _over(first: Tensor, second: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 from hf_muon import Muon, MuonConfig
 from hf_muon.diagnostics import replay
 from hf_muon.diagnostics.synthetic import spiked_stream
-from hf_muon.optimizer import auto_momentum
 from tests.reference import family as of
 from tests.reference import rules as reference
 from tests.reference.muon import STEP_SIZES, exact_polar
@@ -340,39 +339,6 @@ def test_entries_of_zero_do_not_pull_the_median_down():
     assert 0.5 < float(state["median"]) < 0.9  # of abs(N(0, 1)) it is 0.674
 
 
-@pytest.mark.parametrize(("drift", "best"), [(0.003, 50), (0.01, 20), (0.03, 10)])
-def test_auto_finds_the_window_for_a_drift(drift, best):
-    made = spiked_stream(64, 64, [0.5], steps=900, sigma=1 / 8, drift=drift, seed=3)
-    chosen = 1 / (1 - auto_chosen([one.gradient for one in made])[0])
-    places = [auto_momentum.WINDOWS.index(round(window)) for window in (chosen, best)]
-    assert abs(places[0] - places[1]) <= 1
-
-
-def test_one_gradient_does_not_decide_for_auto():
-    made = spiked_stream(64, 64, [2.0], steps=500, sigma=1 / 8, seed=1)
-    gradients = [one.gradient for one in made]
-    gradients[60] = 1e20 * torch.randn(64, 64)
-    assert auto_chosen(gradients, prefilter="norm")[0] >= 0.98
-    # Without it long averages are full of that gradient, and the shortest is the best.
-    assert auto_chosen(gradients) == [0.8]
-
-
-def test_auto_prefers_nothing_on_noise_and_long_windows_on_a_fixed_signal():
-    noise = [one.gradient for one in spiked_stream(64, 64, [], steps=600, batch=(4,), seed=1)]
-    assert auto_chosen(noise) == [0.95] * 4
-    fixed = [one.gradient for one in spiked_stream(64, 64, [2.0], steps=600, sigma=1 / 8, seed=1)]
-    assert auto_chosen(fixed)[0] >= 0.98
-
-
-def auto_chosen(gradients, **more):
-    start = torch.zeros_like(gradients[0])
-    # One Newton-Schulz step: the choice does not look at updates.
-    settings = {"polar_method": "newton_schulz", "coefficients": "quintic", "polar_steps": 1}
-    _, optimizer = trained(start, gradients, momentum="auto", **settings, **more)
-    [state] = optimizer.state.values()
-    return [round(beta, 4) for beta in auto_momentum.momenta_in_use(state["momentum_scores"])]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", [*CASES, "auto", "int8"])
 def test_trains_in_every_dtype(case, dtype):
@@ -411,76 +377,3 @@ def test_zero_gradients_leave_weights_as_they_are(rescale):
     start = torch.randn(9, 6)
     weight, _ = trained(start, [torch.zeros(9, 6)] * 2, rescale=rescale)
     assert torch.equal(weight, start)
-
-
-def test_hyperball_turns_and_keeps_the_norm():
-    start, gradients = draw(20, 12, steps=1000)
-    weight, _ = trained(start, gradients, step_rule="hyperball", polar_method="auto")
-    assert float(weight.norm() / start.norm()) == pytest.approx(1, abs=1e-6)
-    # An update at right angles to W turns it by cos = 1/√(1 + η²).
-    one, _ = trained(torch.eye(8), [torch.eye(8).roll(1, 0)], step_rule="hyperball", lr=0.3)
-    cosine = float((one * torch.eye(8)).sum() / (one.norm() * 8**0.5))
-    assert cosine == pytest.approx(1 / math.sqrt(1 + 0.3**2), abs=1e-6)
-
-
-def test_hyperball_refuses_a_matrix_of_zeros_and_changes_nothing():
-    weights = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))]
-    before = [w.detach().clone() for w in weights]
-    optimizer = Muon(weights, lr=LR, step_rule="hyperball")
-    for w in weights:
-        w.grad = torch.randn(4, 4)
-    with pytest.raises(ValueError, match="matrix of zeros"):
-        optimizer.step()
-    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-
-
-def test_relative_changes_a_share_of_the_weight():
-    start, gradients = draw(20, 12, steps=1)
-    weight, _ = trained(start, gradients, step_rule="relative", lr=0.01)
-    assert float((weight - start).norm() / start.norm()) == pytest.approx(0.01, rel=1e-5)
-
-
-# --- one byte -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(5, 40), (3, 5000), (1, 2048), (4, 2049)])
-def test_int8_momentum_is_off_by_a_254th_of_the_largest_of_its_block(shape):
-    start, gradients = draw(*shape, steps=1)
-    settings = {"momentum_dtype": "int8", "polar_method": "auto"}
-    _, optimizer = trained(start, gradients, **settings)
-    [state] = optimizer.state.values()
-    exact, blocks = 0.05 * gradients[0], -(-shape[1] // 2048)
-    assert state["exp_avg"].dtype == torch.int8
-    assert state["exp_avg"].shape == shape
-    assert state["exp_avg_scale"].shape == (1, shape[0], blocks)
-    for block in range(blocks):
-        columns = slice(2048 * block, 2048 * (block + 1))
-        largest = exact[:, columns].abs().amax(1, keepdim=True)
-        kept = state["exp_avg_scale"][0, :, block, None]
-        assert torch.allclose(kept, largest, rtol=1e-6)
-        error = (state["exp_avg"][:, columns] * kept / 127 - exact[:, columns]).abs()
-        assert bool((error <= largest / 254 * 1.0001).all())
-
-
-def test_int8_trains_like_float32():
-    start, gradients = draw(30, 20)
-    exact, _ = trained(start, gradients)
-    coded, _ = trained(start, gradients, momentum_dtype="int8")
-    assert 0 < (coded - exact).norm() < 0.05 * (exact - start).norm()
-
-
-def test_the_momentum_dtype_of_a_checkpoint_is_used_and_named():
-    start, gradients = draw(4, 6, steps=2)
-    through, _ = trained(start, gradients, momentum_dtype="int8")
-    halfway, coded = trained(start, gradients[:1], momentum_dtype="int8")
-    weight = nn.Parameter(halfway.clone())
-    wide = Muon([weight], lr=LR, polar_method="svd")
-    with pytest.warns(UserWarning, match="momentum_dtype='int8'"):
-        wide.load_state_dict(coded.state_dict())
-    weight.grad = gradients[1].clone()
-    wide.step()
-    assert torch.equal(weight, through)
-    broken = coded.state_dict()
-    broken["state"][0]["exp_avg"] = broken["state"][0]["exp_avg"].float()
-    with pytest.raises(ValueError, match="momentum_dtype='int8' keeps other state"):
-        wide.load_state_dict(broken)

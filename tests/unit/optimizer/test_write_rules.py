@@ -1,5 +1,6 @@
-"""Weights of zero, which have no norm to go by; and momenta of zero, which are momenta."""
+"""The write: weights of zero, which have no norm to go by; norms that stay; momenta of zero."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch import nn
 
 from hf_muon import Muon
+from tests.unit.optimizer.test_family import LR, draw, trained
 
-LR = 0.02
 RULES = ["hyperball", "relative"]
 REFUSED = "A matrix of zeros cannot be trained"
 
@@ -55,3 +56,19 @@ def test_momenta_of_zero_are_momenta():
             optimizer.step()
         found.append(weight.detach())
     assert torch.equal(*found)
+
+
+def test_hyperball_turns_and_keeps_the_norm():
+    start, gradients = draw(20, 12, steps=1000)
+    weight, _ = trained(start, gradients, step_rule="hyperball", polar_method="auto")
+    assert float(weight.norm() / start.norm()) == pytest.approx(1, abs=1e-6)
+    # An update at right angles to W turns it by cos = 1/√(1 + η²).
+    one, _ = trained(torch.eye(8), [torch.eye(8).roll(1, 0)], step_rule="hyperball", lr=0.3)
+    cosine = float((one * torch.eye(8)).sum() / (one.norm() * 8**0.5))
+    assert cosine == pytest.approx(1 / math.sqrt(1 + 0.3**2), abs=1e-6)
+
+
+def test_relative_changes_a_share_of_the_weight():
+    start, gradients = draw(20, 12, steps=1)
+    weight, _ = trained(start, gradients, step_rule="relative", lr=0.01)
+    assert float((weight - start).norm() / start.norm()) == pytest.approx(0.01, rel=1e-5)
