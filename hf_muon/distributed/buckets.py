@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
-from hf_muon.polar import batched
+from hf_muon.polar import batched, devices
 
 # The bound where nothing travels: hardly more memory is held than for one large matrix, and small
 # ones are computed together. Four megabytes of float32.
@@ -191,7 +191,7 @@ def plan_buckets(
 
 
 def _is_alone(shard: Ranks, replicate: Ranks, device: torch.device) -> bool:
-    return shard.size == replicate.size == 1 and device.type == "cpu"
+    return shard.size == replicate.size == 1 and devices.is_cpu(device)
 
 
 def _elements_of(teams: list[Team], limit: int, *, alone_on_cpu: bool) -> int:

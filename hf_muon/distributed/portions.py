@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from hf_muon.polar import devices
+
 _T = TypeVar("_T")
 
 
@@ -21,7 +23,7 @@ def portion_elements(device: torch.device) -> int:
     On a CPU half a megabyte of float32; elsewhere 16, for which a kernel takes longer than its
     launch.
     """
-    return 2**17 if device.type == "cpu" else 2**22
+    return 2**17 if devices.is_cpu(device) else 2**22
 
 
 class Portion(NamedTuple):

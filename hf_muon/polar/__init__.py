@@ -4,6 +4,7 @@
 returns the compute dtype. Needs torch alone.
 """
 
+from . import devices
 from .coefficients import FAMILIES, check_steps, register_coefficients
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
 from .precision import COMPUTE_DTYPES, compute_dtype, in_own_dtype
@@ -21,6 +22,7 @@ __all__ = [
     "cheapest_iteration",
     "check_steps",
     "compute_dtype",
+    "devices",
     "in_own_dtype",
     "orthogonalize",
     "polar_factor",

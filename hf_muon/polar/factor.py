@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
 from .coefficients import FAMILIES, check_steps
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
@@ -155,7 +156,7 @@ def _chosen(
         return method, svd_dtype(dtype, x.dtype)
     target = compute_dtype(dtype, x.device)
     name = cheapest_iteration(x.shape, steps, target) if method == "auto" else method
-    is_small = x.device.type == "cpu" and min(x.shape[-2:]) <= CPU_FLOAT32_SIDE
+    is_small = devices.is_cpu(x.device) and min(x.shape[-2:]) <= CPU_FLOAT32_SIDE
     if is_small and name == "gram" and dtype in (None, "auto"):
         target = torch.float32
     return name, target

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import devices
+
 ROWS = {torch.float32: 128, torch.float64: 128}
 HALF_PRECISION_ROWS = 192
 """Fewer rows in a strip cost a CPU more in the efficiency of its kernels than the half saves."""
@@ -66,7 +68,7 @@ def symmetric_product(
 
 def strips_of(A: Tensor) -> int:
     """Return into how many strips of rows a symmetric product of A (…, s, k) is cut; 1 for none."""
-    if A.ndim > 2 or A.device.type != "cpu":
+    if A.ndim > 2 or not devices.is_cpu(A.device):
         return 1
     return min(MOST_STRIPS, max(1, A.shape[0] // ROWS.get(A.dtype, HALF_PRECISION_ROWS)))
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import devices
+
 # Elements and rows, by the bytes of an element, from which a CPU orthogonalizes matrices one by
 # one: a batch would be slower (scripts/bench/step.py --batching), and its symmetric products, which
 # are not mirrored, would be rounded otherwise.
@@ -29,7 +31,7 @@ def batched(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 def batched_alike(keys: Iterable[Hashable], device: torch.device) -> list[list[int]]:
     """Indices of equal keys, for a function of several matrices; on a CPU one by one."""
-    return _alike(enumerate(keys) if device.type == "cpu" else keys)
+    return _alike(enumerate(keys) if devices.is_cpu(device) else keys)
 
 
 def _alike(keys: Iterable[Hashable]) -> list[list[int]]:
@@ -70,7 +72,7 @@ def apply_together(
 
 def computed_together(shape: tuple[int, int], itemsize: int, device: torch.device) -> bool:
     """Whether matrices of a shape, and its transposes, go through a function together."""
-    if device.type != "cpu":
+    if not devices.is_cpu(device):
         return True
     numel, rows = _CPU_ALONE[itemsize]
     return shape[0] * shape[1] < numel and min(shape) < rows
@@ -79,4 +81,4 @@ def computed_together(shape: tuple[int, int], itemsize: int, device: torch.devic
 def _rounds_alone(shape: tuple[int, int], device: torch.device) -> bool:
     """Whether a batch of one gets the bits that a larger one gets."""
     numel, rows = _CPU_IN_TWOS
-    return device.type != "cpu" or (shape[0] * shape[1] > numel and min(shape) >= rows)
+    return not devices.is_cpu(device) or (shape[0] * shape[1] > numel and min(shape) >= rows)

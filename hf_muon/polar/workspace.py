@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import devices
+
 
 class Workspace:
     """Flat tensors by name and dtype, each as large as the largest that was asked for."""
@@ -29,7 +31,7 @@ class Workspace:
         self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Return the tensor of that name: the same memory at every call on a CPU."""
-        if device.type != "cpu":
+        if not devices.is_cpu(device):
             return torch.empty(*shape, dtype=dtype, device=device)
         numel = math.prod(shape)
         flat = self._flat.get((name, dtype))

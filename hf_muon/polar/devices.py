@@ -1,0 +1,17 @@
+"""What kind of device works best in which way: small pieces and one by one, or in few large calls.
+
+In: a device. Out: yes or no. Asked as ``devices.is_cpu(…)`` wherever the way of working follows
+from the device: one place decides, and a test can take the other way with real numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_cpu(device: torch.device) -> bool:
+    """Whether work is cut into what a CPU's cache holds, and large matrices come one by one.
+
+    Elsewhere each call costs a launch, so that it serves as many tensors as memory allows.
+    """
+    return device.type == "cpu"
