@@ -107,8 +107,10 @@ class MuonConfig:
             momentum moves it on at full speed: an expert that gets no tokens like one that does.
         distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
             ``redundant`` lets each compute all; ``auto`` takes what should be faster.
-        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. A process
-            that trains alone on a CPU takes 2²⁰ elements, or one matrix, at most.
+        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. ``auto``
+            takes 32 for each rank where they travel, and 512 in one process, where it is launches
+            that cost. A process that trains alone on a CPU takes 2²⁰ elements, or one matrix, at
+            most.
         compile: Run the polar iteration through ``torch.compile``.
 
     Raises:
@@ -158,7 +160,7 @@ class MuonConfig:
     tangent_balance_every: int = 100
     skip_zero_gradients: bool = False
     distribute: Distribute = "auto"
-    bucket_mb: float = 32.0
+    bucket_mb: float | Literal["auto"] = "auto"
     compile: bool = False
 
     def __new__(cls, /, **settings: object) -> MuonConfig:

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_muon.polar import devices
+
 BLOCK = 2048
 """Entries of a row that share a size where momentum is kept in int8."""
 
@@ -148,6 +150,22 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def in_dtype_of(x: Tensors, like: Tensors) -> Tensors:
+    """Each tensor in the dtype of another of its shape.
+
+    Lists with two dtypes take a call for each tensor, which costs an accelerator more than a copy
+    of all in one.
+    """
+    pairs = list(zip(x, like, strict=True))
+    if all(one.dtype == other.dtype for one, other in pairs):
+        return x
+    if devices.is_cpu(like[0].device):
+        return [one.to(other.dtype) for one, other in pairs]
+    same = [torch.empty_like(one, dtype=other.dtype) for one, other in pairs]
+    torch._foreach_copy_(same, x)
+    return same
+
+
 def square_norm(x: Tensor) -> Tensor:
     """‖x‖², a float64 number without a float64 copy of x."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
@@ -155,11 +173,14 @@ def square_norm(x: Tensor) -> Tensor:
 
 
 def _squares(x: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
-    return [square_norm(one)[None] for one in x]
+    if devices.is_cpu(x[0].device):
+        return [square_norm(one)[None] for one in x]
+    norms = torch.stack(torch._foreach_norm(x, 2, torch.float64))
+    return list(norms.square()[:, None].unbind())
 
 
 def _roots(sums: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
-    return [total[0].sqrt() for total in sums]
+    return list(torch.cat(sums).sqrt().unbind())
 
 
 NORMS = Statistic(_squares, _roots)

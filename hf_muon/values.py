@@ -209,12 +209,13 @@ def _meant(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
     text = isinstance(value, str)
     if text and value in words:
         return Literal[tuple(words)]
-    if isinstance(value, list | tuple) or (text and ":" in value):
-        return next(hint for hint in hints if get_origin(hint) is tuple)
+    several = [hint for hint in hints if get_origin(hint) is tuple]
+    if several and (isinstance(value, list | tuple) or (text and ":" in value)):
+        return several[0]
     if text and words and not _NUMBER.fullmatch(value):
-        expected = ", ".join(map(repr, words))
+        expected = ["a number", *["several (0.9:0.98)"] * bool(several), *map(repr, words)]
         raise ValueError(
-            f"{name}={shown(value)}: a number, several (0.9:0.98), or {expected} is expected."
+            f"{name}={shown(value)}: {', '.join(expected[:-1])} or {expected[-1]} is expected."
         )
     return next(hint for hint in hints if get_origin(hint) is None)
 

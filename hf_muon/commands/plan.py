@@ -21,7 +21,7 @@ from hf_muon.commands.blueprint import require_matrices, routed
 from hf_muon.commands.costs import Cost, bucket_costs, in_flight, one_after_another
 from hf_muon.commands.imaginary import Parameter, World, exchanges
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.buckets import plan_buckets
+from hf_muon.distributed.buckets import bucket_elements, plan_buckets
 from hf_muon.distributed.owners import owning_pays, polar_cost
 from hf_muon.optimizer.step import wire_dtype
 from hf_muon.polar import compute_dtype
@@ -219,12 +219,12 @@ def forecast(
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
     wire = _wire(config, dtype, device)
-    limit = int(config.bucket_mb * 2**20 / wire.itemsize)
-    plans, in_lockstep = [], 0
+    limit, alone = bucket_elements(config.bucket_mb, wire.itemsize)
+    plans, in_lockstep, where = [], 0, torch.device(device)
     for group in groups:
         shares = [_shares(parameter, config, wire, device) for parameter in group]
         for layouts in exchanges(group, shares, world):
-            buckets = plan_buckets(layouts, [torch.device(device)] * len(layouts), limit)
+            buckets = plan_buckets(layouts, [where] * len(layouts), limit, alone=alone)
             if not buckets:
                 continue
             costs = [bucket_costs(bucket, world.mesh, wire.itemsize) for bucket in buckets]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ from hf_muon.distributed.layout import Layout, Piece, Ranks
 from hf_muon.distributed.owners import assign_owners, polar_cost
 from hf_muon.polar import batched, devices
 
-# The bound where nothing travels: hardly more memory is held than for one large matrix, and small
-# ones are computed together. Four megabytes of float32.
+_TRAVELLING_MB = 32
+"""Messages are large enough by then, and others overlap them."""
+_ALONE_MB = 512
+"""Where nothing travels an accelerator waits for launches otherwise: a batch takes as many for one
+matrix as for dozens."""
+# On a CPU hardly more memory is held than for one large matrix, and small ones are computed
+# together. Four megabytes of float32.
 _ALONE_ON_CPU_ELEMENTS = 2**20
 
 
@@ -148,12 +154,25 @@ class Bucket:
         return [(u, piece) for u in self.row if u.owner[1] == owner for piece in u.pieces[member]]
 
 
+def bucket_elements(bucket_mb: float | Literal["auto"], bytes_each: int) -> tuple[int, int]:
+    """How many elements fill a bucket: one that travels, and one of a process alone.
+
+    Args:
+        bucket_mb: The user's bound in MiB; ``auto`` for what suits each of the two.
+        bytes_each: What an element takes, of all that is brought together.
+    """
+    both = (_TRAVELLING_MB, _ALONE_MB) if bucket_mb == "auto" else (bucket_mb, bucket_mb)
+    travelling, alone = (int(size * 2**20 / bytes_each) for size in both)
+    return travelling, alone
+
+
 def plan_buckets(
     layouts: Sequence[Layout],
     devices: Sequence[torch.device],
     limit: int,
     together: Sequence[tuple[Place, ...]] = (),
     wires: Sequence[torch.dtype] | None = None,
+    alone: int | None = None,
 ) -> list[Bucket]:
     """Assign owners and fill buckets.
 
@@ -161,10 +180,11 @@ def plan_buckets(
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
         limit: Elements of whole matrices per owner and bucket, or the largest team if it has more.
-            A process alone on a CPU has buckets of 2²⁰ elements, or one team, at most.
         together: Teams of matrices that one owner needs at the same time, and that lie on the same
             ranks. They follow each other in their bucket. Other matrices are teams of one.
         wires: The dtype in which each parameter travels; a bucket has one. Default: float32.
+        alone: The limit where nothing travels, of 2²⁰ elements or one team at most on a CPU.
+            Default: ``limit``.
     """
     units = {
         (index, number): Unit(
@@ -180,23 +200,19 @@ def plan_buckets(
         first = team[0].parameter
         layout, wire = layouts[first], torch.float32 if wires is None else wires[first]
         contexts[layout.shard, layout.replicate, devices[first], wire].append(team)
-    return [
-        Bucket(shard, replicate, device, wire, bucketful)
-        for (shard, replicate, device, wire), members in contexts.items()
-        for bucketful in _bucketfuls(
-            _with_owners(members, shard.size, replicate.size),
-            _elements_of(members, limit, alone_on_cpu=_is_alone(shard, replicate, device)),
-        )
-    ]
+    buckets = []
+    for (shard, replicate, device, wire), members in contexts.items():
+        is_alone = shard.size == replicate.size == 1
+        bound = alone if is_alone and alone is not None else limit
+        most = _elements_of(members, bound, device, is_alone=is_alone)
+        owned = _with_owners(members, shard.size, replicate.size)
+        buckets += [Bucket(shard, replicate, device, wire, of) for of in _bucketfuls(owned, most)]
+    return buckets
 
 
-def _is_alone(shard: Ranks, replicate: Ranks, device: torch.device) -> bool:
-    return shard.size == replicate.size == 1 and devices.is_cpu(device)
-
-
-def _elements_of(teams: list[Team], limit: int, *, alone_on_cpu: bool) -> int:
+def _elements_of(teams: list[Team], limit: int, device: torch.device, *, is_alone: bool) -> int:
     """How much a bucket holds, if it holds more than one team."""
-    if alone_on_cpu:
+    if is_alone and devices.is_cpu(device):
         return min(limit, _ALONE_ON_CPU_ELEMENTS)
     # A bucket of the largest team takes this much anyway; with less in the others there would be
     # more of them, and in each some would wait for the owner of a large one.

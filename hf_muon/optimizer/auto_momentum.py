@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_muon.optimizer.momentum import in_dtype_of, term_names
+from hf_muon.optimizer.momentum import term_names
 from hf_muon.rules import KERNELS
-from hf_muon.stages import Buffer, Given, Stage, Statistic, square_norm
+from hf_muon.stages import Buffer, Given, Stage, Statistic, in_dtype_of, square_norm
 
 # The averages: 1/(1−β), and the one that is used until another one is known to be better.
 WINDOWS = (5, 10, 20, 50, 100)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,35 +22,18 @@ from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.int8 import add_largest, decoded, encode
 from hf_muon.optimizer.lora_tangent import rescale
+from hf_muon.optimizer.parts import Part, Told, of_matrix, rows_of
 from hf_muon.stages import (
     NORMS,
     Buffer,
     Given,
-    Momentum,
     Stage,
     Statistic,
-    blocks_in,
     of_matrices,
 )
 
 Lists = Iterable[list[Tensor]]
 Sums = dict[Unit, Tensor]
-
-
-class Part(NamedTuple):
-    """A portion of the pieces that share β and scale, with what stays the same in every step."""
-
-    portion: Portion
-    momentum: Momentum
-    scale: float
-    weights: list[Tensor]
-    kept: dict[str, list[Tensor]]
-    shapes: list[tuple[int, int]]
-    told: dict[int, Told]
-
-
-Told = tuple[tuple[list[Tensor], ...], Given]
-"""What a stage gets with a portion: its buffers, and what else it is told."""
 
 
 class Held:
@@ -82,7 +65,7 @@ class Held:
             if buffer.kind == "entries":
                 self._entries[buffer.name] = self.views(tensors)
             else:
-                found = {u: _of_matrix(buffer, u, tensors[u.parameter]) for u in bucket.units}
+                found = {u: of_matrix(buffer, u, tensors[u.parameter]) for u in bucket.units}
                 self._of_units[buffer.name] = found
         self.scales = [sizes[unit] for unit, _ in self.items]
         of_first = weights[bucket.units[0].parameter] if bucket.units else None
@@ -134,7 +117,7 @@ class Held:
             kept[name] = [
                 of_units[unit]
                 if of_units[unit].dim() < 2
-                else _rows(of_units[unit], piece.row, piece.rows, portion)
+                else rows_of(of_units[unit], piece.row, piece.rows, portion)
                 for unit, piece in portion.each(self.items)
             ]
         momentum, scale = portion.key
@@ -210,11 +193,12 @@ class Held:
             with step.guarded() as found:
                 found += statistic.measure(x, *self._told(step, stage, part))
                 _check_count(found, items)
-            for (unit, piece), one in zip(items, found, strict=False):  # none where it failed
-                of_unit = sums[unit]
-                if statistic.of_rows:
-                    of_unit = _rows(of_unit, piece.row, piece.rows, part.portion)
-                of_unit += one.to(of_unit)
+            totals = [sums[unit] for unit, _ in items]
+            if statistic.of_rows:
+                of_items = zip(totals, items, strict=True)
+                totals = [rows_of(of, p.row, p.rows, part.portion) for of, (_, p) in of_items]
+            if found:  # it did not fail
+                _add(totals, found, distinct=len({unit for unit, _ in items}) == len(items))
         yield from combined(flat, self.bucket.shard)
         return sums
 
@@ -273,7 +257,7 @@ class Held:
         items = part.portion.each(self.items)
         if not (stage.statistic and stage.statistic.of_rows):
             return [whole[unit] for unit, _ in items]
-        return [_rows(whole[u], piece.row, piece.rows, part.portion) for u, piece in items]
+        return [rows_of(whole[u], piece.row, piece.rows, part.portion) for u, piece in items]
 
     # --- momentum of one byte -------------------------------------------------------------------
 
@@ -309,7 +293,7 @@ class Held:
     def _blocks(self, part: Part, buffer: Buffer, of_units: Mapping[Unit, Tensor]) -> list[Any]:
         """The blocks of each tensor of a portion, and its first column."""
         return [
-            (_rows(of_units[unit], piece.row, piece.rows, part.portion), piece.col)
+            (rows_of(of_units[unit], piece.row, piece.rows, part.portion), piece.col)
             for unit, piece in part.portion.each(self.items)
         ]
 
@@ -359,18 +343,14 @@ class Held:
                 of_units[unit].div_(factor.to(of_units[unit]))
 
 
-def _of_matrix(buffer: Buffer, unit: Unit, of_parameter: Tensor) -> Tensor:
-    """What a buffer keeps of one matrix: (m, 1), (numbers,) or (m, blocks)."""
-    of_one, (rows, cols) = of_parameter[unit.matrix], unit.shape
-    if buffer.kind == "rows":
-        return of_one[:rows, None]
-    return of_one if buffer.kind == "numbers" else of_one[:rows, : blocks_in(cols)]
-
-
-def _rows(of_matrix: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
-    """The rows of a piece, or of a portion of it, in what belongs to all rows of its matrix."""
-    of_piece = of_matrix[first : first + rows]
-    return of_piece if portion.rows is None else of_piece[portion.rows]
+def _add(totals: list[Tensor], found: list[Tensor], *, distinct: bool) -> None:
+    """Add each to its total, in one call where no two have the same one."""
+    found = [one.to(total) for total, one in zip(totals, found, strict=True)]
+    if distinct:
+        torch._foreach_add_(totals, found)
+        return
+    for total, one in zip(totals, found, strict=True):
+        total += one
 
 
 def _check_count(found: Sequence[Any], asked: Sequence[Any]) -> None:

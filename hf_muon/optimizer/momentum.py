@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.rules import FILTERS, KERNELS
-from hf_muon.stages import Buffer, Given, Momentum, Stage
+from hf_muon.stages import Buffer, Given, Momentum, Stage, in_dtype_of
 
 
 def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
@@ -82,11 +82,6 @@ def weights_of(settings: Mapping[str, Any]) -> Sequence[float]:
 def past_weight(momenta: Sequence[float], weights: Sequence[float]) -> float:
     """μ = Σ w_k·β_k: the weight of all earlier inputs in a kernel's output; β of one term."""
     return sum(weight * beta for weight, beta in zip(weights, momenta, strict=True))
-
-
-def in_dtype_of(x: list[Tensor], buffer: list[Tensor]) -> list[Tensor]:
-    """Each tensor in the dtype of its buffer, which is that of the arithmetic."""
-    return [one.to(kept.dtype) for one, kept in zip(x, buffer, strict=True)]
 
 
 def single(settings: Mapping[str, Any], step: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
+from hf_muon.distributed.buckets import Bucket, Unit, bucket_elements, plan_buckets
 from hf_muon.distributed.find import (
     compute_device,
     find_layout,
@@ -188,8 +188,8 @@ class Plans:
         wires = [wire_dtype(group, *of) for of in zip(dtypes, devices, strict=True)]
         copies = 2 if together else 1  # of pairs, the owner gets the weights as well
         largest = max(wire.itemsize for wire in wires)
-        limit = int(group["bucket_mb"] * 2**20 / (copies * largest))
-        return plan_buckets(layouts, devices, limit, together, wires)
+        limits = bucket_elements(group["bucket_mb"], copies * largest)
+        return plan_buckets(layouts, devices, limits[0], together, wires, limits[1])
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Where the matrices of a tensor are; found once for each kind of tensor."""

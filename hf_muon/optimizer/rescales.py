@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_muon.polar import alike
 from hf_muon.rules import RESCALES
 from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, square_norm, wide
 
@@ -17,11 +18,12 @@ _EPS = 1e-8
 
 def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """U·√min(m, n)/‖U‖_F: the RMS of a polar factor, 1/√max(m, n). Zero stays zero."""
-    factors = (
-        torch.where(norm > 0, min(shape) ** 0.5 / norm, 0.0)
-        for shape, norm in zip(given.shapes, given.norms, strict=True)
-    )
-    return [u * factor.to(u) for u, factor in zip(x, factors, strict=True)]
+    factors: dict[int, Tensor] = {}
+    for (m, n), places in alike(given.shapes).items():
+        norms = torch.stack([given.norms[place] for place in places])
+        of_shape = torch.where(norms > 0, min(m, n) ** 0.5 / norms, 0.0).to(x[0].dtype)
+        factors.update(zip(places, of_shape.unbind(), strict=True))
+    return [u * factors[place] for place, u in enumerate(x)]
 
 
 def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:

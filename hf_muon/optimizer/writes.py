@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_muon.polar import devices
 from hf_muon.rules import WRITES
-from hf_muon.stages import Buffer, Given, Stage, Statistic, square_norm, wide
+from hf_muon.stages import Buffer, Given, Stage, Statistic, in_dtype_of, square_norm, wide
 
 
 def apply_update(
@@ -34,14 +35,17 @@ def apply_update(
         cautious: Decay only the entries in which the decay and the update have the same
             direction, U·W > 0 (arXiv 2510.12402).
     """
+    on_cpu, dtype = devices.is_cpu(weights[0].device), weights[0].dtype
+    if not on_cpu and torch.promote_types(dtype, updates[0].dtype) == dtype:  # no digit is lost
+        updates = in_dtype_of(updates, weights)
     if weight_decay and cautious:
         for weight, update in zip(weights, updates, strict=True):
             agrees = (update * weight) > 0
             weight.sub_(weight * agrees, alpha=lr * weight_decay)
-    elif weight_decay and weights[0].dtype.itemsize >= 4:
+    elif weight_decay and (dtype.itemsize >= 4 or not on_cpu):
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
     elif weight_decay:
-        for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype, on a CPU
+        for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype
             weight.mul_(1 - lr * weight_decay)
     # In one call per tensor where dtypes differ, but without another rounding.
     torch._foreach_add_(weights, updates, alpha=-(lr * scale))

@@ -8,7 +8,7 @@ from . import devices
 from .coefficients import FAMILIES, check_steps, register_coefficients
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
 from .precision import COMPUTE_DTYPES, compute_dtype, in_own_dtype
-from .together import apply_together, batched, batched_alike
+from .together import alike, apply_together, batched, batched_alike
 from .workspace import Workspace
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "METHODS",
     "Workspace",
+    "alike",
     "apply_together",
     "batched",
     "batched_alike",

@@ -23,6 +23,7 @@ from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
 from .newton_schulz import newton_schulz
 from .precision import check_name, compute_dtype, in_own_dtype, svd_dtype
 from .scale import STARTS, prescale
+from .together import aligned
 from .workspace import Workspace
 
 METHODS = ("auto", "newton_schulz", "gram", "svd")
@@ -173,6 +174,12 @@ def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty)
     """Bring x into shape, in memory that the result needs anyway, iterate, and bring it back."""
     is_tall = out.shape[-2] > out.shape[-1]
     *batch, s, l = out.mT.shape if is_tall else out.shape  # noqa: E741
+    sides = aligned(s, x.device), aligned(l, x.device)
+    if sides != (s, l):
+        _iterate_padded(
+            x.mT if is_tall else x, out.mT if is_tall else out, sides, run, squares, empty
+        )
+        return
     square = empty("squares", (squares, *batch, s, s))
     here = out if out.dtype == square.dtype else empty("here", out.shape)
     other = empty("other", (*batch, s, l))
@@ -186,6 +193,17 @@ def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty)
         here.copy_(X.mT)
     if here is not out:
         out.copy_(here)
+
+
+def _iterate_padded(
+    x: Tensor, out: Tensor, sides: tuple[int, int], run: Iteration, squares: int, empty: Empty
+) -> None:
+    """The same for wide matrices (…, s, l), with zeros up to some sides around them."""
+    *batch, s, l = x.shape  # noqa: E741
+    X = empty("other", (*batch, *sides)).zero_()
+    prescale(x, out=X[..., :s, :l])
+    found = run(X, empty("here", X.shape), empty("squares", (squares, *batch, sides[0], sides[0])))
+    out.copy_(found[..., :s, :l])
 
 
 def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> str:

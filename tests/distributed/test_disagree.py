@@ -9,7 +9,7 @@ NAMED = {
     "order": r"order of muon group 0: 'pre_polar' on rank 0, 'post_polar' on rank 1",
     "lr": "lr of muon group 0: 0.02 on rank 0, 0.03 on rank 1",
     "weight_decay": "weight_decay of muon group 0: 0.1 on rank 0, 0.2 on rank 1",
-    "bucket_mb": "bucket_mb of muon group 0: 32.0 on rank 0, 0.01 on rank 1",
+    "bucket_mb": "bucket_mb of muon group 0: 'auto' on rank 0, 0.01 on rank 1",
     "distribute": "distribute of muon group 0: 'auto' on rank 0, 'redundant' on rank 1",
     "polar_dtype": "polar_dtype of muon group 0: 'float32' on rank 0, 'bfloat16' on rank 1",
     "matrices": "matrices and owners of muon group 0",
