@@ -147,8 +147,9 @@ def _gather(
     received, work = _all_to_all(packed, bucket.outgoing, bucket.incoming, bucket.shard)
     yield
     work.wait()
-    for (unit, piece), block in _unpacked(bucket.incoming, received):
-        piece.of_matrix(matrices[unit]).copy_(block)
+    blocks = list(_unpacked(bucket.incoming, received))
+    places = [piece.of_matrix(matrices[unit]) for (unit, piece), _ in blocks]
+    _copy(places, [block for _, block in blocks])
 
 
 def _scattered(
@@ -156,8 +157,9 @@ def _scattered(
 ) -> Generator[None, None, None]:
     """Add what the other members of the shard group computed."""
     packed = _flat(bucket.incoming, wire, bucket.device)
-    for (unit, piece), block in _unpacked(bucket.incoming, packed):
-        block.copy_(piece.of_matrix(outputs[unit]))
+    blocks = list(_unpacked(bucket.incoming, packed))
+    found = [piece.of_matrix(outputs[unit]) for (unit, piece), _ in blocks]
+    _copy([block for _, block in blocks], found)
     received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
     yield
     work.wait()
@@ -173,9 +175,8 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
         yield
         return
     send = torch.empty(width, dtype=wire, device=bucket.device)
-    own = [bucket.by_replica[replicate.index]]
-    for item, block in _unpacked(own, send):
-        block.copy_(results[item])
+    own = list(_unpacked([bucket.by_replica[replicate.index]], send))
+    _copy([block for _, block in own], [results[item] for item, _ in own])
     send[counts[replicate.index] :].zero_()
     received = torch.empty(replicate.size, width, dtype=wire, device=bucket.device)
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
@@ -195,6 +196,12 @@ def combined(
         work = dist.all_reduce(values, op, group=members.group, async_op=True)
         yield
         work.wait()
+
+
+def _copy(places: list[Tensor], blocks: list[Tensor]) -> None:
+    """Write each block to its place, in one call for all of them."""
+    if places:
+        torch._foreach_copy_(places, blocks)
 
 
 def _counts(lists: Iterable[list[Item]]) -> list[int]:

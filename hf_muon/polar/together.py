@@ -114,11 +114,8 @@ def _apply_wide(function: Callable[[Tensor], object], batch: Tensor, tall: int) 
     if not tall and sides == (s, l):
         function(batch)
         return
-    room = (
-        batch.new_empty(len(batch), *sides)
-        if sides == (s, l)
-        else batch.new_zeros(len(batch), *sides)
-    )
+    make = batch.new_empty if sides == (s, l) else batch.new_zeros
+    room = make((len(batch), *sides))
     places = [
         (batch[:wide].view(wide, s, l), room[:wide, :s, :l]),
         (batch[wide:].view(tall, l, s), room[wide:, :s, :l].mT),
