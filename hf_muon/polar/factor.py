@@ -20,6 +20,7 @@ from .coefficients import FAMILIES, check_steps
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
 from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
+from .kernels import HALVES, TORCH
 from .newton_schulz import newton_schulz
 from .precision import check_name, compute_dtype, in_own_dtype, svd_dtype
 from .scale import STARTS, prescale
@@ -138,8 +139,8 @@ def orthogonalize(
             _iteration(name, compile),
             triples=coefficient_table(coefficients, steps, half_gram=half_gram),
             start=STARTS[family.start],
-            # Not where it is compiled: views as results would cut the graph into pieces.
-            mirror=not compile and (name == "gram" or family.mirrors),
+            # Not by half where it is compiled: views as results would cut the graph into pieces.
+            products=HALVES if not compile and (name == "gram" or family.mirrors) else TORCH,
         )
         empty = partial((workspace or Workspace()).empty, dtype=target, device=x.device)
         into = result.view(flat)
