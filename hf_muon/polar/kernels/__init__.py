@@ -4,7 +4,8 @@ In: a name (``auto``, ``torch``, …), a device and a dtype. Out: :class:`Produc
 that an iteration multiplies and measures with.
 """
 
+from .choice import KERNELS, check_kernel, products_for
 from .halves import HALVES
 from .products import TORCH, Products
 
-__all__ = ["HALVES", "TORCH", "Products"]
+__all__ = ["HALVES", "KERNELS", "TORCH", "Products", "check_kernel", "products_for"]

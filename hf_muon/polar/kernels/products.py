@@ -50,12 +50,15 @@ class Products:
         symmetric: a product that the caller knows to be symmetric up to rounding, as is its C.
         norm: the Frobenius norms of contiguous matrices, () or (k, 1, 1), in their dtype, but in
             float32 of float16, where a sum of squares overflows.
+        is_fixed: whether a matrix gets the same bits alone and in any batch, and whether symmetric
+            products are exactly symmetric.
     """
 
     name: str
     general: Product
     symmetric: Product
     norm: Callable[[Tensor], Tensor]
+    is_fixed: bool = False
 
     def gram(self, X: Tensor, *, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
         """Return X Xᵀ."""
