@@ -70,7 +70,7 @@ def products_for(
     if kernel == "torch" or (kernel == "auto" and (device.type != "cuda" or dtype not in _HALF)):
         return own
     name = "triton" if kernel == "auto" else kernel
-    if dtype not in _DTYPES[name]:
+    if dtype not in _DTYPES[name] or torch.compiler.is_compiling():
         return own
     if is_fake:
         return own if _missing(name) else _loaded(name)
