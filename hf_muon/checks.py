@@ -190,6 +190,11 @@ def _check_combinations(config: Any) -> None:
             f"polar_dtype={config.polar_dtype!r} with polar_method='svd': an SVD needs 'float32', "
             "'float64' or 'auto'."
         )
+    if config.polar_kernel not in ("auto", "torch") and config.compile:
+        raise ValueError(
+            f"polar_kernel={config.polar_kernel!r} with compile=True, which takes torch's "
+            "products: choose one."
+        )
 
 
 def _check_hyperball(config: Any) -> None:

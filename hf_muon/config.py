@@ -20,6 +20,7 @@ from hf_muon.values import parsed, read_json, require_known, shown, typed
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
+PolarKernel = Literal["auto", "torch", "triton", "quack"]
 PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
 MomentumDtype = Literal["int8", "bfloat16", "float16", "float32", "float64"]
@@ -72,6 +73,9 @@ class MuonConfig:
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32; on
             a CPU also for ``gram`` where one side of a matrix is at most 16.
+        polar_kernel: Who multiplies: ``torch``, ``triton``, ``quack`` (quack-kernels), or ``auto``:
+            ``triton`` in half precision on NVIDIA devices where it is installed and passes a check
+            at first use, else ``torch``.
         adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
             ``spectral`` √(m/n), ``none`` 1.
         lr: Learning rate of the matrices.
@@ -134,6 +138,7 @@ class MuonConfig:
     coefficients: str = "polar_express"
     polar_steps: int = 5
     polar_dtype: PolarDtype = "auto"
+    polar_kernel: PolarKernel = "auto"
     adjust_lr: AdjustLr = "match_rms_adamw"
     lr: float | None = None
     adamw_lr: float | None = None
@@ -284,6 +289,7 @@ _MUON_FIELDS = (
     "filter", "matrix_map", "map_power", "rescale", "rescale_beta", "match_update_rms", "step_rule",
     "momentum_warmup_steps", "momentum_cooldown_start", "momentum_cooldown_steps",
     "momentum_schedule", "polar_method", "coefficients", "polar_steps", "polar_dtype",
-    "adjust_lr", "cautious_weight_decay", "lora_update", "lora_damping", "tangent_iterations",
-    "tangent_balance_every", "skip_zero_gradients", "distribute", "bucket_mb", "compile",
+    "polar_kernel", "adjust_lr", "cautious_weight_decay", "lora_update", "lora_damping",
+    "tangent_iterations", "tangent_balance_every", "skip_zero_gradients", "distribute", "bucket_mb",
+    "compile",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_muon.optimizer.outliers import Outliers
 from hf_muon.polar import Workspace
 from hf_muon.stages import Momentum, Rule
 
@@ -25,7 +26,8 @@ class Step:
     """What a step has of a param group.
 
     ``gradients`` are this rank's parts, ``momenta`` the β of each matrix and ``counts`` the steps
-    before, of each parameter. What a map that may fail raised is in ``failures``.
+    before, of each parameter. What half precision is not enough for is in ``outliers``, and what a
+    map that may fail raised in ``failures``.
     """
 
     settings: Settings
@@ -34,6 +36,7 @@ class Step:
     momenta: list[list[Momentum]]
     counts: list[Tensor]
     workspace: Workspace
+    outliers: Outliers = field(default_factory=Outliers)
     failures: list[Exception] = field(default_factory=list)
 
     @contextmanager

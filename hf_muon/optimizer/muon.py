@@ -36,7 +36,7 @@ from hf_muon.optimizer.launcher import (
 from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plan, Plans, momenta_of
 from hf_muon.optimizer.step import bucket_step
-from hf_muon.polar import Workspace, polar_factor
+from hf_muon.polar import Workspace, check_kernel, polar_factor
 from hf_muon.rules import check_rule, rule_of
 from hf_muon.stages import Momentum
 
@@ -140,6 +140,7 @@ class Muon(Optimizer):
             first = group["params"][0]
             dtype = (first[1] if isinstance(first, tuple) else first).dtype
             check_rule(group, partial(polar_factor, method="svd"), dtype)
+            check_kernel(group["polar_kernel"])
         keys = {*group, "param_names"}
         super().add_param_group(group)
         for key in self.param_groups[-1].keys() - keys:  # defaults that are not of this algorithm

@@ -35,10 +35,11 @@ from hf_muon.optimizer.entries import Entry, Group
 from hf_muon.optimizer.held import Held
 from hf_muon.optimizer.lora import pair_step_size
 from hf_muon.optimizer.momentum import momentum_at
+from hf_muon.optimizer.outliers import Outliers
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.optimizer.step import may_fail, wire_dtype
-from hf_muon.polar import Workspace
+from hf_muon.optimizer.step import may_fail, products_name, wire_dtype
+from hf_muon.polar import Workspace, devices
 from hf_muon.rules import rule_of
 from hf_muon.stages import Buffer, Momentum, Rule
 
@@ -46,7 +47,8 @@ State = dict[str, Any]
 
 # The settings of a group that a plan follows from, beside its rule.
 _PLANNED_BY = (
-    "bucket_mb", "distribute", "polar_method", "polar_dtype", "polar_steps", "adjust_lr",
+    "bucket_mb", "distribute", "polar_method", "polar_dtype", "polar_steps", "polar_kernel",
+    "compile", "adjust_lr",
 )  # fmt: skip
 
 
@@ -71,6 +73,12 @@ class Plan:
         self._seen: Any = None
         self._held: tuple[frozenset[int], list[Held]] = frozenset(), []
         _check_whole(self.rule, entries, buckets)
+        self._outliers = Outliers()
+        is_fake = any(map(devices.is_fake, locals_of([entry.tensor for entry in entries[:1]])))
+        self._products = [
+            products_name(group, device, is_fake)
+            for device in dict.fromkeys(bucket.device for bucket in buckets)
+        ]
 
     def refresh(self, states: Sequence[State]) -> bool:
         """Take note of the tensors and their state; whether they are others than before."""
@@ -108,7 +116,14 @@ class Plan:
         for entry in trained:
             gradients[self._number[entry]] = local_gradient(entry.tensor)
         counts = [state["step"] for state in self._states]
-        return Step(group, self.rule, gradients, self._momenta(counts), counts, workspace)
+        self._outliers.read(self._name_of)
+        momenta = self._momenta(counts)
+        return Step(group, self.rule, gradients, momenta, counts, workspace, self._outliers)
+
+    def _name_of(self, unit: Unit) -> str:
+        entry = self.entries[unit.parameter]
+        several = len(entry.matrices) > 1
+        return f"{entry.name}, matrix {unit.matrix}" if several else entry.name
 
     def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
         """β of each matrix of each entry."""
@@ -123,6 +138,7 @@ class Plan:
 
     def count(self, trained: Sequence[Entry]) -> None:
         """Count a step of some entries; not in place, because loaders may share one tensor."""
+        self._outliers.send()
         states = [self._states[self._number[entry]] for entry in trained]
         counted = torch._foreach_add([state["step"] for state in states], 1)
         for state, step in zip(states, counted, strict=True):
@@ -151,6 +167,7 @@ class Plan:
         return {
             f"parameters {where}": len(names),
             f"wire dtype {where}": sorted({str(bucket.wire)[6:] for bucket in self.buckets}),
+            f"products of polar factors {where}": self._products,
             f"momenta {where}": self.group.get("momenta"),
             **{f"shape of {name}": shape for name, shape in names},
             f"matrices and owners {where}": zlib.crc32(repr(owners).encode()),

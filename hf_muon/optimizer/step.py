@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_muon.distributed.buckets import Unit
+from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.exchange import (
     Fill,
     Result,
@@ -29,7 +30,7 @@ from hf_muon.distributed.exchange import (
 from hf_muon.optimizer.context import Settings, Step
 from hf_muon.optimizer.held import Held, Sums
 from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
-from hf_muon.polar import Workspace, compute_dtype, orthogonalize
+from hf_muon.polar import Workspace, compute_dtype, devices, orthogonalize, products_for
 from hf_muon.polar.precision import svd_dtype
 from hf_muon.rules import rule_of
 from hf_muon.stages import Rule
@@ -86,7 +87,7 @@ def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, M
     empty = step.workspace.empty if bucket.is_alone else newly_allocated
     seen: dict[Unit, Tensor] = {}
     results = yield from exchange(
-        bucket, fill, _replacing(step), bucket.wire, empty, whole.replaces, seen
+        bucket, fill, _replacing(bucket, step), bucket.wire, empty, whole.replaces, seen
     )
     following = step.rule.after[0] if step.rule.after else step.rule.write
     statistic = following.statistic
@@ -122,12 +123,12 @@ def may_fail(rule: Rule, settings: Settings, is_first: bool) -> bool:
     return rule.may_fail or refuses or settings["polar_method"] == "svd"
 
 
-def _replacing(step: Step) -> Callable[[Tensor], None]:
+def _replacing(bucket: Bucket, step: Step) -> Callable[[Tensor], None]:
     """A map as a function that replaces matrices by what it makes of them; an error gives zeros."""
     whole, settings = step.rule.whole, step.settings
-    polar = polar_function(settings, step.workspace)
+    usual = polar_function(settings, step.workspace)
 
-    def replace(X: Tensor) -> None:
+    def replace(X: Tensor, polar: Callable[..., Tensor] = usual) -> None:
         if whole.replaces and settings["polar_method"] != "svd":
             whole.run(X, partial(polar, out=X), settings)
             return
@@ -137,7 +138,9 @@ def _replacing(step: Step) -> Callable[[Tensor], None]:
                 _check_mapped(found[0], X)
         X.copy_(found[0]) if found else X.zero_()
 
-    return replace
+    if devices.is_cpu(bucket.device):
+        return replace
+    return step.outliers.watched(replace, usual, chain(*bucket.batches))
 
 
 def _check_mapped(found: Tensor, X: Tensor) -> None:
@@ -156,9 +159,24 @@ def polar_function(settings: Settings, workspace: Workspace | None = None) -> Ca
         coefficients=settings["coefficients"],
         steps=settings["polar_steps"],
         dtype=settings["polar_dtype"],
+        kernel=settings["polar_kernel"],
         compile=settings["compile"],
         workspace=workspace,
     )
+
+
+def products_name(settings: Settings, device: torch.device, is_fake: bool = False) -> str:
+    """Who multiplies on a device, after a check at first use.
+
+    Raises:
+        RuntimeError: ``polar_kernel`` names one that cannot.
+    """
+    svd = settings["polar_method"] == "svd" or rule_of(settings).whole.decomposes
+    if svd or settings["compile"]:
+        return "torch"
+    dtype = compute_dtype(settings["polar_dtype"], device)
+    kernel = settings["polar_kernel"]
+    return products_for(kernel, device, dtype, by_halves=True, is_fake=is_fake).name
 
 
 def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:

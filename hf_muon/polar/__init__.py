@@ -7,6 +7,7 @@ returns the compute dtype. Needs torch alone.
 from . import devices
 from .coefficients import FAMILIES, check_steps, register_coefficients
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
+from .kernels import check_kernel, products_for
 from .precision import COMPUTE_DTYPES, compute_dtype, in_own_dtype
 from .together import alike, apply_together, batched, batched_alike
 from .workspace import Workspace
@@ -21,11 +22,13 @@ __all__ = [
     "batched",
     "batched_alike",
     "cheapest_iteration",
+    "check_kernel",
     "check_steps",
     "compute_dtype",
     "devices",
     "in_own_dtype",
     "orthogonalize",
     "polar_factor",
+    "products_for",
     "register_coefficients",
 ]

@@ -195,12 +195,21 @@ def register_coefficients(
         raise ValueError(f"coefficients={name!r} exist with other triples: choose another name.")
 
 
+def largest(triples: Sequence[Triple]) -> float:
+    """The largest singular value that a composition makes of any in [0.001, 1]."""
+    return max(_composed(triples, x) for x in _GRID)
+
+
 def _excess(triples: Sequence[Triple]) -> str | None:
     """The first singular value on a grid that a composition takes out of bounds, and where to."""
     for x in _GRID:
-        y = x
-        for a, b, c in triples:
-            y *= a + y * y * (b + y * y * c)
+        y = _composed(triples, x)
         if not 0 < y <= _LARGEST:
             return f"{x:.4g} to {y:.4g}"
     return None
+
+
+def _composed(triples: Sequence[Triple], x: float) -> float:
+    for a, b, c in triples:
+        x *= a + x * x * (b + x * x * c)
+    return x

@@ -1,12 +1,15 @@
 """What kind of device works best in which way: small pieces and one by one, or in few large calls.
 
-In: a device. Out: yes or no. Asked as ``devices.is_cpu(…)`` wherever the way of working follows
-from the device: one place decides, and a test can take the other way with real numbers.
+In: a device, or a tensor. Out: yes or no. Asked as ``devices.is_cpu(…)`` wherever the way of
+working follows from the device: one place decides, and a test can take the other way with real
+numbers.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def is_cpu(device: torch.device) -> bool:
@@ -15,3 +18,8 @@ def is_cpu(device: torch.device) -> bool:
     Elsewhere each call costs a launch, so that it serves as many tensors as memory allows.
     """
     return device.type == "cpu"
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has no memory behind it, only a shape, a dtype and a device."""
+    return x.is_meta or isinstance(x, FakeTensor)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .coefficients import FAMILIES, check_steps
+from .coefficients import FAMILIES, Family, check_steps
 from .coefficients import coefficients as coefficient_table
 from .exact import svd_polar
 from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
+from .kernels import TORCH, Products, check_kernel, products_for
 from .newton_schulz import newton_schulz
+from .outliers import zero_outliers_
 from .precision import check_name, compute_dtype, in_own_dtype, svd_dtype
 from .scale import STARTS, prescale
 from .together import aligned
@@ -45,6 +47,7 @@ def polar_factor(
     coefficients: str = "polar_express",
     steps: int = 5,
     dtype: str | torch.dtype | None = None,
+    kernel: str = "auto",
 ) -> Tensor:  # (…, m, n) -> (…, m, n)
     """Return the polar factor of each matrix, in the dtype of ``x``.
 
@@ -65,6 +68,12 @@ def polar_factor(
             None or ``auto`` takes bfloat16 where the device has it natively, else float32, which
             a CPU also takes for ``gram`` if the shorter side is at most 16. ``svd`` computes in
             float32, and in float64 for float64 input or on request.
+        kernel: who multiplies: ``torch``, its library, on a CPU symmetric products by halves;
+            ``triton`` (bfloat16, float16, float32; others go to ``torch``), kernels whose bits do
+            not depend on the batch; ``quack`` (bfloat16, float16), symmetric products of
+            quack-kernels; or ``auto``: ``triton`` in bfloat16 and float16 on NVIDIA devices of
+            compute capability 8.0 and newer, if it is installed and passes a check against float64
+            at first use, else ``torch``.
 
     Returns:
         Shape and dtype of ``x``, contiguous.
@@ -73,6 +82,7 @@ def polar_factor(
         TypeError: ``x`` is not a strided tensor of real floating-point numbers, or an argument has
             the wrong type.
         ValueError: ``x`` has fewer than two dimensions, or an argument is not among those allowed.
+        RuntimeError: ``kernel`` names one that is not installed or cannot be used on this device.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
@@ -80,7 +90,9 @@ def polar_factor(
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
-    factor = orthogonalize(x, method=method, coefficients=coefficients, steps=steps, dtype=dtype)
+    factor = orthogonalize(
+        x, method=method, coefficients=coefficients, steps=steps, dtype=dtype, kernel=kernel
+    )
     return factor.to(x.dtype)
 
 
@@ -92,9 +104,11 @@ def orthogonalize(
     coefficients: str,
     steps: int,
     dtype: str | torch.dtype | None,
+    kernel: str = "auto",
     compile: bool = False,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
+    outliers: list[Tensor] | None = None,
 ) -> Tensor:  # (…, m, n) -> (…, m, n)
     """Return the polar factor of each matrix, in the compute dtype; no gradient is recorded.
 
@@ -110,6 +124,7 @@ def orthogonalize(
         coefficients: see ``polar_factor``.
         steps: see ``polar_factor``.
         dtype: see ``polar_factor``.
+        kernel: see ``polar_factor``; ``compile`` takes torch's library.
         compile: run the iteration through ``torch.compile``, compiled once per shape. Matrix
             products stay library calls; what lies between them is fused, without rounding to the
             compute dtype in between, so results differ from the plain ones by such roundings. On
@@ -117,12 +132,15 @@ def orthogonalize(
         out: where the result goes, in its dtype: contiguous, of the shape of x, or x itself.
             Default: a new tensor in the compute dtype.
         workspace: memory for temporaries that later calls use again. Default: none is kept.
+        outliers: gets flags (k,): the matrices whose factor half precision took out of range, and
+            for which the result is zero. In float32 and on CPUs nothing does. Default: no check.
 
     Returns:
         Shape of ``x``; ``out`` if it is given.
     """
     _check_matrices(x)
     _check_choices(method, coefficients, steps)
+    check_kernel(kernel)
     name, target = _chosen(x, method, steps, dtype)
     result = x.new_empty(x.shape, dtype=target) if out is None else out
     if x.numel() == 0:
@@ -135,17 +153,19 @@ def orthogonalize(
             return result
         half_gram = name == "gram" and target in HALF_PRECISION
         family = FAMILIES[coefficients]
+        triples = coefficient_table(coefficients, steps, half_gram=half_gram)
         run = partial(
             _iteration(name, compile),
-            triples=coefficient_table(coefficients, steps, half_gram=half_gram),
+            triples=triples,
             start=STARTS[family.start],
-            # Not where it is compiled: views as results would cut the graph into pieces.
-            mirror=not compile and (name == "gram" or family.mirrors),
+            products=TORCH if compile else _products(x, kernel, target, name, family),
         )
         empty = partial((workspace or Workspace()).empty, dtype=target, device=x.device)
         into = result.view(flat)
         squares = 0 if compile else SQUARES[name]
         _iterate(into if out is x else x.reshape(flat), into, run, squares, empty)
+        if outliers is not None and target in HALF_PRECISION and not devices.is_cpu(x.device):
+            outliers.append(zero_outliers_(into, triples))
     return result
 
 
@@ -161,6 +181,12 @@ def _chosen(
     if is_small and name == "gram" and dtype in (None, "auto"):
         target = torch.float32
     return name, target
+
+
+def _products(x: Tensor, kernel: str, dtype: torch.dtype, method: str, family: Family) -> Products:
+    by_halves = method == "gram" or family.mirrors
+    fake = devices.is_fake(x)
+    return products_for(kernel, x.device, dtype, by_halves=by_halves, is_fake=fake)
 
 
 def _svd(x: Tensor, out: Tensor, dtype: torch.dtype) -> None:  # (…, m, n), (…, m, n)

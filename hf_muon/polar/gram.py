@@ -8,13 +8,12 @@ Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .coefficients import Triple
-from .kernels import addmm, gram_matrix, polynomial, symmetric_product
+from .kernels import Products
 from .scale import Start
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -33,7 +32,7 @@ def gram_newton_schulz(
     triples: Sequence[Triple],
     start: Start,
     *,
-    mirror: bool,
+    products: Products,
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Return q_k(R) … q₁(R) X with R = XXᵀ and q(R) = aI + bR + cR², in short runs of steps.
 
@@ -48,7 +47,7 @@ def gram_newton_schulz(
         squares: four temporaries, (4, …, s, s).
         triples: the coefficients (a, b, c) of each step.
         start: the scaling.
-        mirror: compute the products, all of them symmetric, by halves where that is faster.
+        products: how to multiply; all products but the last of a run are symmetric.
 
     Returns:
         The iterate after the last triple, equal to ``newton_schulz`` up to rounding: X or
@@ -57,13 +56,15 @@ def gram_newton_schulz(
     References:
         Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz
     """
-    gram_of: Start = start
     first = 0
     for length in run_lengths(len(triples), X.dtype):
-        gram_of(X, mirror=mirror, out=squares[0])
-        Q = product_of(squares, triples[first : first + length], mirror)
-        X, spare = addmm(None, Q, X, beta=0.0, out=spare), X
-        gram_of, first = gram_matrix, first + length
+        if first == 0:
+            start(X, products=products, out=squares[0])
+        else:
+            products.gram(X, out=squares[0])
+        Q = product_of(squares, triples[first : first + length], products)
+        X, spare = products.general(Q, X, out=spare), X
+        first += length
     return X
 
 
@@ -78,26 +79,26 @@ def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def product_of(
-    squares: Tensor, triples: Sequence[Triple], mirror: bool
+    squares: Tensor, triples: Sequence[Triple], products: Products
 ) -> Tensor:  # (4, …, s, s) -> (…, s, s)
     """Return Q = q_k … q₁ of a run for R, the first square; the others are temporaries.
 
     All factors commute, being polynomials of one R.
     """
-    product = partial(symmetric_product, mirror=mirror)
+    product = products.symmetric
     R, Q, free, other = squares.unbind()
-    q = factor_of(R, triples[0], mirror, out=Q)
+    q = factor_of(R, triples[0], products, out=Q)
     for triple in triples[1:]:
         product(R, q, out=free)
         product(q, free, out=R)
-        q = factor_of(R, triple, mirror, out=other)
+        q = factor_of(R, triple, products, out=other)
         Q, free = product(q, Q, out=free), Q
     return Q
 
 
-def factor_of(R: Tensor, triple: Triple, mirror: bool, out: Tensor) -> Tensor:
+def factor_of(R: Tensor, triple: Triple, products: Products, out: Tensor) -> Tensor:
     """Return q = aI + bR + cR², (…, s, s)."""
     a, b, c = triple
-    q: Tensor = polynomial(R, b, c, mirror=mirror, out=out)
+    q = products.polynomial(R, b, c, out=out)
     q.diagonal(dim1=-2, dim2=-1).add_(a)
     return q

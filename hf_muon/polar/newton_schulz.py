@@ -2,7 +2,7 @@
 
 In: X (…, s, l) with s <= l, contiguous, in the compute dtype, how to scale it, and temporaries.
 Out: an approximation of its polar factor, same shape and dtype.
-With ``unit_frobenius_``, the ``quintic`` triples and nothing mirrored this is the iteration of
+With ``unit_frobenius_``, the ``quintic`` triples and torch's products this is the iteration of
 torch.optim.Muon, operation for operation.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .coefficients import Triple
-from .kernels import addmm, gram_matrix, polynomial
+from .kernels import Products
 from .scale import Start
 
 
@@ -24,7 +24,7 @@ def newton_schulz(
     triples: Sequence[Triple],
     start: Start,
     *,
-    mirror: bool,
+    products: Products,
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Apply p(X) = aX + (bA + cA²)X, A = XXᵀ, once per triple.
 
@@ -37,7 +37,7 @@ def newton_schulz(
         squares: two temporaries, (2, …, s, s).
         triples: the coefficients (a, b, c) of each step.
         start: the scaling.
-        mirror: compute A and bA + cA² by halves where that is faster. It rounds differently.
+        products: how to multiply; A and bA + cA² are symmetric.
 
     Returns:
         The iterate after the last triple: X or ``spare``.
@@ -46,10 +46,10 @@ def newton_schulz(
         Keller Jordan, https://kellerjordan.github.io/posts/muon/; arXiv 2505.16932, algorithm 1.
     """
     A, B = squares.unbind()
-    start(X, mirror=mirror, out=A)
+    start(X, products=products, out=A)
     for step, (a, b, c) in enumerate(triples):
         if step > 0:
-            gram_matrix(X, mirror=mirror, out=A)
-        polynomial(A, b, c, mirror=mirror, out=B)
-        X, spare = addmm(X, B, X, beta=a, out=spare), X
+            products.gram(X, out=A)
+        products.polynomial(A, b, c, out=B)
+        X, spare = products.general(B, X, X, beta=a, out=spare), X
     return X

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .kernels import gram_matrix
+from .kernels import Products
 
 MARGIN = 1.01
 """Of the squared Schatten norm. It is rounded a few times, by at most 0.2 % each in bfloat16; what
@@ -79,17 +79,20 @@ def inverse_power_of_two(largest: Tensor) -> Tensor:
     return (2 * bias * one - exponent).clamp(min=one).view(largest.dtype)
 
 
-def unit_frobenius_(X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
-    """Divide each matrix by its Frobenius norm, in place; return XXᵀ in ``out``. Zero stays zero.
+def unit_frobenius_(
+    X: Tensor, *, products: Products, out: Tensor
+) -> Tensor:  # (…, s, l) -> (…, s, s)
+    """Divide each matrix by its Frobenius norm, in place; return XXᵀ in ``out``.
 
-    A single matrix takes the full-tensor norm, as torch.optim.Muon does; a batch may add in
-    another order.
+    Zero stays zero.
     """
-    X.div_(_norm(X))
-    return gram_matrix(X, mirror=mirror, out=out)
+    X.div_(_norm(X, products))
+    return products.gram(X, out=out)
 
 
-def unit_schatten_(X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
+def unit_schatten_(
+    X: Tensor, *, products: Products, out: Tensor
+) -> Tensor:  # (…, s, l) -> (…, s, s)
     """Divide each matrix by 1.005 times its Schatten 4-norm, in place; return XXᵀ in ``out``.
 
     Zero stays zero.
@@ -98,30 +101,23 @@ def unit_schatten_(X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:  # (…, 
     large, and XXᵀ is needed anyway. The margin covers its rounding.
     """
     if X.dtype == torch.float16:
-        X.div_(_norm(X))  # XXᵀ would overflow
-    A = gram_matrix(X, mirror=mirror, out=out)
-    inverse = (MARGIN * _norm(A)).reciprocal()
+        X.div_(_norm(X, products))  # XXᵀ would overflow
+    A = products.gram(X, out=out)
+    inverse = (MARGIN * _norm(A, products)).reciprocal()
     X.mul_(inverse.sqrt())
     return A.mul_(inverse)
 
 
-def _norm(X: Tensor) -> Tensor:
-    # float16 overflows in the sum of squares; the other dtypes keep their own norm.
-    dtype = torch.float32 if X.dtype == torch.float16 else None
-    if X.ndim == 2:
-        norm = X.norm(dtype=dtype)
-    else:
-        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=dtype)
+def _norm(X: Tensor, products: Products) -> Tensor:
     # Zero divided by the smallest normal number is zero, and a scaled nonzero matrix has a larger
     # norm. It has to be that of X's dtype: on a device a scalar takes the dtype of a matrix.
-    clamped: Tensor = norm.clamp(min=torch.finfo(X.dtype).tiny)
-    return clamped
+    return products.norm(X).clamp(min=torch.finfo(X.dtype).tiny)
 
 
 class Start(Protocol):
     """A scaling to singular values of at most one."""
 
-    def __call__(self, X: Tensor, *, mirror: bool, out: Tensor) -> Tensor:
+    def __call__(self, X: Tensor, *, products: Products, out: Tensor) -> Tensor:
         """Scale X (…, s, l) in place and return XXᵀ, (…, s, s), in ``out``."""
 
 

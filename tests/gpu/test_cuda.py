@@ -10,6 +10,7 @@ import torch
 
 from hf_muon import create_muon_optimizer, register
 from hf_muon.polar import compute_dtype, orthogonalize
+from hf_muon.polar.kernels import choice
 from tests.integration.tiny import tiny_data, tiny_llama, trainer_of
 from tests.reference import polar as reference
 
@@ -104,6 +105,35 @@ def test_float32_has_the_same_bits_where_tf32_is_allowed(method):
         assert torch.equal(orthogonalize(x, **chosen), expected)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="kernels for CUDA")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kernel", ["triton", "quack"])
+def test_kernels_pass_their_check(kernel, dtype):
+    pytest.importorskip(kernel)
+    if dtype not in choice._DTYPES[kernel]:
+        pytest.skip("torch's library multiplies in this dtype")
+    products = choice._loaded(kernel)
+    assert choice.problem_of(products, torch.device(DEVICE), dtype) is None
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", ["newton_schulz", "gram"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(33, 70), (256, 688), (1030, 520), (1024, 1536)])
+def test_a_matrix_has_the_bits_of_a_batch(shape, dtype, method):
+    pytest.importorskip("triton")
+    x = torch.randn(5, *shape, device=DEVICE)
+    chosen = {"method": method, "coefficients": "tight", "steps": 4, "dtype": dtype}
+    batch = orthogonalize(x, **chosen, kernel="triton")
+    for number, matrix in enumerate(x):
+        assert torch.equal(orthogonalize(matrix, **chosen, kernel="triton"), batch[number])
+    assert torch.equal(orthogonalize(x[1:3], **chosen, kernel="triton"), batch[1:3])
+    assert not torch.equal(batch[0], batch[1])
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])

@@ -76,7 +76,8 @@ def gradients(named, step):
 def by_loop(named, update, steps, balance_every=0, nesterov=True, momentum=0.95):
     """The same training, pair by pair and expert by expert, with nothing but the pure updates."""
     settings = {"polar_method": "auto", "coefficients": "polar_express", "polar_steps": 5}
-    polar = polar_function({**settings, "polar_dtype": "float32", "compile": False})
+    own = {"polar_dtype": "float32", "polar_kernel": "auto", "compile": False}
+    polar = polar_function({**settings, **own})
     function = product_update if update == "product" else partial(tangent_update, iterations=3)
     weights = {name: p.detach().clone() for name, p in named.items()}
     momenta = {name: torch.zeros_like(w) for name, w in weights.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_muon.polar import kernels, orthogonalize
-from hf_muon.polar.kernels import symmetric_product
+from hf_muon.polar import orthogonalize
+from hf_muon.polar.kernels import HALVES, halves
 from tests.reference import polar as reference
 
 
@@ -19,7 +19,7 @@ def test_a_mirrored_product_is_the_product(s, dtype):
     exact = 2 * A.double() + 0.5 * (A.double() @ A.double())
 
     def product(*factors, **settings):
-        return symmetric_product(*factors, **settings, mirror=True, out=torch.empty_like(A))
+        return HALVES.symmetric(*factors, **settings, out=torch.empty_like(A))
 
     def agrees(found, exact):
         # An entry of the largest size is rounded once, and its partial sums in another order.
@@ -31,7 +31,7 @@ def test_a_mirrored_product_is_the_product(s, dtype):
     assert not agrees(product(A, A, A, beta=2.0, alpha=0.7), exact)
     assert agrees(product(X, X.mT), X.double() @ X.double().mT)
     assert not agrees(1.3 * product(X, X.mT), X.double() @ X.double().mT)
-    if kernels.strips_of(A) > 1:
+    if halves.strips_of(A) > 1:
         assert torch.equal(mirrored[:64, -64:], mirrored[-64:, :64].mT)  # outside the diagonal
 
 
@@ -41,9 +41,9 @@ def test_large_matrices_on_a_cpu_are_cut_and_others_are_not():
         (191, half, 1), (384, half, 2), (768, half, 4), (4096, half, 8),
         (255, single, 1), (256, single, 2), (2048, single, 8), (0, single, 1),
     ]:  # fmt: skip
-        assert kernels.strips_of(torch.empty(s, 4, dtype=dtype)) == expected
-    assert kernels.strips_of(torch.empty(2, 768, 4)) == 1
-    assert kernels.strips_of(torch.empty(768, 4, device="meta")) == 1
+        assert halves.strips_of(torch.empty(s, 4, dtype=dtype)) == expected
+    assert halves.strips_of(torch.empty(2, 768, 4)) == 1
+    assert halves.strips_of(torch.empty(768, 4, device="meta")) == 1
 
 
 @pytest.mark.parametrize("method", ["newton_schulz", "gram"])
@@ -52,7 +52,7 @@ def test_mirroring_changes_the_factor_by_rounding_only(method, coefficients, mon
     x = reference.matrix(256, 300, "1/k").float()
     chosen = {"method": method, "coefficients": coefficients, "steps": 5, "dtype": "float32"}
     mirrored = orthogonalize(x, **chosen)
-    monkeypatch.setattr(kernels, "strips_of", lambda A: 1)
+    monkeypatch.setattr(halves, "strips_of", lambda A: 1)
     plain = orthogonalize(x, **chosen)
     assert not torch.equal(mirrored, plain)
     # float32 rounds at 6e-8, and XXᵀ squares the spread of the singular values, 256.
@@ -64,5 +64,5 @@ def test_what_agrees_with_torch_is_never_mirrored(monkeypatch):
     x = reference.matrix(256, 300).float()
     chosen = {"method": "newton_schulz", "steps": 5, "dtype": "float32"}
     before = orthogonalize(x, coefficients="quintic", **chosen)
-    monkeypatch.setattr(kernels, "strips_of", lambda A: 1)
+    monkeypatch.setattr(halves, "strips_of", lambda A: 1)
     assert torch.equal(orthogonalize(x, coefficients="quintic", **chosen), before)

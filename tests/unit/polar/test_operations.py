@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_muon import Muon
-from hf_muon.polar import Workspace, kernels, orthogonalize
+from hf_muon.polar import Workspace, orthogonalize
+from hf_muon.polar.kernels import halves
 
 
 def operations(x, **settings):
@@ -25,10 +26,8 @@ def quintic(s, l):  # noqa: E741
 @pytest.fixture
 def small_strips(monkeypatch):
     """A sixteenth of the rows, so that a sixteenth of the sides is cut as often."""
-    monkeypatch.setattr(
-        kernels, "ROWS", {dtype: rows // 16 for dtype, rows in kernels.ROWS.items()}
-    )
-    monkeypatch.setattr(kernels, "HALF_PRECISION_ROWS", kernels.HALF_PRECISION_ROWS // 16)
+    monkeypatch.setattr(halves, "ROWS", {dtype: rows // 16 for dtype, rows in halves.ROWS.items()})
+    monkeypatch.setattr(halves, "HALF_PRECISION_ROWS", halves.HALF_PRECISION_ROWS // 16)
 
 
 @pytest.mark.usefixtures("small_strips")
@@ -57,7 +56,7 @@ def test_a_factor_takes_this_share_of_the_quintics_operations(
 
 
 def test_without_mirroring_they_are_those_of_the_formulas(monkeypatch):
-    monkeypatch.setattr(kernels, "strips_of", lambda A: 1)
+    monkeypatch.setattr(halves, "strips_of", lambda A: 1)
     s, l = 32, 86  # noqa: E741
     chosen = {"coefficients": "tight", "steps": 4, "dtype": "bfloat16"}
     x = torch.randn(s, l)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_muon.polar.kernels import TORCH
 from hf_muon.polar.scale import (
     inverse_power_of_two,
     prescale,
@@ -59,7 +60,7 @@ def test_float16_is_scaled_before_the_cast():
 def test_float16_norms_do_not_overflow(start):
     x = torch.full((300, 300), 2.0, dtype=torch.float16)
     assert (x.float() ** 2).sum() > torch.finfo(torch.float16).max
-    start(x, mirror=False, out=x.new_empty(300, 300))
+    start(x, products=TORCH, out=x.new_empty(300, 300))
     # One singular value, so that both norms are it, up to the margin of half a per cent; float16
     # rounds each entry of the quotient to 5e-4 of it.
     assert x.float().norm().item() == pytest.approx(1, rel=7e-3)
@@ -72,7 +73,7 @@ def test_every_matrix_has_unit_norm(shape, dtype):
     rounding = 1e-6 if dtype == torch.float32 else 2**-8
     for start, order, expected in ((unit_frobenius_, 2, 1.0), (unit_schatten_, 4, 1.01**-0.5)):
         x = torch.randn(shape).to(dtype)
-        A = start(x, mirror=False, out=x.new_empty(*shape[:-1], shape[-2]))
+        A = start(x, products=TORCH, out=x.new_empty(*shape[:-1], shape[-2]))
         values = torch.linalg.svdvals(x.float())
         norms = (values**order).sum(-1) ** (1 / order)
         torch.testing.assert_close(norms, torch.full_like(norms, expected), rtol=rounding, atol=0)
@@ -84,6 +85,6 @@ def test_the_schatten_norm_is_the_tighter_bound():
     largest = {}
     for start in (unit_frobenius_, unit_schatten_):
         y = x.clone()
-        start(y, mirror=False, out=torch.empty_like(y))
+        start(y, products=TORCH, out=torch.empty_like(y))
         largest[start] = torch.linalg.svdvals(y)[0].item()
     assert 2 * largest[unit_frobenius_] < largest[unit_schatten_] < 1

@@ -12,7 +12,7 @@ from hf_muon.distributed.exchange import exchange, reading
 from hf_muon.distributed.layout import ALONE, Matrix
 from hf_muon.distributed.replicated import replicated_layout
 from hf_muon.polar import Workspace, apply_together, batched, batched_alike, orthogonalize
-from hf_muon.polar.kernels import strips_of
+from hf_muon.polar.kernels.halves import strips_of
 from hf_muon.polar.together import computed_together
 
 CPU = torch.device("cpu")

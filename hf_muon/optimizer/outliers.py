@@ -1,0 +1,97 @@
+"""Matrices that half precision is not enough for: noticed in one step, in float32 from the next.
+
+In: what the maps of a step flagged. Out: the same maps, in float32 for what was flagged before. The
+flags are on their way to the host while the next step is prepared, so that nothing waits for them;
+until then a flagged matrix has an update of zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_muon.distributed.buckets import Unit
+from hf_muon.polar import devices
+
+logger = logging.getLogger(__name__)
+
+Polar = Callable[..., Tensor]
+
+
+class _Sent(NamedTuple):
+    units: list[Unit]
+    flags: Tensor
+    arrived: torch.Event | None
+
+
+class Outliers:
+    """The matrices of a plan that were flagged."""
+
+    def __init__(self) -> None:
+        self.known: set[Unit] = set()
+        self._found: list[tuple[list[Unit], Tensor]] = []
+        self._sent: list[_Sent] = []
+
+    def watched(
+        self, replace: Callable[[Tensor, Polar], None], polar: Polar, units: Iterable[Unit]
+    ) -> Callable[[Tensor], None]:
+        """A function that replaces matrices, and takes note of what is flagged in them.
+
+        Args:
+            replace: replaces matrices, (m, n) or (k, m, n), by what it makes of them with a polar
+                factor.
+            polar: that polar factor.
+            units: what the function will be called for, in that order.
+        """
+        coming = iter(units)
+
+        def run(X: Tensor) -> None:
+            matrices = X if X.ndim == 3 else X[None]
+            own = list(islice(coming, len(matrices)))
+            again = [(x, x.clone()) for unit, x in zip(own, matrices, strict=True) if unit in known]
+            flags: list[Tensor] = []
+            replace(X, partial(polar, outliers=flags))
+            if not devices.is_fake(X):  # a map of one's own may ask for other polar factors, too
+                self._found += [(own, of_all) for of_all in flags if len(of_all) == len(own)]
+            for x, copy in again:
+                replace(copy, partial(polar, dtype="float32"))
+                x.copy_(copy)
+
+        known = self.known
+        return run
+
+    def send(self) -> None:
+        """Send the flags of a step to the host, without waiting."""
+        if not self._found:
+            return
+        units = [unit for own, _ in self._found for unit in own]
+        flags = torch.cat([flags for _, flags in self._found])
+        arrived = None
+        if flags.device.type == "cuda":
+            arrived = torch.Event(flags.device)
+            stream = torch.cuda.current_stream(flags.device)
+            flags = flags.to("cpu", non_blocking=True)
+            arrived.record(stream)
+        self._found.clear()
+        self._sent.append(_Sent(units, flags, arrived))
+
+    def read(self, name_of: Callable[[Unit], str]) -> None:
+        """Read the flags that have arrived, and say once of which matrices they are."""
+        self._found.clear()  # of a step that was taken back
+        while self._sent and (self._sent[0].arrived is None or self._sent[0].arrived.query()):
+            units, flags, _ = self._sent.pop(0)
+            raised = [unit for unit, is_set in zip(units, flags.tolist(), strict=True) if is_set]
+            for unit in raised:
+                if unit not in self.known:
+                    logger.warning(
+                        "The polar factor of %s is not finite or too large in half precision: it "
+                        "was not updated in that step, and is computed in float32 from now on.",
+                        name_of(unit),
+                    )
+                self.known.add(unit)

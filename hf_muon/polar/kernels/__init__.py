@@ -1,0 +1,11 @@
+"""Products of matrices, which are nearly all of the work, and who computes them.
+
+In: a name (``auto``, ``torch``, …), a device and a dtype. Out: :class:`Products`, the functions
+that an iteration multiplies and measures with.
+"""
+
+from .choice import KERNELS, check_kernel, products_for
+from .halves import HALVES
+from .products import TORCH, Products
+
+__all__ = ["HALVES", "KERNELS", "TORCH", "Products", "check_kernel", "products_for"]

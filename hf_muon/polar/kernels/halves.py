@@ -1,0 +1,56 @@
+"""Symmetric products on a CPU by half: their lower half is computed, in strips, and mirrored.
+
+In: matrices (…, m, n) with at most one batch dimension, and where results go. Out: their products.
+It pays for one large matrix on a CPU, and saves up to 44 % of the operations there; all else goes
+through torch's library as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_muon.polar import devices
+
+from .products import Products, multiply, norm
+
+ROWS = {torch.float32: 128, torch.float64: 128}
+HALF_PRECISION_ROWS = 192
+"""Fewer rows in a strip cost a CPU more in the efficiency of its kernels than the half saves."""
+MOST_STRIPS = 8
+"""The share that is computed, (k + 1)/2k for k strips, is 0.56 by then."""
+
+
+def symmetric_product(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+    out: Tensor,
+) -> Tensor:
+    """The ``Product`` of a symmetric result, by strips below the diagonal where that pays."""
+    strips = strips_of(A)
+    if strips == 1:
+        return multiply(A, B, C, beta=beta, alpha=alpha, out=out)
+    s, start = A.shape[0], 0
+    for stop in (s * (strip + 1) // strips for strip in range(strips)):
+        rows, left = slice(start, stop), slice(0, stop)
+        block = None if C is None else C[rows, left]
+        multiply(A[rows], B[:, left], block, beta=beta, alpha=alpha, out=out[rows, left])
+        # Transposing is fast between contiguous tensors, and twice as slow between views.
+        out[:start, rows] = out[rows, :start].contiguous().mT.contiguous()
+        start = stop
+    return out
+
+
+def strips_of(A: Tensor) -> int:
+    """Return into how many strips of rows a symmetric product of A (…, s, k) is cut; 1 for none."""
+    if A.ndim > 2 or not devices.is_cpu(A.device):
+        return 1
+    return min(MOST_STRIPS, max(1, A.shape[0] // ROWS.get(A.dtype, HALF_PRECISION_ROWS)))
+
+
+HALVES = Products("torch", multiply, symmetric_product, norm)
+"""Products of torch's library, symmetric ones by half on a CPU."""

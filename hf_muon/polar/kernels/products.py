@@ -1,0 +1,103 @@
+"""The products and norms of an iteration, and how torch's own library computes them.
+
+In: matrices (…, m, n) with at most one batch dimension, and where results go. Out: their products,
+and their norms. A single matrix goes through mm and addmm, the kernels torch.optim.Muon uses, so
+that results agree with it bit for bit; a batch goes through bmm and baddbmm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Product(Protocol):
+    """A way to compute beta·C + alpha·AB, or alpha·AB where C is None."""
+
+    def __call__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor | None = None,
+        *,
+        beta: float = 0.0,
+        alpha: float = 1.0,
+        out: Tensor,
+    ) -> Tensor:
+        """Return beta·C + alpha·AB.
+
+        Args:
+            A: shape (…, m, k).
+            B: shape (…, k, n).
+            C: shape (…, m, n).
+            beta: factor of C.
+            alpha: factor of the product.
+            out: the result, (…, m, n); shares no memory with the others.
+        """
+
+
+@dataclass(frozen=True)
+class Products:
+    """How an iteration multiplies matrices and measures them.
+
+    Attributes:
+        name: for logs.
+        general: any product.
+        symmetric: a product that the caller knows to be symmetric up to rounding, as is its C.
+        norm: the Frobenius norms of contiguous matrices, () or (k, 1, 1), in their dtype, but in
+            float32 of float16, where a sum of squares overflows.
+        is_fixed: whether a matrix gets the same bits alone and in any batch, and whether symmetric
+            products are exactly symmetric.
+    """
+
+    name: str
+    general: Product
+    symmetric: Product
+    norm: Callable[[Tensor], Tensor]
+    is_fixed: bool = False
+
+    def gram(self, X: Tensor, *, out: Tensor) -> Tensor:  # (…, s, l) -> (…, s, s)
+        """Return X Xᵀ."""
+        return self.symmetric(X, X.mT, out=out)
+
+    def polynomial(self, A: Tensor, b: float, c: float, *, out: Tensor) -> Tensor:
+        """Return bA + cA² for symmetric A (…, s, s)."""
+        return self.symmetric(A, A, A, beta=b, alpha=c, out=out)
+
+
+def multiply(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+    out: Tensor,
+) -> Tensor:
+    """The :class:`Product` of torch; without C, alpha is one."""
+    if C is None:
+        return torch.mm(A, B, out=out) if A.ndim == 2 else torch.bmm(A, B, out=out)
+    fused = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return fused(C, A, B, beta=beta, alpha=alpha, out=out)
+
+
+def norm(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)
+    """The norms as torch computes them.
+
+    A single matrix takes the full-tensor norm, as torch.optim.Muon does; a batch may add in another
+    order.
+    """
+    dtype = torch.float32 if X.dtype == torch.float16 else None
+    if X.ndim == 2:
+        found: Tensor = X.norm(dtype=dtype)
+    else:
+        found = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=dtype)
+    return found
+
+
+TORCH = Products("torch", multiply, multiply, norm)
+"""Products as torch's library computes them."""
