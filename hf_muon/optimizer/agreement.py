@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +29,8 @@ from hf_muon.rules import rule_of
 
 Facts = dict[str, Any]
 """What must be the same on all ranks, by a name that a user knows."""
+Given = list[tuple[Entry, Tensor]]
+"""The entries that have gradients on this rank, with them."""
 
 
 class Agreement:
@@ -59,23 +61,22 @@ class Agreement:
             FloatingPointError: A gradient holds NaN or infinity, or is out of range, on some rank.
         """
         entries = [entry for of_group in groups for entry in of_group]
-        gradients = [entry.tensor.grad for entry in entries]
+        given = _given(entries)
         members = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
-        problem = problem or _of_wrong_kind(entries)
-        fine = [] if problem else _fine(groups, self._said_small)
+        problem = problem or _of_wrong_kind(given)
+        fine = [] if problem else _fine(groups, given, self._said_small)
         if not members:
             self._say(groups, [not one for one in _read(fine)])
             if problem is not None:
                 raise problem
-            pairs = zip(entries, gradients, strict=True)
-            return {entry for entry, gradient in pairs if gradient is not None}
+            return {entry for entry, _ in given}
 
         rank = _Rank(groups, members, _device(entries), problem, fine)
         settings, key = _settings(groups), hash(tuple(entries))
         if self._compared.get(entries[0]) != key:
             # Before the first message whose length follows from what is compared.
             _told(rank, {**settings, **facts()}, [])
-        small, *active = _told(rank, settings, [int(g is not None) for g in gradients])
+        small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
         self._say(groups, [False, bool(small)])
         self._compared[entries[0]] = key
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
@@ -205,8 +206,8 @@ def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
     )
 
 
-def _of_wrong_kind(entries: Sequence[Entry]) -> Exception | None:
-    for entry, gradient in _given([entries]):
+def _of_wrong_kind(given: Given) -> Exception | None:
+    for entry, gradient in given:
         if gradient.layout is not torch.strided or gradient.is_complex():
             kind = "complex" if gradient.is_complex() else "sparse"
             return ValueError(
@@ -216,19 +217,17 @@ def _of_wrong_kind(entries: Sequence[Entry]) -> Exception | None:
     return None
 
 
-def _given(groups: Sequence[Sequence[Entry]]) -> list[tuple[Entry, Tensor]]:
-    """The entries that have gradients here, with them."""
-    entries = (entry for of_group in groups for entry in of_group)
-    return [(entry, entry.tensor.grad) for entry in entries if entry.tensor.grad is not None]
+def _given(entries: Iterable[Entry]) -> Given:
+    both = [(entry, entry.tensor.grad) for entry in entries]
+    return [(entry, gradient) for entry, gradient in both if gradient is not None]
 
 
-def _fine(groups: Sequence[Sequence[Entry]], said_small: bool) -> list[Tensor]:
+def _fine(groups: Sequence[Sequence[Entry]], given: Given, said_small: bool) -> list[Tensor]:
     """What only the device knows, (), without waiting for it: whether gradients can be used.
 
     A norm of all gradients within the limits proves that every entry is. Where momentum is kept in
     float16 the second flag is whether none is too small for it.
     """
-    given = _given(groups)
     norm = torch.nn.utils.get_total_norm(locals_of([gradient for _, gradient in given]))
     kinds = {(id(entry.group), entry.tensor.dtype): entry for entry, _ in given}
     fits = norm <= min(map(_limit, kinds.values()), default=math.inf)
@@ -243,7 +242,7 @@ def _read(flags: Sequence[Tensor]) -> list[bool]:
 
 def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
     """What is wrong with the gradients of this rank, if anything is; it looks at all of them."""
-    given = _given(groups)
+    given = _given(chain(*groups))
     bad: list[str] = []
     large: list[str] = []
     for entry, gradient in given:
