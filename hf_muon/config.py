@@ -110,6 +110,8 @@ class MuonConfig:
         bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. A process
             that trains alone on a CPU takes 2²⁰ elements, or one matrix, at most.
         compile: Run the polar iteration through ``torch.compile``.
+        cuda_graph: On one CUDA device, capture what a step does to matrices once and replay it: for
+            small matrices, whose step is all launches. Takes a second set of gradients in memory.
 
     Raises:
         ValueError: A name, type, range or combination that is not allowed. The message names the
@@ -160,6 +162,7 @@ class MuonConfig:
     distribute: Distribute = "auto"
     bucket_mb: float = 32.0
     compile: bool = False
+    cuda_graph: bool = False
 
     def __new__(cls, /, **settings: object) -> MuonConfig:
         """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""

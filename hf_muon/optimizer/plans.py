@@ -107,17 +107,26 @@ class Plan:
         gradients, group = list(self._weights), self.group
         for entry in trained:
             gradients[self._number[entry]] = local_gradient(entry.tensor)
-        counts = [state["step"] for state in self._states]
-        return Step(group, self.rule, gradients, self._momenta(counts), counts, workspace)
+        return Step(group, self.rule, gradients, self.momenta(), self.counts, workspace)
 
-    def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
-        """β of each matrix of each entry."""
-        group = self.group
+    @property
+    def counts(self) -> list[Tensor]:
+        """The steps before, of each entry; on the CPU."""
+        return [state["step"] for state in self._states]
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether β follows from the number of the step."""
+        return bool(self.group["momentum_warmup_steps"] or self.group["momentum_cooldown_steps"])
+
+    def momenta(self, ahead: int = 0) -> list[list[Momentum]]:
+        """β of each matrix of each entry in this step, or some steps ahead."""
+        group, counts = self.group, self.counts
         if group.get("momenta"):
             return [entry.momenta for entry in self.entries]
         now: list[Momentum] = [group["momentum"]] * len(counts)
-        if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
-            now = [momentum_at(group, int(count)) for count in counts]
+        if self.has_schedule:
+            now = [momentum_at(group, int(count) + ahead) for count in counts]
         pairs = zip(now, self.entries, strict=True)
         return [[momentum] * len(entry.matrices) for momentum, entry in pairs]
 

@@ -7,9 +7,12 @@ only once.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
+from hf_muon.optimizer.momentum import in_dtype_of
 from hf_muon.rules import WRITES
 from hf_muon.stages import Buffer, Given, Stage, Statistic, square_norm, wide
 
@@ -18,7 +21,7 @@ def apply_update(
     weights: list[Tensor],
     updates: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     scale: float,
     weight_decay: float,
     cautious: bool,
@@ -28,12 +31,15 @@ def apply_update(
     Args:
         weights: Each W, of any shape; written.
         updates: Their U, of the same shapes.
-        lr: Learning rate.
+        lr: Learning rate; a float64 tensor, (), where the device alone reads it.
         scale: Step-size factor of the matrices.
         weight_decay: λ, decoupled from the gradient.
         cautious: Decay only the entries in which the decay and the update have the same
             direction, U·W > 0 (arXiv 2510.12402).
     """
+    if isinstance(lr, Tensor):
+        _apply_rate(weights, updates, lr, scale, weight_decay, cautious)
+        return
     if weight_decay and cautious:
         for weight, update in zip(weights, updates, strict=True):
             agrees = (update * weight) > 0
@@ -45,6 +51,31 @@ def apply_update(
             weight.mul_(1 - lr * weight_decay)
     # In one call per tensor where dtypes differ, but without another rounding.
     torch._foreach_add_(weights, updates, alpha=-(lr * scale))
+
+
+def _apply_rate(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    scale: float,
+    weight_decay: float,
+    cautious: bool,
+) -> None:
+    """The same, where no kernel can be given lr as a number: lr·scale·U is rounded before it goes.
+
+    Weights in half precision are rounded once, in the end.
+    """
+    W = list(map(wide, weights))  # themselves in float32
+    dtype = reduce(torch.promote_types, [w.dtype for w in W])
+    U = in_dtype_of(updates, W)
+    if weight_decay and cautious:
+        decayed = [w * (u * w > 0) for w, u in zip(W, U, strict=True)]
+        torch._foreach_sub_(W, torch._foreach_mul(decayed, (lr * weight_decay).to(dtype)))
+    elif weight_decay:
+        torch._foreach_mul_(W, (1 - lr * weight_decay).to(dtype))
+    torch._foreach_sub_(W, torch._foreach_mul(U, (lr * scale).to(dtype)))
+    if any(w is not weight for w, weight in zip(W, weights, strict=True)):
+        torch._foreach_copy_(weights, W)
 
 
 def additive(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
