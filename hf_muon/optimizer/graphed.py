@@ -69,7 +69,7 @@ class Graphed:
             warnings.warn(
                 f"cuda_graph=True, and steps are done without a graph: {reason}. They are right, "
                 "and take the time that they take without the setting.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 
@@ -94,7 +94,8 @@ class _Captured:
             step.gradients = [places.get(entry, unused) for entry, unused in both]
             # In float64, as the host has it: what follows from it is rounded where it is used.
             rate = torch.zeros((), dtype=torch.float64, device=self._device)
-            step.settings = {**plan.group, "lr": rate}
+            # Steps that balance the factors of adapters are plain ones.
+            step.settings = {**plan.group, "lr": rate, "tangent_balance_every": 0}
             self._gradients += places.values()
             self._rates.append(rate)
             self._work.append((step, plan.held(entries)))
