@@ -68,3 +68,20 @@ def recording(recorders):
         return replay
 
     return Graphs(lambda work, device: work(), capture)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Raises for any tensor that is elsewhere, or made from numbers of the host."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.count = kind, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        elsewhere = {t.device.type for t in tensors((args, kwargs, out))} - {self.kind}
+        if name in FORBIDDEN or elsewhere:
+            raise RuntimeError(f"{name} in captured work, on {elsewhere}")
+        self.count += 1
+        return out

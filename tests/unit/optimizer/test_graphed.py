@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_muon import Muon, MuonConfig
-from hf_muon.optimizer import capturable, graphed
+from hf_muon.optimizer import agreement, capturable, graphed
 from hf_muon.polar import devices
-from tests.unit.optimizer.recorded import recording
+from tests.unit.optimizer.recorded import OnOneDevice, recording
 
 SHAPES = [(6, 9), (9, 6), (6, 9), (4, 4)]
 # Plain kernels round −lr·s·U and the sum together; here the product is rounded first, by 2⁻²⁴ of a
@@ -275,3 +275,34 @@ def test_what_asks_the_host_at_every_step_is_refused(settings):
     optimizer = build(cuda_graph=True)
     with pytest.raises(ValueError, match="leave one of them"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 2))], **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS.values(), {"lora_update": "product"}, {"lora_update": "tangent"}],
+    ids=[*SETTINGS, "product", "tangent"],
+)
+def test_captured_work_leaves_the_device_for_nothing(settings, monkeypatch):
+    counted = []
+
+    def capture(work, device):
+        with OnOneDevice("meta") as seen:
+            work()
+        counted.append(seen.count)
+        return lambda: None
+
+    monkeypatch.setitem(
+        capturable.KINDS, "meta", capturable.Graphs(lambda work, device: work(), capture)
+    )
+    monkeypatch.setattr(agreement, "_read", lambda flags: [True] * len(flags))
+    with torch.device("meta"):
+        make = build_pairs if "lora_update" in settings else build
+        optimizer = make(**settings, cuda_graph=True)
+        for _ in range(graphed.WARM_UP + 2):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.empty_like(p)
+            optimizer.step()
+    assert counted[0] > 20
+    with pytest.raises(RuntimeError, match=r"in captured work, on \{'cpu'\}"), OnOneDevice("meta"):
+        torch.zeros(2, device="cpu")
