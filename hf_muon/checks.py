@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from hf_muon.polar import FAMILIES, check_steps
-from hf_muon.rules import FILTERS, MAPS, RESCALES
+from hf_muon.rules import FILTERS, MAPS, RESCALES, asks_the_host
 from hf_muon.values import check_pattern, near, shown
 
 
@@ -178,6 +178,12 @@ def _check_combinations(config: Any) -> None:
         )
     if config.step_rule == "hyperball":
         _check_hyperball(config)
+    asking = asks_the_host(vars(config)) if config.cuda_graph else None
+    if asking is not None:
+        raise ValueError(
+            f"cuda_graph=True with {asking}, for which the host takes part in every step, so that "
+            "none can be replayed: leave one of them."
+        )
     if config.lora_update != "factor" and config.cautious_weight_decay:
         raise ValueError(
             f"cautious_weight_decay=True with lora_update={config.lora_update!r}, which decays the "

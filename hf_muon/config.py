@@ -116,6 +116,8 @@ class MuonConfig:
             that cost. A process that trains alone on a CPU takes 2²⁰ elements, or one matrix, at
             most.
         compile: Run the polar iteration through ``torch.compile``.
+        cuda_graph: On one CUDA device, capture what a step does to matrices once and replay it: for
+            small matrices, whose step is all launches. Takes a second set of gradients in memory.
 
     Raises:
         ValueError: A name, type, range or combination that is not allowed. The message names the
@@ -167,6 +169,7 @@ class MuonConfig:
     distribute: Distribute = "auto"
     bucket_mb: float | Literal["auto"] = "auto"
     compile: bool = False
+    cuda_graph: bool = False
 
     def __new__(cls, /, **settings: object) -> MuonConfig:
         """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""

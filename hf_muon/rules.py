@@ -122,6 +122,20 @@ def rule_of(settings: Mapping[str, Any]) -> Rule:
     )  # fmt: skip
 
 
+def asks_the_host(settings: Mapping[str, Any]) -> str | None:
+    """The setting for which a step reads from the device, counts, or may be taken back; if any."""
+    rule = rule_of(settings)
+    filters = "momentum" if settings["momentum"] == "auto" else "filter"
+    names = {WRITES[settings["step_rule"]]: "step_rule"}
+    names |= dict.fromkeys(PREFILTERS[settings["prefilter"]], "prefilter")
+    names |= dict.fromkeys(RESCALES[settings["rescale"]], "rescale")
+    found = [names.get(one, filters) for one in rule.stages if one.counts or one.may_fail]
+    found += ["matrix_map"] if rule.whole.may_fail else []
+    found += ["skip_zero_gradients"] if settings["skip_zero_gradients"] else []
+    found += ["polar_method"] if settings["polar_method"] == "svd" else []
+    return f"{found[0]}={settings[found[0]]!r}" if found else None
+
+
 def kept_by(settings: Mapping[str, Any]) -> tuple[Buffer, ...]:
     """What a step keeps of each matrix: the buffers of its rule; with int8 their sizes as well."""
     buffers = rule_of(settings).buffers

@@ -63,6 +63,16 @@ def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:
     return ranks_of(dist.group.WORLD if isinstance(group, str) else group)
 
 
+def sent_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Numbers as int32 on a device, without a wait for what it has to do before they arrive.
+
+    From memory that is not pinned, a copy to a CUDA device waits.
+    """
+    pin = device.type == "cuda" and torch.cuda.is_available()
+    here = torch.tensor(numbers, dtype=torch.int32, pin_memory=pin)
+    return here.to(device, non_blocking=True)
+
+
 def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
     """The flags that are set on any rank of some groups.
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of
+from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of, sent_to
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.auto_momentum import MOMENTA
 from hf_muon.optimizer.entries import Entry
@@ -29,6 +29,8 @@ from hf_muon.rules import rule_of
 
 Facts = dict[str, Any]
 """What must be the same on all ranks, by a name that a user knows."""
+Given = list[tuple[Entry, Tensor]]
+"""The entries that have gradients on this rank, with them."""
 
 
 class Agreement:
@@ -59,26 +61,45 @@ class Agreement:
             FloatingPointError: A gradient holds NaN or infinity, or is out of range, on some rank.
         """
         entries = [entry for of_group in groups for entry in of_group]
-        gradients = [entry.tensor.grad for entry in entries]
+        given = _given(entries)
         members = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
-        problem = problem or _problem(groups)
-        if not self._said_small and problem is None:
-            self._said_small = _say_too_small(groups)
+        problem = problem or _of_wrong_kind(given)
+        fine = [] if problem else _fine(groups, given, self._said_small)
         if not members:
+            self._say(groups, [not one for one in _read(fine)])
             if problem is not None:
                 raise problem
-            pairs = zip(entries, gradients, strict=True)
-            return {entry for entry, gradient in pairs if gradient is not None}
+            return {entry for entry, _ in given}
 
-        settings, device, key = _settings(groups), _device(entries), hash(tuple(entries))
+        rank = _Rank(groups, members, _device(entries), problem, fine)
+        settings, key = _settings(groups), hash(tuple(entries))
         if self._compared.get(entries[0]) != key:
             # Before the first message whose length follows from what is compared.
-            every = {**settings, **facts()}
-            _raise_differences([_kind(problem), *_number(every)], every, problem, members, device)
-        flags = [_kind(problem), *_number(settings), *(g is not None for g in gradients)]
-        active = _raise_differences(flags, settings, problem, members, device)
+            _told(rank, {**settings, **facts()}, [])
+        small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
+        self._say(groups, [False, bool(small)])
         self._compared[entries[0]] = key
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
+
+    def _say(self, groups: Sequence[Sequence[Entry]], doubts: Sequence[bool]) -> None:
+        """Look at entries where a flag says so: raise for what is wrong, and warn once."""
+        bad, small = [*doubts, False, False][:2]
+        problem = _problem(groups) if bad else None
+        if problem is not None:
+            raise problem
+        if small:
+            _say_too_small(groups)
+            self._said_small = True
+
+
+class _Rank(NamedTuple):
+    """What a rank tells the others with: its entries, whom, where, and what it knows so far."""
+
+    groups: Sequence[Sequence[Entry]]
+    members: Sequence[Ranks]
+    device: torch.device
+    problem: Exception | None
+    fine: Sequence[Tensor]
 
 
 def _device(entries: Sequence[Entry]) -> torch.device:
@@ -91,29 +112,41 @@ def _number(said: Facts) -> tuple[int, int]:
     return number, -number
 
 
-def _raise_differences(
-    flags: Sequence[int],
-    said: Facts,
-    problem: Exception | None,
-    members: Sequence[Ranks],
-    device: torch.device,
-) -> list[int]:
-    """The flags that are set on any rank; an error on all of them if they do not say the same."""
-    sent = torch.tensor(flags, dtype=torch.int32, device=device)
-    kind, most, least, *others = agreed(sent, members).tolist()
+def _told(rank: _Rank, said: Facts, flags: Sequence[int]) -> list[int]:
+    """What is set on any rank: whether gradients are too small, and the flags.
+
+    One wait for the device: what it alone knows, it writes into the message itself. Where that
+    leaves a doubt, which a norm that overflows does as well, all ranks look and say what they see.
+
+    Raises:
+        Exception: On all ranks, if one has a problem or they do not say the same.
+    """
+    sent = sent_to(rank.device, [_kind(rank.problem), 0, *_number(said), *flags])
+    for place, one in enumerate(rank.fine):
+        sent[place : place + 1] = one.logical_not()
+    kind, small, most, least, *others = agreed(sent, rank.members).tolist()
     if kind:
-        raise problem or _of_others(kind)
+        problem = rank.problem or _problem(rank.groups)
+        if kind == _DOUBT:
+            kind = agreed(sent_to(rank.device, [_kind(problem)]), rank.members).item()
+        if kind:
+            raise problem or _of_others(kind)
     if most != -least:
-        raise _differences(said, members)
-    return others
+        raise _differences(said, rank.members)
+    return [small, *others]
+
+
+_DOUBT, _UNUSABLE, _OTHER = 1, 2, 3
 
 
 def _kind(problem: Exception | None) -> int:
-    return 0 if problem is None else 1 if isinstance(problem, FloatingPointError) else 2
+    if problem is None:
+        return 0
+    return _UNUSABLE if isinstance(problem, FloatingPointError) else _OTHER
 
 
 def _of_others(kind: int) -> Exception:
-    if kind == 1:
+    if kind == _UNUSABLE:
         return FloatingPointError(
             "Another rank has a gradient that cannot be used: NaN, infinite, or out of range. No "
             "parameter and no state was changed; that rank's error names the parameter."
@@ -126,10 +159,12 @@ def _of_others(kind: int) -> Exception:
 def agree_on_failure(
     failures: Sequence[Exception], members: Sequence[Ranks], device: torch.device
 ) -> Exception | None:
-    """What stopped some rank's maps in a step, known to all ranks; messages are on a device."""
-    found = torch.tensor([len(failures)], dtype=torch.int32, device=device)
+    """What stopped some rank's maps in a step, known to all ranks; messages are on a device.
+
+    A second wait, but only for rules that may fail: they are over when it is known.
+    """
     others = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
-    if others and not agreed(found, others).item():
+    if others and not agreed(sent_to(device, [len(failures)]), others).item():
         return None
     if failures:
         return failures[0]
@@ -171,18 +206,7 @@ def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
     )
 
 
-def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
-    """What is wrong with the gradients of this rank, if anything is.
-
-    A norm of all gradients within the limits proves that every entry is, at the cost of one read; a
-    norm that is not may also have overflowed, and only then are the entries looked at.
-    """
-    given = [
-        (entry, entry.tensor.grad)
-        for of_group in groups
-        for entry in of_group
-        if entry.tensor.grad is not None
-    ]
+def _of_wrong_kind(given: Given) -> Exception | None:
     for entry, gradient in given:
         if gradient.layout is not torch.strided or gradient.is_complex():
             kind = "complex" if gradient.is_complex() else "sparse"
@@ -190,10 +214,35 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
                 f"The gradient of {entry.name} is {kind}; Muon and AdamW need dense real gradients "
                 "(an embedding: sparse=False)."
             )
+    return None
+
+
+def _given(entries: Iterable[Entry]) -> Given:
+    both = [(entry, entry.tensor.grad) for entry in entries]
+    return [(entry, gradient) for entry, gradient in both if gradient is not None]
+
+
+def _fine(groups: Sequence[Sequence[Entry]], given: Given, said_small: bool) -> list[Tensor]:
+    """What only the device knows, (), without waiting for it: whether gradients can be used.
+
+    A norm of all gradients within the limits proves that every entry is. Where momentum is kept in
+    float16 the second flag is whether none is too small for it.
+    """
     norm = torch.nn.utils.get_total_norm(locals_of([gradient for _, gradient in given]))
     kinds = {(id(entry.group), entry.tensor.dtype): entry for entry, _ in given}
-    if norm <= min(map(_limit, kinds.values()), default=math.inf):
-        return None
+    fits = norm <= min(map(_limit, kinds.values()), default=math.inf)
+    small = [] if said_small else [one.to(fits.device) for _, one in _too_small(groups)]
+    return [fits, torch.stack(small).any().logical_not()] if small else [fits]
+
+
+def _read(flags: Sequence[Tensor]) -> list[bool]:
+    """The flags of a device, with one wait."""
+    return torch.stack(list(flags)).tolist() if len(flags) > 1 else [bool(one) for one in flags]
+
+
+def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
+    """What is wrong with the gradients of this rank, if anything is; it looks at all of them."""
+    given = _given(chain(*groups))
     bad: list[str] = []
     large: list[str] = []
     for entry, gradient in given:
@@ -219,24 +268,29 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
     return None
 
 
-def _say_too_small(groups: Sequence[Sequence[Entry]]) -> bool:
-    """Warn where momentum in float16 rounds all of a gradient away; whether it did."""
-    small = [
-        entry.name
+def _too_small(groups: Sequence[Sequence[Entry]]) -> list[tuple[str, Tensor]]:
+    """Which tensors keep momentum in float16, and whether it rounds all of their gradient away."""
+    kept = [
+        (entry, local(entry.tensor.grad))
         for of_group in groups
         if of_group and of_group[0].group.get("momentum_dtype") in ("float16", "parameter")
         for entry in of_group
         if entry.group["momentum_dtype"] == "float16" or entry.tensor.dtype == torch.float16
         if entry.tensor.grad is not None and local(entry.tensor.grad).numel()
-        if 0 < _newest_share(entry) * local(entry.tensor.grad).abs().max().float() < 2**-25
     ]
-    if small:
+    newest = [(e.name, _newest_share(e) * gradient.abs().max().float()) for e, gradient in kept]
+    return [(name, (most > 0) & (most < 2**-25)) for name, most in newest]
+
+
+def _say_too_small(groups: Sequence[Sequence[Entry]]) -> None:
+    """Warn where momentum in float16 rounds all of a gradient away."""
+    small = [name for name, is_small in _too_small(groups) if is_small]
+    if small:  # else another rank has them
         warnings.warn(
             f"The gradient is too small for momentum in float16, which stays zero, in "
             f"{_listed(small)}. Set momentum_dtype='bfloat16' or 'float32'.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    return bool(small)
 
 
 _ALL_BAD = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ def product_update(
     weights: Pair,
     gradients: Pair,
     *,
-    step: float,
-    decay: float,
+    step: float | Tensor,
+    decay: float | Tensor,
     damping: float,
     polar: PolarFunction,
 ) -> Pair:
@@ -107,7 +107,7 @@ def pair_step_size(rule: str, of_a: Matrix, of_b: Matrix, scaling: float) -> flo
     return step_size(rule, Matrix.whole((of_b.rows, of_a.cols), of_a.fan_out_dim)) / abs(scaling)
 
 
-def with_split_decay(weights: Pair, change: Pair, decay: float) -> Pair:
+def with_split_decay(weights: Pair, change: Pair, decay: float | Tensor) -> Pair:
     """The change dW of each factor with decay of the product: (s − 1)W + dW/s, s = √(1 − decay).
 
     The product becomes s²·BA + dB·A + B·dA and terms of second order: the decay reaches it once,
@@ -116,14 +116,17 @@ def with_split_decay(weights: Pair, change: Pair, decay: float) -> Pair:
     Raises:
         ValueError: ``decay`` is not in [0, 1).
     """
-    if not 0 <= decay < 1:
+    if not (isinstance(decay, Tensor) or 0 <= decay < 1):
         raise ValueError(
             f"lr·weight_decay is {decay:g} for an adapter's product; at least 0 and less than 1 is "
             "allowed. Lower the weight decay or the learning rate."
         )
-    if decay == 0:
+    if isinstance(decay, Tensor):  # which the device alone reads; the step has checked it
+        shrink: Any = (1 - decay).sqrt()
+    elif decay == 0:
         return change
-    shrink = math.sqrt(1 - decay)
+    else:
+        shrink = math.sqrt(1 - decay)
     nonzero = [(weight != 0).any(-1).any(-1) for weight in weights]
     exists = (nonzero[0] & nonzero[1])[..., None, None]  # (…, 1, 1)
     return Pair(*(

@@ -25,6 +25,7 @@ from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_place
 from hf_muon.optimizer.buffers import check_fit, check_state, fits, new_state, restore
 from hf_muon.optimizer.checkpoint import checked
 from hf_muon.optimizer.entries import Entry, Group, Origins
+from hf_muon.optimizer.graphed import Graphed
 from hf_muon.optimizer.groups import complete_group, make_plain, named_groups
 from hf_muon.optimizer.launcher import (
     complete_state,
@@ -124,6 +125,7 @@ class Muon(Optimizer):
     def _forget(self) -> None:
         """Plan anew, and agree anew, before the next step."""
         self._plans, self._workspace, self._agreement = Plans(), Workspace(), Agreement()
+        self._graphed = Graphed()
         self._is_checked = False  # whether a step has looked at state that others may have left
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,6 +224,12 @@ class Muon(Optimizer):
     ) -> None:
         """One step of the Muon groups: all of it, or, where a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
+        if not (self.config.cuda_graph and self._graphed.step(chosen, self._workspace)):
+            self._train_plainly(chosen, members)
+        for plan, entries in chosen:
+            plan.count(entries)
+
+    def _train_plainly(self, chosen: list[tuple[Plan, list[Entry]]], members: list[Ranks]) -> None:
         guarded = any(plan.may_fail(of) for plan, of in chosen)
         copies = [pair for plan, _ in chosen if guarded for pair in plan.copies()]
         failures: list[Exception] = []
@@ -236,8 +244,6 @@ class Muon(Optimizer):
             for tensor, copy in copies:
                 tensor.copy_(copy)
             raise error
-        for plan, entries in chosen:
-            plan.count(entries)
 
     def _members(self, groups: list[list[Entry]]) -> list[Ranks]:
         """The groups of ranks that must agree on a step.

@@ -31,11 +31,16 @@ class _Sent(NamedTuple):
 
 
 class Outliers:
-    """The matrices of a plan that were flagged."""
+    """The matrices of a plan that were flagged.
+
+    Attributes:
+        known: In earlier steps.
+        found: The flags of this step, on the device, with the matrices that they are of.
+    """
 
     def __init__(self) -> None:
         self.known: set[Unit] = set()
-        self._found: list[tuple[list[Unit], Tensor]] = []
+        self.found: list[tuple[list[Unit], Tensor]] = []
         self._sent: list[_Sent] = []
 
     def watched(
@@ -58,7 +63,7 @@ class Outliers:
             flags: list[Tensor] = []
             replace(X, partial(polar, outliers=flags))
             if not devices.is_fake(X):  # a map of one's own may ask for other polar factors, too
-                self._found += [(own, of_all) for of_all in flags if len(of_all) == len(own)]
+                self.found += [(own, of_all) for of_all in flags if len(of_all) == len(own)]
             for x, copy in again:
                 replace(copy, partial(polar, dtype="float32"))
                 x.copy_(copy)
@@ -68,22 +73,22 @@ class Outliers:
 
     def send(self) -> None:
         """Send the flags of a step to the host, without waiting."""
-        if not self._found:
+        if not self.found:
             return
-        units = [unit for own, _ in self._found for unit in own]
-        flags = torch.cat([flags for _, flags in self._found])
+        units = [unit for own, _ in self.found for unit in own]
+        flags = torch.cat([flags for _, flags in self.found])
         arrived = None
         if flags.device.type == "cuda":
             arrived = torch.Event(flags.device)
             stream = torch.cuda.current_stream(flags.device)
             flags = flags.to("cpu", non_blocking=True)
             arrived.record(stream)
-        self._found.clear()
+        self.found.clear()
         self._sent.append(_Sent(units, flags, arrived))
 
     def read(self, name_of: Callable[[Unit], str]) -> None:
         """Read the flags that have arrived, and say once of which matrices they are."""
-        self._found.clear()  # of a step that was taken back
+        self.found.clear()  # of a step that was taken back
         while self._sent and (self._sent[0].arrived is None or self._sent[0].arrived.query()):
             units, flags, _ = self._sent.pop(0)
             raised = [unit for unit, is_set in zip(units, flags.tolist(), strict=True) if is_set]

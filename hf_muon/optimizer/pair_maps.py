@@ -117,10 +117,10 @@ def _tangent(
     return tangent_update(weights, gradients, polar=polar, iterations=iterations, **shared)
 
 
-def _shared(size: float, settings: Settings) -> dict[str, float]:
-    lr = settings["lr"]
-    decay, damping = lr * settings["weight_decay"], settings["lora_damping"]
-    return {"step": lr * size, "decay": decay, "damping": damping}
+def _shared(size: float, settings: Settings) -> dict[str, Any]:
+    lr, weight_decay = settings["lr"], settings["weight_decay"]
+    decay = lr * weight_decay if weight_decay else 0.0  # no tensor, where lr is one
+    return {"step": lr * size, "decay": decay, "damping": settings["lora_damping"]}
 
 
 PAIR_MAPS["product"] = WholeMap(_product, of_pairs=True, may_fail=False)

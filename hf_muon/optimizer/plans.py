@@ -60,6 +60,7 @@ class Plan:
         rule: Its update rule.
         entries: All that the optimizer was given of it.
         buckets: Of all their matrices.
+        outliers: Those that half precision is not enough for.
     """
 
     def __init__(self, group: Group, entries: Sequence[Entry], buckets: list[Bucket]) -> None:
@@ -73,7 +74,7 @@ class Plan:
         self._seen: Any = None
         self._held: tuple[frozenset[int], list[Held]] = frozenset(), []
         _check_whole(self.rule, entries, buckets)
-        self._outliers = Outliers()
+        self.outliers = Outliers()
         is_fake = any(map(devices.is_fake, locals_of([entry.tensor for entry in entries[:1]])))
         self._products = [
             products_name(group, device, is_fake)
@@ -115,30 +116,43 @@ class Plan:
         gradients, group = list(self._weights), self.group
         for entry in trained:
             gradients[self._number[entry]] = local_gradient(entry.tensor)
-        counts = [state["step"] for state in self._states]
-        self._outliers.read(self._name_of)
-        momenta = self._momenta(counts)
-        return Step(group, self.rule, gradients, momenta, counts, workspace, self._outliers)
+        self.read_outliers()
+        told = (self.momenta(), self.counts, workspace, self.outliers)
+        return Step(group, self.rule, gradients, *told)
+
+    def read_outliers(self) -> None:
+        """Take note of what earlier steps have flagged, as far as that has arrived."""
+        self.outliers.read(self._name_of)
 
     def _name_of(self, unit: Unit) -> str:
         entry = self.entries[unit.parameter]
         several = len(entry.matrices) > 1
         return f"{entry.name}, matrix {unit.matrix}" if several else entry.name
 
-    def _momenta(self, counts: Sequence[Tensor]) -> list[list[Momentum]]:
-        """β of each matrix of each entry."""
-        group = self.group
+    @property
+    def counts(self) -> list[Tensor]:
+        """The steps before, of each entry; on the CPU."""
+        return [state["step"] for state in self._states]
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether β follows from the number of the step."""
+        return bool(self.group["momentum_warmup_steps"] or self.group["momentum_cooldown_steps"])
+
+    def momenta(self, ahead: int = 0) -> list[list[Momentum]]:
+        """β of each matrix of each entry in this step, or some steps ahead."""
+        group, counts = self.group, self.counts
         if group.get("momenta"):
             return [entry.momenta for entry in self.entries]
         now: list[Momentum] = [group["momentum"]] * len(counts)
-        if group["momentum_warmup_steps"] or group["momentum_cooldown_steps"]:
-            now = [momentum_at(group, int(count)) for count in counts]
+        if self.has_schedule:
+            now = [momentum_at(group, int(count) + ahead) for count in counts]
         pairs = zip(now, self.entries, strict=True)
         return [[momentum] * len(entry.matrices) for momentum, entry in pairs]
 
     def count(self, trained: Sequence[Entry]) -> None:
         """Count a step of some entries; not in place, because loaders may share one tensor."""
-        self._outliers.send()
+        self.outliers.send()
         states = [self._states[self._number[entry]] for entry in trained]
         counted = torch._foreach_add([state["step"] for state in states], 1)
         for state, step in zip(states, counted, strict=True):

@@ -7,6 +7,8 @@ only once.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def apply_update(
     weights: list[Tensor],
     updates: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     scale: float,
     weight_decay: float,
     cautious: bool,
@@ -29,12 +31,15 @@ def apply_update(
     Args:
         weights: Each W, of any shape; written.
         updates: Their U, of the same shapes.
-        lr: Learning rate.
+        lr: Learning rate; a float64 tensor, (), where the device alone reads it.
         scale: Step-size factor of the matrices.
         weight_decay: λ, decoupled from the gradient.
         cautious: Decay only the entries in which the decay and the update have the same
             direction, U·W > 0 (arXiv 2510.12402).
     """
+    if isinstance(lr, Tensor):
+        _apply_rate(weights, updates, lr, scale, weight_decay, cautious)
+        return
     on_cpu, dtype = devices.is_cpu(weights[0].device), weights[0].dtype
     if not on_cpu and torch.promote_types(dtype, updates[0].dtype) == dtype:  # no digit is lost
         updates = in_dtype_of(updates, weights)
@@ -49,6 +54,31 @@ def apply_update(
             weight.mul_(1 - lr * weight_decay)
     # In one call per tensor where dtypes differ, but without another rounding.
     torch._foreach_add_(weights, updates, alpha=-(lr * scale))
+
+
+def _apply_rate(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    lr: Tensor,
+    scale: float,
+    weight_decay: float,
+    cautious: bool,
+) -> None:
+    """The same, where no kernel can be given lr as a number: lr·scale·U is rounded before it goes.
+
+    Weights in half precision are rounded once, in the end.
+    """
+    W = list(map(wide, weights))  # themselves in float32
+    dtype = reduce(torch.promote_types, [w.dtype for w in W])
+    U = in_dtype_of(updates, W)
+    if weight_decay and cautious:
+        decayed = [w * (u * w > 0) for w, u in zip(W, U, strict=True)]
+        torch._foreach_sub_(W, torch._foreach_mul(decayed, (lr * weight_decay).to(dtype)))
+    elif weight_decay:
+        torch._foreach_mul_(W, (1 - lr * weight_decay).to(dtype))
+    torch._foreach_sub_(W, torch._foreach_mul(U, (lr * scale).to(dtype)))
+    if any(w is not weight for w, weight in zip(W, weights, strict=True)):
+        torch._foreach_copy_(weights, W)
 
 
 def additive(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:

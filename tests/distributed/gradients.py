@@ -34,6 +34,12 @@ def main():
         results["message"] = str(error)
     results["after"] = layouts.full_weights(model)
 
+    layouts.set_gradients(model, 1)
+    if rank:  # each entry may be used, and the norm overflows
+        model.q.grad.to_local().fill_(5e37)
+    optimizer.step()
+    results["large"] = layouts.full_weights(model)
+
     for p in model.parameters():
         p.grad = None
     model.q.grad = torch.zeros_like(model.q)

@@ -42,5 +42,10 @@ def test_a_bad_gradient_on_one_rank_stops_all_and_changes_nothing(results):
         assert torch.equal(results["after"][name], weight), name
 
 
+def test_a_norm_that_overflows_on_one_rank_stops_none_where_every_entry_can_be_used(results):
+    assert all(torch.isfinite(weight).all() for weight in results["large"].values())
+    assert not torch.equal(results["large"]["q"], results["after"]["q"])
+
+
 def test_state_that_was_loaded_before_sharding_is_refused(results):
     assert "momentum of q is a Tensor and the parameter a DTensor" in results["state"]

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from hf_muon import create_muon_optimizer, register
+from hf_muon import Muon, create_muon_optimizer, register
 from hf_muon.polar import compute_dtype, orthogonalize
 from hf_muon.polar.kernels import choice
 from tests.integration.tiny import tiny_data, tiny_llama, trainer_of
@@ -71,6 +71,45 @@ def test_one_step_is_that_of_a_cpu_to_rounding(monkeypatch):
         differs = (weight - there[name]).abs() > 1e-4
         assert differs.float().mean() < 0.01, name
     assert any((here[name] - start).abs().max() > 1e-4 for name, start in start_weights().items())
+
+
+def adapters(**settings):
+    """Ten steps of four adapters under a falling rate, and the optimizer."""
+    torch.manual_seed(0)
+    names = [f"{n}.{factor}" for n in range(4) for factor in "AB"]
+    shapes = [(8, 256) if name[-1] == "A" else (192, 8) for name in names]
+    tensors = [torch.nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in shapes]
+    group = {"params": list(zip(names, tensors, strict=True))}
+    if settings.get("lora_update", "factor") != "factor":
+        partners = [name[:-1] + {"A": "B", "B": "A"}[name[-1]] for name in names]
+        factors = [name[-1] for name in names]
+        group |= {"pairs": partners, "factors": factors, "scalings": [2.0] * len(names)}
+    optimizer = Muon([group], lr=0.02, weight_decay=0.1, **settings)
+    for step in range(10):
+        optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+        for tensor in tensors:
+            tensor.grad = torch.randn(tensor.shape).to(DEVICE)
+        optimizer.step()
+    return optimizer, tensors
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="graphs are of CUDA")
+@pytest.mark.parametrize("update", ["factor", "product", "tangent"])
+@pytest.mark.filterwarnings("error:cuda_graph=True")
+def test_replayed_steps_are_plain_ones_to_rounding(update):
+    settings = {"lora_update": update, "polar_dtype": "float32"}
+    _, plain = adapters(**settings)
+    optimizer, replayed = adapters(**settings, cuda_graph=True)
+    assert optimizer._graphed._captured.replay is not None
+    _, other = adapters(**settings, nesterov=False)
+    for one, two, far in zip(plain, replayed, other, strict=True):
+        # The rate times the update is rounded before it is added, and later steps see it.
+        assert (one - two).abs().max() < 1e-5 < (one - far).abs().max()
+    replayed[0].grad[0, 0] = float("nan")
+    before = [tensor.detach().clone() for tensor in replayed]
+    with pytest.raises(FloatingPointError, match=r"NaN or infinity in 0\.A"):
+        optimizer.step()
+    assert all(map(torch.equal, replayed, before))
 
 
 def start_weights():

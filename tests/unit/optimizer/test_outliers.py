@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hf_muon import Muon
+from hf_muon.optimizer import capturable, graphed
 from hf_muon.polar import devices, factor, orthogonalize
 from hf_muon.polar.coefficients import FAMILIES, coefficients
 from hf_muon.polar.outliers import zero_outliers_
+from tests.unit.optimizer.recorded import recording
 
 SETTINGS = {"polar_method": "newton_schulz", "polar_dtype": "bfloat16", "momentum": 0.0}
 
@@ -95,3 +97,28 @@ def test_on_a_cpu_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(devices, "is_cpu", lambda device: False)
     with pytest.raises(TypeError):
         Muon(weights, lr=1.0, **SETTINGS).step()
+
+
+@pytest.mark.usefixtures("diverging")
+def test_a_replayed_step_flags_its_matrices_too(caplog, monkeypatch):
+    found = []
+    monkeypatch.setitem(capturable.KINDS, "cpu", recording(found))
+    weights = with_gradients()
+    outlier, usual = weights[1].grad, torch.randn(9, 6)
+    named = [(f"w{number}", weight) for number, weight in enumerate(weights)]
+    optimizer = Muon(named, lr=1.0, adjust_lr="none", cuda_graph=True, **SETTINGS)
+    weights[1].grad = usual
+    for _ in range(graphed.WARM_UP + 2):
+        optimizer.step()
+    [recorder] = found
+    assert recorder.replays == 2
+    weights[1].grad = outlier
+    before = weights[1].detach().clone()
+    optimizer.step()
+    assert recorder.replays == 3
+    assert torch.equal(weights[1], before)
+    assert not caplog.records
+    optimizer.step()  # under another key, and with another update
+    assert "The polar factor of w1 is not finite or too large" in caplog.records[0].message
+    assert not torch.equal(weights[1], before)
+    assert recorder.replays == 3

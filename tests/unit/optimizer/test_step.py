@@ -1,12 +1,15 @@
 """What a step reads, writes and refuses, beyond its formula."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_muon import Muon
+from hf_muon.optimizer import agreement
 from tests.reference.muon import muon as reference
 
 
@@ -26,6 +29,34 @@ def test_gradients_are_not_written():
     kept = weight.grad.clone()
     optimizer_of(weight).step()
     assert torch.equal(weight.grad, kept)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, for which an accelerator is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_reads_one_flag(dtype):
+    weight, vector = parameter(8, 12), nn.Parameter(torch.zeros(3))
+    vector.grad = torch.ones(3)
+    groups = [{"params": [weight]}, {"params": [vector], "algorithm": "adamw", "fused": False}]
+    optimizer = Muon(groups, lr=0.02, momentum_dtype=dtype)
+    optimizer.step()
+    with Reads() as reads, mock.patch.object(agreement, "_read", wraps=agreement._read) as read:
+        optimizer.step()
+    assert read.call_count == 1
+    # One flag is read as a number; two, where momentum is in float16, in one list.
+    counts = 1 + len(optimizer.param_groups[1]["params"])  # and AdamW's own, which is on the CPU
+    assert reads.count == counts - (dtype == "float16")
+    with Reads() as reads:
+        float(weight.sum())
+    assert reads.count == 1
 
 
 def test_state_exists_for_every_parameter_after_the_first_step():
