@@ -29,7 +29,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
 from hf_muon.optimizer.auto_momentum import momenta_in_use
-from hf_muon.optimizer.buffers import buffers_of
+from hf_muon.optimizer.buffers import buffers_of, step_count
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.entries import Entry, Group
 from hf_muon.optimizer.held import Held
@@ -75,6 +75,9 @@ class Plan:
     def refresh(self, states: Sequence[State]) -> bool:
         """Take note of the tensors and their state; whether they are others than before."""
         self._states = states
+        for state in states:  # whoever moves all state to the device moves what the host counts by
+            if not state["step"].is_cpu:
+                state["step"] = step_count(state["step"])
         self._weights = locals_of([entry.tensor for entry in self.entries])
         self._kept = {
             buffer: locals_of([state[buffer.name] for state in states])
