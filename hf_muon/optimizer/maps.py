@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_muon.polar import in_own_dtype
 from hf_muon.rules import MAPS
 from hf_muon.stages import WholeMap, wide
 
@@ -37,7 +38,8 @@ def soft(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     U, S, Vh = torch.linalg.svd(X.to(wide), full_matrices=False)
     kept = max(X.shape) * torch.finfo(wide).eps * S[:1] < S  # as in the exact polar factor
     shares = torch.where(kept, S / S[:1], 1.0) ** settings["map_power"]
-    found: Tensor = (U * (shares * kept)) @ Vh
+    with in_own_dtype(X.device.type):
+        found: Tensor = (U * (shares * kept)) @ Vh
     return found.to(X.dtype)
 
 
