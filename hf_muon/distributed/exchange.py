@@ -103,7 +103,10 @@ def gather(
 def scatter(
     bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
 ) -> Generator[None, None, Result]:
-    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all."""
+    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all.
+
+    On the way they are in :attr:`Bucket.back`, of fewer digits where the results have no more.
+    """
     results = dict(zip(bucket.own, bucket.blocks(outputs), strict=True))
     if bucket.gathers:
         yield from _scattered(bucket, outputs, results, wire)
@@ -155,13 +158,13 @@ def _scattered(
     bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
 ) -> Generator[None, None, None]:
     """Add what the other members of the shard group computed."""
-    packed = _flat(bucket.incoming, wire, bucket.device)
+    packed = _flat(bucket.incoming, bucket.back or wire, bucket.device)
     for (unit, piece), block in _unpacked(bucket.incoming, packed):
         block.copy_(piece.of_matrix(outputs[unit]))
     received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
     yield
     work.wait()
-    results.update(_unpacked(bucket.outgoing, received))
+    results.update(_unpacked(bucket.outgoing, received.to(wire)))
 
 
 def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator[None, None, None]:
@@ -172,16 +175,17 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
     if width == 0:  # this rank and its replicas hold nothing, but their peers do
         yield
         return
-    send = torch.empty(width, dtype=wire, device=bucket.device)
+    send = torch.empty(width, dtype=bucket.back or wire, device=bucket.device)
     own = [bucket.by_replica[replicate.index]]
     for item, block in _unpacked(own, send):
         block.copy_(results[item])
     send[counts[replicate.index] :].zero_()
-    received = torch.empty(replicate.size, width, dtype=wire, device=bucket.device)
+    received = torch.empty(replicate.size, width, dtype=send.dtype, device=bucket.device)
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
     work = all_gather(received.view(-1), send, group=replicate.group, async_op=True)
     yield
     work.wait()
+    received = received.to(wire)
     for replica, items in enumerate(bucket.by_replica):
         if replica != replicate.index:
             results.update(_unpacked([items], received[replica]))

@@ -29,6 +29,8 @@ def polargrad(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     """⟨X, O⟩·O, the nuclear norm of X times its polar factor (arXiv 2505.21799)."""
     O = polar(X)  # noqa: E741
     nuclear_norm: Tensor = torch.sum(wide(X) * wide(O))
+    if O.dtype == torch.float16:  # which holds polar factors, and not their multiples
+        O = wide(O)  # noqa: E741
     return O * nuclear_norm.to(O.dtype)
 
 

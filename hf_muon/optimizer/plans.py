@@ -37,7 +37,7 @@ from hf_muon.optimizer.lora import pair_step_size
 from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.optimizer.step import may_fail, wire_dtype
+from hf_muon.optimizer.step import may_fail, returned_dtype, wire_dtype
 from hf_muon.polar import Workspace
 from hf_muon.rules import rule_of
 from hf_muon.stages import Buffer, Momentum, Rule
@@ -153,7 +153,7 @@ class Plan:
         ]
         return {
             f"parameters {where}": len(names),
-            f"wire dtype {where}": sorted({str(bucket.wire)[6:] for bucket in self.buckets}),
+            f"wire dtype {where}": sorted({_there_and_back(bucket) for bucket in self.buckets}),
             f"momenta {where}": self.group.get("momenta"),
             **{f"shape of {name}": shape for name, shape in names},
             f"matrices and owners {where}": zlib.crc32(repr(owners).encode()),
@@ -192,7 +192,10 @@ class Plans:
         copies = 2 if together else 1  # of pairs, the owner gets the weights as well
         largest = max(wire.itemsize for wire in wires)
         limit = int(group["bucket_mb"] * 2**20 / (copies * largest))
-        return plan_buckets(layouts, devices, limit, together, wires)
+        buckets = plan_buckets(layouts, devices, limit, together, wires)
+        for bucket in buckets:
+            bucket.back = returned_dtype(group, bucket.wire, bucket.device)
+        return buckets
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Where the matrices of a tensor are; found once for each kind of tensor."""
@@ -260,6 +263,11 @@ def _step_sizes(
         scaling = entries[a.parameter].scalings[a.matrix]
         sizes[a] = sizes[b] = pair_step_size(rule, matrices[a], matrices[b], scaling)
     return sizes
+
+
+def _there_and_back(bucket: Bucket) -> str:
+    dtypes = dict.fromkeys([bucket.wire, bucket.back or bucket.wire])
+    return ", back ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _divides(entry: Entry) -> bool:

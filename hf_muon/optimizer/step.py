@@ -162,7 +162,7 @@ def polar_function(settings: Settings, workspace: Workspace | None = None) -> Ca
 
 
 def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that polar factors are computed in; float16 has too small a range to travel in.
+    """The dtype that inputs travel in: that of the computation; of float16 the range is too small.
 
     Pairs of LoRA factors travel with their weights, in full precision.
 
@@ -178,3 +178,21 @@ def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
         return svd_dtype(requested, dtype)
     computed = compute_dtype(requested, device)
     return torch.float32 if computed == torch.float16 else computed
+
+
+def returned_dtype(settings: Settings, wire: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that results travel in, back from their owners.
+
+    float16 holds polar factors that were computed in it: their entries are 1.2 at most. What other
+    maps make may be of any size.
+
+    Args:
+        settings: Of the param group.
+        wire: The dtype that inputs travel in.
+        device: Where their polar factors are computed.
+    """
+    whole = rule_of(settings).whole
+    if not whole.replaces or settings["polar_method"] == "svd":
+        return wire
+    computed = compute_dtype(settings["polar_dtype"], device)
+    return computed if computed == torch.float16 else wire
