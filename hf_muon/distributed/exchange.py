@@ -192,13 +192,22 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
 
 
 def combined(
-    values: Tensor, members: Ranks, op: Any = dist.ReduceOp.SUM
+    values: Tensor,
+    members: Ranks,
+    op: Any = dist.ReduceOp.SUM,
+    by: torch.device | None = None,
 ) -> Generator[None, None, None]:
-    """Sum, or another operation, over the members of a group, in place."""
+    """Sum, or another operation, over the members of a group, in place.
+
+    ``by`` is the device that they communicate by, if values may lie elsewhere.
+    """
     if members.size > 1:
-        work = dist.all_reduce(values, op, group=members.group, async_op=True)
+        there = values if by is None else values.to(by)
+        work = dist.all_reduce(there, op, group=members.group, async_op=True)
         yield
         work.wait()
+        if there is not values:
+            values.copy_(there)
 
 
 def _counts(lists: Iterable[list[Item]]) -> list[int]:

@@ -23,9 +23,9 @@ from hf_muon.distributed.exchange import (
     exchange,
     gather,
     newly_allocated,
-    reading,
     scatter,
 )
+from hf_muon.distributed.offload import fetched
 from hf_muon.optimizer.context import Settings, Step
 from hf_muon.optimizer.held import Held, Sums
 from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
@@ -54,8 +54,7 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
     inputs = yield from held.passed(step, rule.before, before, gradients)
     whole = _map_pairs if rule.whole.of_pairs else _map_matrices
     mapped = yield from whole(held, step, partial(held.fill, before, inputs))
-    pairs = zip(held.items, held.weights, strict=True)
-    factors = [mapped.results[item].to(weight.device) for item, weight in pairs]  # if offloaded
+    factors = fetched([mapped.results[item] for item in held.items], held.device)
     written = yield from held.passed(step, ends, after, factors, mapped.measured)
     for _ in written:
         pass
@@ -100,8 +99,9 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     bucket, settings, rule = held.bucket, step.settings, step.rule
     every = settings["tangent_balance_every"] if rule.whole.balances else 0
     due = due_for_balance(bucket, step.counts, every)
-    read = dict(zip(held.items, held.weights, strict=True))
-    weights = yield from gather(bucket, reading(bucket, lambda *item: read[item]), bucket.wire)
+    parts = held.parts("weights", [(0.0, 0.0)] * len(held.items), ())
+    fill_weights = partial(held.fill, parts, [part.weights for part in parts])
+    weights = yield from gather(bucket, fill_weights, bucket.wire)
     gradients = yield from gather(bucket, fill, bucket.wire)
     polar = polar_function(settings, step.workspace)
     update = partial(rule.whole.run, polar=polar, settings=settings)
