@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_muon.polar import devices
+
 BLOCK = 2048
 """Entries of a row that share a size where momentum is kept in int8."""
 
@@ -149,8 +151,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def square_norm(x: Tensor) -> Tensor:
-    """‖x‖², a float64 number without a float64 copy of x."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    """‖x‖², a float64 number without a float64 copy of x; float32 where there is none."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=devices.widest(x.device))
     return norm.square()
 
 
@@ -224,7 +226,7 @@ def concluded(stage: Stage, x: Tensors, buffers: tuple[Tensors, ...], given: Giv
     statistic = stage.statistic
     if statistic is None:
         return []
-    sums = [one.to(torch.float64) for one in statistic.measure(x, buffers, given)]
+    sums = [one.to(devices.widest(one.device)) for one in statistic.measure(x, buffers, given)]
     return statistic.conclude(sums, of_matrices(stage, buffers), given)
 
 

@@ -44,6 +44,10 @@ class There(Tensor):
         CROSSED.append(Crossing("waits", 1))
         return self.inner.tolist()
 
+    def new_tensor(self, data: Any, **how: Any) -> There:  # torch's makes an empty one
+        """Numbers of the host on the device, as ``Tensor.new_tensor``."""
+        return There(self.inner.new_tensor(data, **how))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, frozenset())

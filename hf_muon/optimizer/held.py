@@ -23,6 +23,7 @@ from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.int8 import add_largest, decoded, encode
 from hf_muon.optimizer.lora_tangent import rescale
+from hf_muon.polar import devices
 from hf_muon.stages import (
     NORMS,
     Buffer,
@@ -243,7 +244,7 @@ class Held:
         """Zeros for what is found of each matrix, and the memory of all of them."""
         units, width = self.bucket.units, statistic.width
         shapes = [(u.shape[0], width) if statistic.of_rows else (width,) for u in units]
-        return self._zeros(shapes, torch.float64, device)
+        return self._zeros(shapes, devices.widest(self.bucket.device), device)
 
     def _zeros(
         self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device

@@ -4,14 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
-from hf_muon import Muon
 from hf_muon.distributed.offload import fetched, staged
 from hf_muon.optimizer import plans
 from hf_muon.polar import devices
 from tests.elsewhere import CROSSED, DEVICE, elsewhere
-from tests.reference.pairs import gradients, group_of, parameters
+from tests.every_rule import PAIRS, RULES, run_of
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (1, 7), (6, 4)]
@@ -73,31 +71,6 @@ def test_a_rank_may_hold_nothing():
 
 # --- steps ---------------------------------------------------------------------------------------
 
-MATRICES = [(12, 20), (12, 20), (20, 12), (16, 16), (6, 40)]
-RULES = {
-    "default": {},
-    "post_polar": {"order": "post_polar", "match_update_rms": True},
-    "polar_only": {"order": "polar_only"},
-    "bfloat16": {"polar_dtype": "bfloat16"},
-    "svd": {"polar_method": "svd"},
-    "two terms": {"momentum": (0.9, 0.98)},
-    "auto": {"momentum": "auto"},
-    "clip": {"prefilter": "clip"},
-    "norm": {"prefilter": "norm"},
-    "polargrad": {"matrix_map": "polargrad"},
-    "soft": {"matrix_map": "soft"},
-    "rows": {"rescale": "rows"},
-    "rows behind": {"rescale": "rows", "order": "post_polar"},
-    "entries": {"rescale": "entries"},
-    "relative": {"step_rule": "relative"},
-    "hyperball": {"step_rule": "hyperball", "weight_decay": 0.0},
-    "int8": {"momentum_dtype": "int8"},
-    "without zeros": {"skip_zero_gradients": True},
-}
-PAIRS = {
-    "product": {"lora_update": "product"},
-    "tangent": {"lora_update": "tangent", "tangent_balance_every": 2},
-}
 OTHER = {
     **dict.fromkeys(("default", "auto", "without zeros"), "rows"),
     "product": "tangent",
@@ -105,28 +78,9 @@ OTHER = {
 }
 
 
-def of_matrices(copies, settings):
-    """A run on some matrices, and how to give them gradients."""
-    torch.manual_seed(0)
-    shapes = MATRICES * copies
-    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    given = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
-    chosen = {"lr": 0.02, "weight_decay": 0.1, "adamw_lr": 1e-3, "polar_dtype": "float32"}
-    optimizer = Muon(weights, **{**chosen, **settings})
-    return optimizer, weights, given
-
-
-def of_pairs(copies, settings):
-    named = parameters(uneven=1e3)
-    given = [list(gradients(named, step).values()) for step in range(3)]
-    chosen = {"lr": 0.02, "weight_decay": 0.1, "polar_dtype": "float32", "bucket_mb": 1 / copies}
-    return Muon([group_of(named)], **{**chosen, **settings}), list(named.values()), given
-
-
 def trained(name, monkeypatch, there, copies=1):
     """Whole weights after three steps, and what crossed in the last, by way."""
-    build, settings = (of_pairs, PAIRS[name]) if name in PAIRS else (of_matrices, RULES[name])
-    optimizer, weights, given = build(copies, settings)
+    optimizer, weights, given = run_of(name, copies)
     monkeypatch.setattr(plans, "compute_device", lambda *_: there)
     monkeypatch.setattr(devices, "is_cpu", lambda device: False)  # the same kernels on both
     with elsewhere():
