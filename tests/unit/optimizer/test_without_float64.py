@@ -8,10 +8,9 @@ from hf_muon.polar import devices
 from tests.elsewhere import DEVICE, elsewhere
 from tests.every_rule import PAIRS, RULES, run_of
 
-# Sums of squares over some hundred entries in float32 instead of float64, in three steps. Gram
-# matrices are squares, and what they have lost is magnified by an iteration with singular values
-# below one, most by `tangent`, which goes on from its own results.
-ROUNDING = {**dict.fromkeys(RULES, 1e-5), "product": 1e-3, "tangent": 0.05}
+# Sums of squares over some hundred entries in float32 instead of float64, in three steps: 2e-6 was
+# seen. Gram matrices are squares, whose rounding the inverse magnifies.
+ROUNDING = {**dict.fromkeys(RULES, 1e-5), **dict.fromkeys(PAIRS, 1e-4)}
 
 
 def trained(name, has_float64, monkeypatch):
