@@ -87,8 +87,7 @@ class Held:
                 found = {u: _of_matrix(buffer, u, tensors[u.parameter]) for u in bucket.units}
                 self._of_units[buffer.name] = found
         self.scales = [sizes[unit] for unit, _ in self.items]
-        of_first = weights[bucket.units[0].parameter] if bucket.units else None
-        self.device = bucket.device if of_first is None else of_first.device
+        self.device = weights[bucket.units[0].parameter].device if bucket.units else bucket.device
         self._shapes = [unit.shape for unit, _ in self.items]
         place = {item: number for number, item in enumerate(self.items)}
         self._read = [place[item] for item in bucket.reads]
