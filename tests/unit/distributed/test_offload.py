@@ -56,6 +56,27 @@ def test_what_is_fetched_crosses_in_one_copy():
         assert torch.equal(one, torch.full(shape, number + 1.0))
 
 
+def test_the_host_waits_once_for_what_comes_through_pinned_memory(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, device):
+            assert device == DEVICE
+
+        def record(self):
+            happened.append(("recorded", crossed("back")))
+
+        def synchronize(self):
+            happened.append("waited")
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    monkeypatch.setattr(torch, "Event", Event)
+    with elsewhere():
+        fetched(blocks_of(), CPU)
+        assert not CROSSED[0].blocks
+    assert happened == [("recorded", [15 + 7 + 24]), "waited"]
+
+
 def test_what_is_not_offloaded_is_not_copied():
     blocks = [torch.randn(shape) for shape in SHAPES]
     with staged(blocks, CPU) as here:
