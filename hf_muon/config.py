@@ -71,8 +71,9 @@ class MuonConfig:
             tighter start: on momentum four steps come as close as five of ``quintic``) or
             ``quintic`` (Jordan's).
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
-        polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float32; on
-            a CPU also for ``gram`` where one side of a matrix is at most 16.
+        polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on
+            GPUs with tensor cores for that (V100, T4), else float32; on a CPU the last also for
+            ``gram`` where one side of a matrix is at most 16.
         polar_kernel: Who multiplies: ``torch``, ``triton``, ``quack`` (quack-kernels), or ``auto``:
             ``triton`` in half precision on NVIDIA devices where it is installed and passes a check
             at first use, else ``torch``.

@@ -167,15 +167,15 @@ def in_dtype_of(x: Tensors, like: Tensors) -> Tensors:
 
 
 def square_norm(x: Tensor) -> Tensor:
-    """‖x‖², a float64 number without a float64 copy of x."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    """‖x‖², a float64 number without a float64 copy of x; float32 where there is none."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=devices.widest(x.device))
     return norm.square()
 
 
 def _squares(x: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
     if devices.is_cpu(x[0].device):
         return [square_norm(one)[None] for one in x]
-    norms = torch.stack(torch._foreach_norm(x, 2, torch.float64))
+    norms = torch.stack(torch._foreach_norm(x, 2, devices.widest(x[0].device)))
     return list(norms.square()[:, None].unbind())
 
 
@@ -245,7 +245,7 @@ def concluded(stage: Stage, x: Tensors, buffers: tuple[Tensors, ...], given: Giv
     statistic = stage.statistic
     if statistic is None:
         return []
-    sums = [one.to(torch.float64) for one in statistic.measure(x, buffers, given)]
+    sums = [one.to(devices.widest(one.device)) for one in statistic.measure(x, buffers, given)]
     return statistic.conclude(sums, of_matrices(stage, buffers), given)
 
 

@@ -63,7 +63,9 @@ class _Share:
     incoming: int = 0
 
 
-def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[Cost]:
+def bucket_costs(
+    bucket: Bucket, mesh: tuple[int, int], itemsize: int, back: int | None = None
+) -> list[Cost]:
     """The cost of a bucket for every rank.
 
     Args:
@@ -71,6 +73,7 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
         mesh: (replicas, shards) of the world. Where the bucket has one replica only, each does all
             of the work for itself.
         itemsize: Bytes of an element on the wire.
+        back: Those of a result, on the way back. Default: the same.
 
     Returns:
         One cost for each rank; rank r is member ``r % shards`` of replica ``r // shards``.
@@ -88,7 +91,7 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
     widths = [max(row[member].held for row in shares) for member in range(shards)]
     found = [
         [
-            _cost(share, bucket, width if replicas > 1 else 0, itemsize)
+            _cost(share, bucket, width if replicas > 1 else 0, itemsize, back or itemsize)
             for share, width in zip(row, widths, strict=True)
         ]
         for row in shares
@@ -96,22 +99,24 @@ def bucket_costs(bucket: Bucket, mesh: tuple[int, int], itemsize: int) -> list[C
     return [found[r % replicas][s % shards] for r in range(mesh[0]) for s in range(mesh[1])]
 
 
-def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int) -> Cost:
+def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, back: int) -> Cost:
     owned = sum(unit.numel for unit in share.owned) * itemsize
     outgoing, incoming = share.outgoing * itemsize, share.incoming * itemsize
-    row, copies = width * itemsize, bucket.replicate.size
+    row, copies = width * back, bucket.replicate.size
+    # Results that came in fewer bytes are held in both forms for a moment.
+    widened = (width * copies or share.outgoing) * itemsize if back < itemsize else 0
     read = sum(unit.numel for unit in share.owned) + share.outgoing - share.incoming
     iteration = _workspace(share.owned, bucket.device, itemsize)
     filtered = min(read, portion_elements(bucket.device)) * 4
     return Cost(
         matrices=len(share.owned),
         operations=sum(polar_cost(*unit.shape) for unit in share.owned),
-        exchanged=outgoing + incoming,
+        exchanged=outgoing + share.incoming * back,
         replicated=row * (copies - 1),
         collectives=2 * bucket.gathers + (width > 0),
         waiting=max(
             owned + outgoing + incoming,  # gathered, scattered
-            owned + outgoing + row * (copies + 1),  # replicated
+            owned + outgoing + row * (copies + 1) + widened,  # replicated
         ),
         computing=owned + max(iteration, outgoing + incoming + filtered),
     )

@@ -23,7 +23,7 @@ from hf_muon.commands.imaginary import Parameter, World, exchanges
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.buckets import bucket_elements, plan_buckets
 from hf_muon.distributed.owners import owning_pays, polar_cost
-from hf_muon.optimizer.step import wire_dtype
+from hf_muon.optimizer.step import returned_dtype, wire_dtype
 from hf_muon.polar import compute_dtype
 from hf_muon.routing.plan import RoutePlan
 from hf_muon.routing.table import text
@@ -75,6 +75,7 @@ class Forecast:
         in_lockstep: The same on the busiest rank of each bucket, summed over buckets: how long the
             step takes if every bucket waits for its slowest rank.
         wire: Dtype on the wire.
+        back: That of results, on their way back.
         sums: All-reduces of a bucket, of some numbers for each matrix, which no cost counts.
         by_svd: Whether matrices are decomposed, of which the operations say nothing.
     """
@@ -85,6 +86,7 @@ class Forecast:
     matrices: tuple[int, ...]
     in_lockstep: int
     wire: torch.dtype
+    back: torch.dtype
     sums: int = 0
     by_svd: bool = False
 
@@ -122,6 +124,7 @@ class Forecast:
             "ranks": self.world.ranks,
             "replicas": self.world.mesh[0],
             "wire_dtype": str(self.wire).removeprefix("torch."),
+            "returned_dtype": str(self.back).removeprefix("torch."),
             "matrices": len(self.matrices),
             "newton_schulz_flops": self.steps * sum(self.matrices),
             "max_over_mean": self.balance,
@@ -218,7 +221,7 @@ def forecast(
     matrices = [m for group in groups for parameter in group for m in parameter.matrices]
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
-    wire = _wire(config, dtype, device)
+    wire, back = _wires(config, dtype, device)
     limit, alone = bucket_elements(config.bucket_mb, wire.itemsize)
     plans, in_lockstep, where = [], 0, torch.device(device)
     for group in groups:
@@ -227,7 +230,9 @@ def forecast(
             buckets = plan_buckets(layouts, [where] * len(layouts), limit, alone=alone)
             if not buckets:
                 continue
-            costs = [bucket_costs(bucket, world.mesh, wire.itemsize) for bucket in buckets]
+            costs = [
+                bucket_costs(bucket, world.mesh, wire.itemsize, back.itemsize) for bucket in buckets
+            ]
             in_lockstep += sum(max(cost.operations for cost in of_ranks) for of_ranks in costs)
             plans.append([in_flight(of_rank) for of_rank in zip(*costs, strict=True)])
     return Forecast(
@@ -237,6 +242,7 @@ def forecast(
         matrices=tuple(polar_cost(matrix.rows, matrix.cols) for matrix in matrices),
         in_lockstep=in_lockstep,
         wire=wire,
+        back=back,
         sums=_sums(config, world),
         by_svd=config.polar_method == "svd" or config.rule.whole.decomposes,
     )
@@ -255,13 +261,15 @@ def forecast_routes(
     return forecast([g for g in groups if g], config, world, dtype=dtype, device=device)
 
 
-def _wire(config: MuonConfig, dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype on the wire, without the device that would be asked what it can do."""
+def _wires(config: MuonConfig, dtype: torch.dtype, device: str) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes there and back, without the device that would be asked what it can do."""
     requested = config.polar_dtype
     if device == "cuda" and requested == "auto" and config.polar_method != "svd":
         requested = "bfloat16"
     settings = {**config.to_dict(), "polar_dtype": requested}
-    return wire_dtype(settings, dtype, torch.device("cpu" if device == "cpu" else "meta"))
+    place = torch.device("cpu" if device == "cpu" else "meta")
+    wire = wire_dtype(settings, dtype, place)
+    return wire, returned_dtype(settings, wire, place)
 
 
 def _sums(config: MuonConfig, world: World) -> int:
@@ -307,11 +315,13 @@ def _summary(facts: dict[str, Any], tflops: float, gbps: float) -> str:
         for name in ("polar", "polar_in_lockstep", "polar_duplicated", "wire")
     )
     svd = "an SVD takes their place, which these numbers do not foretell; " * facts["by_svd"]
+    returned = facts["returned_dtype"]
+    back = f", {returned} on the way back" * (returned != facts["wire_dtype"])
     sums = facts["all_reduces_per_bucket"]
     besides = f"\nNot counted: {sums} small all-reduces a bucket, of sums over whole matrices."
     return (
         f"{facts['matrices']:,} polar factors, {short(facts['newton_schulz_flops'] / 1e12)} TFLOP, "
-        f"{svd}{facts['wire_dtype']} on the wire. Busiest rank over the mean "
+        f"{svd}{facts['wire_dtype']} on the wire{back}. Busiest rank over the mean "
         f"{facts['max_over_mean']:,.2f}, with whole matrices at least "
         f"{facts['lower_bound']:,.2f}; {facts['idle_ranks']} idle ranks.\n"
         f"At {tflops:g} TFLOP/s and {gbps:g} GB/s per rank: polar factors {busiest} ms on the "

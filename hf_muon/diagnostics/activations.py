@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_muon.polar import in_own_dtype
 from hf_muon.routing.survey import named_modules
 
 # Tokens of a step and rank that are looked at.
@@ -126,7 +127,7 @@ def rank_of_rows(A: Tensor) -> float | None:
     A = A / A.abs().max()
     if not A.isfinite().all():
         return None
-    with torch.autocast(A.device.type, enabled=False):
+    with in_own_dtype(A.device.type):
         gram = A @ A.mT if len(A) < A.shape[1] else A.mT @ A
     rank: float = (gram.trace() / torch.linalg.eigvalsh(gram)[-1]).item()
     return rank

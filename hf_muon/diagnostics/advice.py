@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_muon.diagnostics.noise_edge import cosines_squared
 from hf_muon.diagnostics.spectra import Leading
+from hf_muon.polar import in_own_dtype
 
 # A suggestion is an extrapolation from the window it was measured in.
 _FURTHEST = 4
@@ -102,7 +103,8 @@ def _expected_cosines(at: Leading, r: int) -> Tensor:
 
 def _overlap(Q: Tensor, U: Tensor, r: int) -> float:
     """Mean cos² between two subspaces of r dimensions."""
-    return (Q[:, :r].mT @ U[:, :r]).square().sum().item() / r
+    with in_own_dtype(Q.device.type):
+        return (Q[:, :r].mT @ U[:, :r]).square().sum().item() / r
 
 
 def best_window(drift: float, now: Leading) -> float:

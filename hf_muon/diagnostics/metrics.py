@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_muon.polar import polar_factor
+from hf_muon.polar import in_own_dtype, polar_factor
 
 
 class PrincipalAngles(NamedTuple):
@@ -350,14 +350,14 @@ def _numerical_rank(sigma: Tensor, longer_side: int) -> int:
 def _truncated_polar(X: Tensor, rank: int) -> Tensor:
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
     kept = sigma.gt(rounding_threshold(sigma, max(X.shape[-2:]))).to(X.dtype)[..., None, :rank]
-    with torch.autocast(X.device.type, enabled=False):  # it would multiply in half precision
+    with in_own_dtype(X.device.type):
         factor: Tensor = (U[..., :rank] * kept) @ Vh[..., :rank, :]
     return factor
 
 
 def subspace_angles(Q: Tensor, U: Tensor) -> Tensor:
     """Angles between the spans of two orthonormal bases, ascending, (…, r)."""
-    with torch.autocast(Q.device.type, enabled=False):  # it would multiply in half precision
+    with in_own_dtype(Q.device.type):
         overlap = Q.mT @ U  # (…, r, r)
         outside = U - Q @ overlap  # (…, m, r)
     cosines = torch.linalg.svdvals(overlap)  # descending

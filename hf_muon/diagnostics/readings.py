@@ -25,6 +25,7 @@ from hf_muon.diagnostics import metrics
 from hf_muon.diagnostics.probe_report import ProbeReport, Reading, Statistic
 from hf_muon.diagnostics.replay import Filter, Stages, stages, through
 from hf_muon.optimizer.momentum import single
+from hf_muon.polar import in_own_dtype
 from hf_muon.stages import Momentum
 
 Proxy = Literal["held_out", "in_buffer", "both"]
@@ -199,7 +200,8 @@ class Flipped:
 
     def mean(self) -> Tensor:
         """Mean gradient of every copy, (1 + flips, m, n)."""
-        return torch.einsum("fk,kmn->fmn", self.signs, self.gradients) / len(self.gradients)
+        with in_own_dtype(self.gradients.device.type):
+            return torch.einsum("fk,kmn->fmn", self.signs, self.gradients) / len(self.gradients)
 
     def _steps(self, tensors: Iterable[Tensor]) -> Iterable[Tensor]:
         return (

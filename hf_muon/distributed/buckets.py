@@ -62,17 +62,18 @@ Place = tuple[int, int]
 
 @dataclass(eq=False)
 class Bucket:
-    """Matrices that travel together, between the same ranks."""
+    """Matrices that travel together, between the same ranks; ``back`` is the dtype of results."""
 
     shard: Ranks
     replicate: Ranks
     device: torch.device
     wire: torch.dtype = torch.float32
     units: list[Unit] = field(default_factory=list)
+    back: torch.dtype | None = None  # the same as the inputs
 
     def only(self, units: list[Unit]) -> Bucket:
         """The bucket with some of its units, each with the owner it has."""
-        return Bucket(self.shard, self.replicate, self.device, self.wire, units)
+        return Bucket(self.shard, self.replicate, self.device, self.wire, units, self.back)
 
     @cached_property
     def row(self) -> list[Unit]:

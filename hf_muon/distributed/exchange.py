@@ -103,7 +103,10 @@ def gather(
 def scatter(
     bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
 ) -> Generator[None, None, Result]:
-    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all."""
+    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all.
+
+    On the way they are in :attr:`Bucket.back`, of fewer digits where the results have no more.
+    """
     results = dict(zip(bucket.own, bucket.blocks(outputs), strict=True))
     if bucket.gathers:
         yield from _scattered(bucket, outputs, results, wire)
@@ -156,14 +159,14 @@ def _scattered(
     bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
 ) -> Generator[None, None, None]:
     """Add what the other members of the shard group computed."""
-    packed = _flat(bucket.incoming, wire, bucket.device)
+    packed = _flat(bucket.incoming, bucket.back or wire, bucket.device)
     blocks = list(_unpacked(bucket.incoming, packed))
     found = [piece.of_matrix(outputs[unit]) for (unit, piece), _ in blocks]
     _copy([block for _, block in blocks], found)
     received, work = _all_to_all(packed, bucket.incoming, bucket.outgoing, bucket.shard)
     yield
     work.wait()
-    results.update(_unpacked(bucket.outgoing, received))
+    results.update(_unpacked(bucket.outgoing, received.to(wire)))
 
 
 def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator[None, None, None]:
@@ -174,28 +177,38 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
     if width == 0:  # this rank and its replicas hold nothing, but their peers do
         yield
         return
-    send = torch.empty(width, dtype=wire, device=bucket.device)
+    send = torch.empty(width, dtype=bucket.back or wire, device=bucket.device)
     own = list(_unpacked([bucket.by_replica[replicate.index]], send))
     _copy([block for _, block in own], [results[item] for item, _ in own])
     send[counts[replicate.index] :].zero_()
-    received = torch.empty(replicate.size, width, dtype=wire, device=bucket.device)
+    received = torch.empty(replicate.size, width, dtype=send.dtype, device=bucket.device)
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
     work = all_gather(received.view(-1), send, group=replicate.group, async_op=True)
     yield
     work.wait()
+    received = received.to(wire)
     for replica, items in enumerate(bucket.by_replica):
         if replica != replicate.index:
             results.update(_unpacked([items], received[replica]))
 
 
 def combined(
-    values: Tensor, members: Ranks, op: Any = dist.ReduceOp.SUM
+    values: Tensor,
+    members: Ranks,
+    op: Any = dist.ReduceOp.SUM,
+    by: torch.device | None = None,
 ) -> Generator[None, None, None]:
-    """Sum, or another operation, over the members of a group, in place."""
+    """Sum, or another operation, over the members of a group, in place.
+
+    ``by`` is the device that they communicate by, if values may lie elsewhere.
+    """
     if members.size > 1:
-        work = dist.all_reduce(values, op, group=members.group, async_op=True)
+        there = values if by is None else values.to(by)
+        work = dist.all_reduce(there, op, group=members.group, async_op=True)
         yield
         work.wait()
+        if there is not values:
+            values.copy_(there)
 
 
 def _copy(places: list[Tensor], blocks: list[Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_muon.integrations.attentions import Attention
+from hf_muon.polar import in_own_dtype
 
 _LIMIT = 2**24  # logits of a block of queries that are held at a time: 64 MiB
 
@@ -82,8 +83,7 @@ class LogitObserver:
                 f"QKClip saw {query.shape[1]} heads in {one.name}, which has {one.heads}: they are "
                 "divided among ranks. Use DDP, FSDP version 2 or ZeRO, without tensor parallelism."
             )
-        # Without autocast, which would round the products.
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        with torch.no_grad():
             found = largest_logits(module, query, key, mask, kind, more)
         before = self._largest.get(id(module))
         self._largest[id(module)] = found if before is None else torch.maximum(before, found)
@@ -140,7 +140,8 @@ def largest_logits(
     largest = query.new_full((heads,), -torch.inf)
     for start in range(0, tokens, step):
         rows = torch.arange(start, min(start + step, tokens), device=query.device)
-        logits = query[:, :, start : start + step] @ key  # (batch, heads, rows, keys)
+        with in_own_dtype(query.device.type):
+            logits = query[:, :, start : start + step] @ key  # (batch, heads, rows, keys)
         logits.masked_fill_(~visible(rows), -torch.inf)
         largest = torch.maximum(largest, logits.amax(dim=(0, 2, 3)))
     return largest

@@ -87,9 +87,10 @@ def _functional_adamw(
     fused: bool,
 ) -> None:
     beta1, beta2 = group["betas"]
-    if fused:  # the kernel counts on its own device
-        for (p, _), state in zip(members, states, strict=True):
-            state["step"] = state["step"].to(p.device)
+    for (p, _), state in zip(members, states, strict=True):
+        # The kernel counts on its own device; the others would wait for it to learn each count.
+        if fused or not state["step"].is_cpu:
+            state["step"] = state["step"].to(p.device if fused else "cpu")
     adamw(
         [p for p, _ in members],
         [gradient for _, gradient in members],

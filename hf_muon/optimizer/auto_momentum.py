@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.optimizer.momentum import term_names
+from hf_muon.polar import devices
 from hf_muon.rules import KERNELS
 from hf_muon.stages import Buffer, Given, Stage, Statistic, in_dtype_of, square_norm
 
@@ -51,7 +52,8 @@ def _measure(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -
     for number, one in enumerate(x):
         terms = [term[number] for term in buffers[:_TERMS]]
         same = one.to(terms[0].dtype)
-        dots = [(same * term).sum(dtype=torch.float64) for term in terms]
+        dtype = devices.widest(one.device)
+        dots = [(same * term).sum(dtype=dtype) for term in terms]
         found.append(torch.stack([square_norm(same), *dots, *map(square_norm, terms)]))
     return found
 

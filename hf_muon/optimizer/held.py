@@ -18,11 +18,13 @@ from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.exchange import combined
+from hf_muon.distributed.offload import staged
 from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.int8 import add_largest, decoded, encode
 from hf_muon.optimizer.lora_tangent import rescale
 from hf_muon.optimizer.parts import Part, Told, of_matrix, rows_of
+from hf_muon.polar import devices
 from hf_muon.stages import (
     NORMS,
     Buffer,
@@ -68,8 +70,7 @@ class Held:
                 found = {u: of_matrix(buffer, u, tensors[u.parameter]) for u in bucket.units}
                 self._of_units[buffer.name] = found
         self.scales = [sizes[unit] for unit, _ in self.items]
-        of_first = weights[bucket.units[0].parameter] if bucket.units else None
-        self.device = bucket.device if of_first is None else of_first.device
+        self.device = weights[bucket.units[0].parameter].device if bucket.units else bucket.device
         self._shapes = [unit.shape for unit, _ in self.items]
         place = {item: number for number, item in enumerate(self.items)}
         self._read = [place[item] for item in bucket.reads]
@@ -90,7 +91,7 @@ class Held:
         units = self.bucket.units
         # A rank may have a gradient where its copies have none.
         norms = torch.cat([sums[unit] for unit in units])
-        yield from combined(norms, self.bucket.replicate)
+        yield from combined(norms, self.bucket.replicate, by=self.bucket.device)
         found = [norm > 0 for norm in norms.tolist()]
         if of_pairs:  # a factor moves with its partner
             found = [
@@ -187,7 +188,7 @@ class Held:
         lists: Sequence[list[Tensor]],
     ) -> Generator[None, None, Sums]:
         """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
-        flat, sums = self._empty(statistic)
+        flat, sums = self._empty(statistic, self.device)
         for part, x in zip(parts, lists, strict=True):
             items = part.portion.each(self.items)
             with step.guarded() as found:
@@ -199,7 +200,7 @@ class Held:
                 totals = [rows_of(of, p.row, p.rows, part.portion) for of, (_, p) in of_items]
             if found:  # it did not fail
                 _add(totals, found, distinct=len({unit for unit, _ in items}) == len(items))
-        yield from combined(flat, self.bucket.shard)
+        yield from combined(flat, self.bucket.shard, by=self.bucket.device)
         return sums
 
     def measured(
@@ -209,7 +210,7 @@ class Held:
 
         The others add zeros to what an owner found, so that its bits arrive.
         """
-        flat, sums = self._empty(statistic)
+        flat, sums = self._empty(statistic, self.bucket.device)
         for unit, matrix in of_owner.items():
             given = Given(step.settings, 0.0, [unit.shape])
             with step.guarded() as found:
@@ -217,19 +218,22 @@ class Held:
                 sums[unit].copy_(found[0])
         for ranks in (self.bucket.shard, self.bucket.replicate):
             yield from combined(flat, ranks)
+        if self.device != flat.device:
+            here, sums = self._empty(statistic, self.device)
+            here.copy_(flat)
         return sums
 
-    def _empty(self, statistic: Statistic) -> tuple[Tensor, Sums]:
+    def _empty(self, statistic: Statistic, device: torch.device) -> tuple[Tensor, Sums]:
         """Zeros for what is found of each matrix, and the memory of all of them."""
         units, width = self.bucket.units, statistic.width
         shapes = [(u.shape[0], width) if statistic.of_rows else (width,) for u in units]
-        return self._zeros(shapes, torch.float64)
+        return self._zeros(shapes, devices.widest(self.bucket.device), device)
 
     def _zeros(
-        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, dict[Unit, Tensor]]:
         sizes = [torch.Size(shape).numel() for shape in shapes]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=self.bucket.device)
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
         parts = zip(self.bucket.units, accumulate(sizes), sizes, shapes, strict=True)
         return flat, {u: flat[end - size : end].view(shape) for u, end, size, shape in parts}
 
@@ -247,7 +251,7 @@ class Held:
         )
         steps = [step.numbers[u.parameter] for u in units] if stage.counts else []
         given = Given(step.settings, 0.0, [u.shape for u in units], (), steps)
-        of_units = [sums[unit].to(self.device) for unit in units]
+        of_units = [sums[unit] for unit in units]
         with step.guarded() as found:
             found += statistic.conclude(of_units, kept, given)
             _check_count(found, units)
@@ -307,11 +311,12 @@ class Held:
     ) -> Generator[None, None, None]:
         """Write a buffer; blocks that are cut between ranks have the size of all their entries."""
         kept = self._of_units[f"{buffer.name}_scale"]
-        flat, sizes = self._zeros([tuple(kept[u].shape) for u in self.bucket.units], torch.float32)
+        shapes = [tuple(kept[unit].shape) for unit in self.bucket.units]
+        flat, sizes = self._zeros(shapes, torch.float32, self.device)
         for part, of_part in zip(parts, lists, strict=True):
             for x, (largest, first) in zip(of_part, self._blocks(part, buffer, sizes), strict=True):
                 add_largest(x, largest, first)
-        yield from combined(flat, self.bucket.shard, dist.ReduceOp.MAX)
+        yield from combined(flat, self.bucket.shard, dist.ReduceOp.MAX, self.bucket.device)
         for unit, largest in sizes.items():
             kept[unit].copy_(largest)
         for part, of_part in zip(parts, lists, strict=True):
@@ -319,20 +324,21 @@ class Held:
             for x, q, (largest, first) in zip(of_part, part.kept[buffer.name], blocks, strict=True):
                 encode(x, q, largest, first)
 
-    # --------------------------------------------------------------------------------------------
-
     def fill(self, parts: Sequence[Part], lists: Lists, places: Sequence[Tensor]) -> None:
         """Write what is read of the pieces to its places; the rest is computed for its buffers."""
-        at = dict(zip(self._read, places, strict=True))
-        for part, x in zip(parts, lists, strict=True):
-            numbers, rows = part.portion.places, part.portion.rows
-            wanted = [(at[n], one) for n, one in zip(numbers, x, strict=True) if n in at]
-            if wanted:
-                into, found = zip(*wanted, strict=True)
-                torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
+        with staged(places, self.device) as here:
+            at = dict(zip(self._read, here, strict=True))
+            for part, x in zip(parts, lists, strict=True):
+                numbers, rows = part.portion.places, part.portion.rows
+                wanted = [(at[n], one) for n, one in zip(numbers, x, strict=True) if n in at]
+                if wanted:
+                    into, found = zip(*wanted, strict=True)
+                    torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
 
     def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
         """Multiply the weights of some matrices, and divide what their stages keep."""
+        numbers = torch.stack(list(factors.values())).to(self.device)
+        factors = dict(zip(factors, numbers, strict=True))
         scaled = [b for b in self._tensors[1] if b.scales and b not in self._coded]
         for number, (unit, _) in enumerate(self.items):
             if unit in factors:

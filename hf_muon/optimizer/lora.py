@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.polar import in_own_dtype
+from hf_muon.polar import devices, in_own_dtype
 
 PolarFunction = Callable[[Tensor], Tensor]
 
@@ -138,6 +138,8 @@ def with_split_decay(weights: Pair, change: Pair, decay: float | Tensor) -> Pair
 def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r, r)
     """K with KᵀK = (S + δ·(tr S/r)·I)⁻¹ for S = XXᵀ, in float64; zero for X = 0.
 
+    In float32 on devices that have no float64: there δ is as large as the rounding of S at least.
+
     K is the inverse of a Cholesky factor, an orthogonal matrix times the symmetric root S^(−½). It
     serves as well, at a fraction of the cost of an eigendecomposition: polar factors commute with
     orthogonal matrices, so O(MKᵀ)K = O(M·S^(−½))·S^(−½).
@@ -154,7 +156,10 @@ def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r
             f"lora_damping is {damping:g}; at least {SMALLEST_DAMPING:g} is needed, because the "
             "Gram matrix of an adapter may be singular."
         )
-    factor = rows.double()  # the condition number of S is that of X squared
+    dtype = devices.widest(rows.device)  # the condition number of S is that of X squared
+    if dtype == torch.float32:
+        damping = max(damping, rows.shape[-1] * torch.finfo(dtype).eps)
+    factor = rows.to(dtype)
     gram = factor @ factor.mT  # (…, r, r)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (…, 1, 1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

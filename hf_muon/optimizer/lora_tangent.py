@@ -19,7 +19,7 @@ from hf_muon.optimizer.lora import (
     whitening,
     with_split_decay,
 )
-from hf_muon.polar import in_own_dtype
+from hf_muon.polar import devices, in_own_dtype
 
 
 @torch.no_grad()
@@ -105,10 +105,48 @@ def polar_of_product(
         right: R, (…, 2r, n).
         polar: Maps matrices to their polar factors.
     """
-    basis_left, core_left = torch.linalg.qr(left)  # (…, m, k), (…, k, 2r)
-    basis_right, core_right = torch.linalg.qr(right.mT)
+    basis_left, core_left = orthonormal(left)  # (…, m, k), (…, k, 2r)
+    basis_right, core_right = orthonormal(right.mT)
     core = polar(core_left @ core_right.mT).to(left.dtype)
     return basis_left @ core, basis_right.mT
+
+
+def orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:  # (…, m, k) -> (…, m, k), (…, k, k)
+    """Q and R with X = QR: a basis of the columns of X, and X in it.
+
+    A CPU takes the QR decomposition. Elsewhere that is one small kernel after the other for each
+    column and matrix, and the basis comes from Gram matrices instead (CholeskyQR2): with the
+    Cholesky factor L of XᵀX, Q = X·L⁻ᵀ and R = Lᵀ; then the same of Q, whose condition is nearly
+    one.
+
+    XᵀX may be singular, as where B is still zero, so s·I is added to it, s just above its rounding.
+    That does no harm. X = QR holds for any L, since Q is made from it. A direction in which X has
+    the length σ gets the length σ/√(σ² + s) in Q, and in the next round nearly one, down to
+    σ ≈ s/‖X‖. One in which X is zero stays zero in Q, whatever R has there, so that the polar
+    factor of what R contributes is multiplied by zero.
+
+    Returns:
+        Q and R in the dtype of X; from a CPU (…, m, min(m, k)) and (…, min(m, k), k).
+
+    References:
+        Yamamoto et al. (2015), ETNA 44; Fukaya et al. (2020), SIAM J. Sci. Comput. 42 (the shift).
+    """
+    if devices.is_cpu(X.device):
+        Q, R = torch.linalg.qr(X)
+        return Q, R
+    rows = X.mT.to(devices.widest(X.device))  # (…, k, m)
+    k, m = rows.shape[-2:]
+    identity = torch.eye(k, dtype=rows.dtype, device=rows.device)
+    R = identity
+    eps = torch.finfo(rows.dtype).eps
+    for _ in range(2 if rows.dtype == torch.float64 else 3):
+        gram = rows @ rows.mT
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        shift = torch.where(trace > 0, (m + k) * eps * trace, 1.0)
+        lower = torch.linalg.cholesky_ex(gram + shift * identity).L
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+        R = lower.mT @ R
+    return rows.mT.to(X.dtype), R.to(X.dtype)
 
 
 def balance_factor(squares_a: Tensor, squares_b: Tensor) -> Tensor:
@@ -120,7 +158,8 @@ def balance_factor(squares_a: Tensor, squares_b: Tensor) -> Tensor:
     to what a change of optimizer or of dtype expects.
 
     Args:
-        squares_a: ‖A‖², the sum of squares over the whole factor, of any shape, float64.
+        squares_a: ‖A‖², the sum of squares over the whole factor, of any shape, float64, or float32
+            where there is none.
         squares_b: ‖B‖², of the same shape.
 
     Returns:

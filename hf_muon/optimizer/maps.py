@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_muon.polar import in_own_dtype
 from hf_muon.rules import MAPS
 from hf_muon.stages import WholeMap, wide
 
@@ -28,6 +29,8 @@ def polargrad(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     """⟨X, O⟩·O, the nuclear norm of X times its polar factor (arXiv 2505.21799)."""
     O = polar(X)  # noqa: E741
     nuclear_norm: Tensor = torch.sum(wide(X) * wide(O))
+    if O.dtype == torch.float16:  # which holds polar factors, and not their multiples
+        O = wide(O)  # noqa: E741
     return O * nuclear_norm.to(O.dtype)
 
 
@@ -37,7 +40,8 @@ def soft(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     U, S, Vh = torch.linalg.svd(X.to(wide), full_matrices=False)
     kept = max(X.shape) * torch.finfo(wide).eps * S[:1] < S  # as in the exact polar factor
     shares = torch.where(kept, S / S[:1], 1.0) ** settings["map_power"]
-    found: Tensor = (U * (shares * kept)) @ Vh
+    with in_own_dtype(X.device.type):
+        found: Tensor = (U * (shares * kept)) @ Vh
     return found.to(X.dtype)
 
 

@@ -16,7 +16,7 @@ from hf_muon.distributed.buckets import Bucket, Unit
 from hf_muon.distributed.exchange import combined
 from hf_muon.optimizer.lora import Pair, PolarFunction, product_update
 from hf_muon.optimizer.lora_tangent import balance_factor, tangent_update
-from hf_muon.polar import batched_alike
+from hf_muon.polar import batched_alike, devices
 from hf_muon.rules import PAIR_MAPS
 from hf_muon.stages import WholeMap
 
@@ -80,7 +80,8 @@ def due_for_balance(bucket: Bucket, counts: Sequence[Tensor], every: int) -> lis
 
 def _balance(old: Pair, change: Pair) -> Pair:
     """What each factor is multiplied by, from the whole factors after the step, (k,) each."""
-    squares = [(w + d).double().square().sum((-2, -1)) for w, d in zip(old, change, strict=True)]
+    dtype = devices.widest(old.a.device)
+    squares = [(w + d).to(dtype).square().sum((-2, -1)) for w, d in zip(old, change, strict=True)]
     factor = balance_factor(*squares)
     return Pair(factor, 1 / factor)
 

@@ -29,7 +29,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
 from hf_muon.optimizer.auto_momentum import momenta_in_use
-from hf_muon.optimizer.buffers import buffers_of
+from hf_muon.optimizer.buffers import buffers_of, step_count
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.entries import Entry, Group
 from hf_muon.optimizer.held import Held
@@ -38,7 +38,7 @@ from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.outliers import Outliers
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.optimizer.step import may_fail, products_name, wire_dtype
+from hf_muon.optimizer.step import may_fail, products_name, returned_dtype, wire_dtype
 from hf_muon.polar import Workspace, devices
 from hf_muon.rules import rule_of
 from hf_muon.stages import Buffer, Momentum, Rule
@@ -84,6 +84,9 @@ class Plan:
     def refresh(self, states: Sequence[State]) -> bool:
         """Take note of the tensors and their state; whether they are others than before."""
         self._states = states
+        for state in states:  # whoever moves all state to the device moves what the host counts by
+            if not state["step"].is_cpu:
+                state["step"] = step_count(state["step"])
         self._weights = locals_of([entry.tensor for entry in self.entries])
         self._kept = {
             buffer: locals_of([state[buffer.name] for state in states])
@@ -180,7 +183,7 @@ class Plan:
         ]
         return {
             f"parameters {where}": len(names),
-            f"wire dtype {where}": sorted({str(bucket.wire)[6:] for bucket in self.buckets}),
+            f"wire dtype {where}": sorted({_there_and_back(bucket) for bucket in self.buckets}),
             f"products of polar factors {where}": self._products,
             f"momenta {where}": self.group.get("momenta"),
             **{f"shape of {name}": shape for name, shape in names},
@@ -220,7 +223,10 @@ class Plans:
         copies = 2 if together else 1  # of pairs, the owner gets the weights as well
         largest = max(wire.itemsize for wire in wires)
         limits = bucket_elements(group["bucket_mb"], copies * largest)
-        return plan_buckets(layouts, devices, limits[0], together, wires, limits[1])
+        buckets = plan_buckets(layouts, devices, limits[0], together, wires, limits[1])
+        for bucket in buckets:
+            bucket.back = returned_dtype(group, bucket.wire, bucket.device)
+        return buckets
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Where the matrices of a tensor are; found once for each kind of tensor."""
@@ -288,6 +294,11 @@ def _step_sizes(
         scaling = entries[a.parameter].scalings[a.matrix]
         sizes[a] = sizes[b] = pair_step_size(rule, matrices[a], matrices[b], scaling)
     return sizes
+
+
+def _there_and_back(bucket: Bucket) -> str:
+    dtypes = dict.fromkeys([bucket.wire, bucket.back or bucket.wire])
+    return ", back ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _divides(entry: Entry) -> bool:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_muon.polar import devices
 from hf_muon.rules import PREFILTERS
 from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, wide
 
@@ -32,7 +33,7 @@ def _counts(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) ->
     for one, median in zip(x, buffers[0], strict=True):
         size = one.abs()
         above, some = (size > median.to(size)).sum(), size.count_nonzero()
-        found.append(torch.stack([above, some, size.sum(dtype=torch.float64)]))
+        found.append(torch.stack([above, some, size.sum(dtype=devices.widest(one.device))]))
     return found
 
 
@@ -48,7 +49,7 @@ def _median(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given)
     [medians] = buffers
     for (above, some, total), median in zip(sums, medians, strict=True):
         share, mean = above / some.clamp(min=1), total / some.clamp(min=1)
-        moved = median.double() * torch.exp(_RATE * (2 * share - 1))
+        moved = median.to(total.dtype) * torch.exp(_RATE * (2 * share - 1))
         found = torch.where(median > 0, moved, _MEDIAN_OF_NORMAL * mean)
         median.copy_(torch.where(some > 0, found, median))
     return medians

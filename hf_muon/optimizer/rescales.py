@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_muon.polar import alike
+from hf_muon.polar import alike, devices
 from hf_muon.rules import RESCALES
 from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, square_norm, wide
 
@@ -32,7 +32,8 @@ def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> l
 
 
 def _row_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    norms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64) for u in x)
+    dtype = devices.widest(x[0].device)
+    norms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=dtype) for u in x)
     return [norm.square() for norm in norms]
 
 
@@ -46,7 +47,7 @@ def _row_factors(
     found = []
     for squares, average, (_, cols) in zip(sums, buffers[0], given.shapes, strict=True):
         average.lerp_((squares / cols).to(average), 1 - given.settings["rescale_beta"])
-        factors = 1 / (average.double().sqrt() + _EPS)
+        factors = 1 / (average.to(squares.dtype).sqrt() + _EPS)
         found.append(factors * _ratio(squares.sum(), (squares * factors.square()).sum()))
     return found
 

@@ -24,9 +24,9 @@ from hf_muon.distributed.exchange import (
     exchange,
     gather,
     newly_allocated,
-    reading,
     scatter,
 )
+from hf_muon.distributed.offload import fetched
 from hf_muon.optimizer.context import Settings, Step
 from hf_muon.optimizer.held import Held, Sums
 from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pairs
@@ -55,8 +55,7 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
     inputs = yield from held.passed(step, rule.before, before, gradients)
     whole = _map_pairs if rule.whole.of_pairs else _map_matrices
     mapped = yield from whole(held, step, partial(held.fill, before, inputs))
-    pairs = zip(held.items, held.weights, strict=True)
-    factors = [mapped.results[item].to(weight.device) for item, weight in pairs]  # if offloaded
+    factors = fetched([mapped.results[item] for item in held.items], held.device)
     written = yield from held.passed(step, ends, after, factors, mapped.measured)
     for _ in written:
         pass
@@ -101,8 +100,9 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     bucket, settings, rule = held.bucket, step.settings, step.rule
     every = settings["tangent_balance_every"] if rule.whole.balances else 0
     due = due_for_balance(bucket, step.counts, every)
-    read = dict(zip(held.items, held.weights, strict=True))
-    weights = yield from gather(bucket, reading(bucket, lambda *item: read[item]), bucket.wire)
+    parts = held.parts("weights", [(0.0, 0.0)] * len(held.items), ())
+    fill_weights = partial(held.fill, parts, [part.weights for part in parts])
+    weights = yield from gather(bucket, fill_weights, bucket.wire)
     gradients = yield from gather(bucket, fill, bucket.wire)
     polar = polar_function(settings, step.workspace)
     update = partial(rule.whole.run, polar=polar, settings=settings)
@@ -180,7 +180,7 @@ def products_name(settings: Settings, device: torch.device, is_fake: bool = Fals
 
 
 def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that polar factors are computed in; float16 has too small a range to travel in.
+    """The dtype that inputs travel in: that of the computation; of float16 the range is too small.
 
     Pairs of LoRA factors travel with their weights, in full precision.
 
@@ -196,3 +196,21 @@ def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
         return svd_dtype(requested, dtype)
     computed = compute_dtype(requested, device)
     return torch.float32 if computed == torch.float16 else computed
+
+
+def returned_dtype(settings: Settings, wire: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that results travel in, back from their owners.
+
+    float16 holds polar factors that were computed in it: their entries are 1.2 at most. What other
+    maps make may be of any size.
+
+    Args:
+        settings: Of the param group.
+        wire: The dtype that inputs travel in.
+        device: Where their polar factors are computed.
+    """
+    whole = rule_of(settings).whole
+    if not whole.replaces or settings["polar_method"] == "svd":
+        return wire
+    computed = compute_dtype(settings["polar_dtype"], device)
+    return computed if computed == torch.float16 else wire

@@ -125,7 +125,8 @@ def _products(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
     """‖W‖², ‖U‖² and ⟨W, U⟩."""
     found = []
     for weight, update in zip(given.weights, x, strict=True):
-        both = (weight.double() * update.double()).sum()
+        dtype = devices.widest(weight.device)
+        both = (weight.to(dtype) * update.to(dtype)).sum()
         found.append(torch.stack([square_norm(weight), square_norm(update), both]))
     return found
 
@@ -157,7 +158,7 @@ def _on_the_ball(
         _check_first(weight, step, given, "keeps the norm that a matrix begins with")
         if step == 1:
             kept.copy_(weight.sqrt())
-        radius = kept.double()[0]
+        radius = kept.to(weight.dtype)[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
         length = (weight - 2 * size * both + size.square() * update).sqrt()
         # A rate of zero, with which loaders step to have state made, must not round the weights.

@@ -65,9 +65,10 @@ def polar_factor(
             ``register_coefficients`` has named; ``svd`` ignores it.
         steps: iterations, 1 to 99 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
         dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
-            None or ``auto`` takes bfloat16 where the device has it natively, else float32, which
-            a CPU also takes for ``gram`` if the shorter side is at most 16. ``svd`` computes in
-            float32, and in float64 for float64 input or on request.
+            None or ``auto`` takes bfloat16 where the device has it natively, else float16 on GPUs
+            with tensor cores for it (compute capability 7.x), else float32, which a CPU also takes
+            for ``gram`` if the shorter side is at most 16. ``svd`` computes in float32, and in
+            float64 for float64 input or on request.
         kernel: who multiplies: ``torch``, its library, on a CPU symmetric products by halves;
             ``triton`` (bfloat16, float16, float32; others go to ``torch``), kernels whose bits do
             not depend on the batch; ``quack`` (bfloat16, float16), symmetric products of

@@ -2,8 +2,8 @@
 
 In: what the user asked for (None, "auto", a name or a torch.dtype) and the device.
 Out: a torch.dtype; and a context in which products are computed in the dtype of their factors.
-``auto`` is bfloat16 where the hardware multiplies it natively and float32 elsewhere: emulated
-bfloat16 is many times slower than float32.
+``auto`` is bfloat16 where the hardware multiplies it natively, since emulated bfloat16 is many
+times slower than float32; float16 on GPUs that have tensor cores for it alone; float32 elsewhere.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def compute_dtype(requested: str | torch.dtype | None, device: torch.device) -> 
     """
     dtype = _explicit_dtype(requested)
     if dtype is None:
-        return torch.bfloat16 if has_native_bfloat16(device.type, device.index) else torch.float32
+        if has_native_bfloat16(device.type, device.index):
+            return torch.bfloat16
+        has_float16 = has_float16_tensor_cores(device.type, device.index)
+        return torch.float16 if has_float16 else torch.float32
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError(
             "polar_dtype (dtype of polar_factor) is float16 on a CPU: "
@@ -152,6 +155,19 @@ def has_native_bfloat16(device_type: str, index: int | None = None) -> bool:
     if device_type == "xpu":
         return bool(torch.xpu.is_bf16_supported(including_emulation=False))
     return device_type == "cpu" and _cpu_has_native_bfloat16()
+
+
+@cache
+def has_float16_tensor_cores(device_type: str, index: int | None = None) -> bool:
+    """Say whether a device is a GPU with tensor cores for float16: of compute capability 7 or more.
+
+    Those of 7.x (V100, T4) have none for bfloat16.
+
+    Args:
+        device_type: as in ``torch.device.type``.
+        index: which device of that type; None for the current one.
+    """
+    return device_type == "cuda" and torch.cuda.get_device_capability(index) >= (7, 0)
 
 
 def _cpu_has_native_bfloat16() -> bool:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_muon import Muon
-from hf_muon.optimizer import auto_momentum
+from hf_muon.optimizer import auto_momentum, plans
+from hf_muon.rules import register_map
 
 SHAPES = {
     "q": (37, 64),
@@ -103,6 +104,11 @@ TO_ROUNDING = {
 }  # fmt: skip
 # So that the choice is made within a few steps.
 CHOOSES_SOON = {"SCORED_OVER": 4, "LEAD": 0.0}
+# Whose results travel back in float16: steps of 1/16 fit, and what does not is rounded.
+IN_FLOAT16 = {
+    "fits": {"matrix_map": "sixteenths", "distribute": "owner"},
+    "rounded": {"distribute": "owner"},
+}
 DEFAULT, OTHER = "pre_polar, float32, Nesterov", "pre_polar, float32, plain"
 
 
@@ -195,14 +201,31 @@ def count_collectives(counts):
         setattr(dist, name, counted)
 
 
-def train(kind, **settings):
+def sixteenths(X, polar, settings):
+    """A map of X in units that float16 does not reach, to numbers that it holds."""
+    return (X * 2**-20 * 16).round().clamp(-16, 16) / 16
+
+
+register_map("sixteenths", sixteenths)
+
+
+def train(kind, scale=1.0, **settings):
     model, told = build(kind)
     optimizer = build_optimizer(model, **told, **settings)
     with mock.patch.multiple(auto_momentum, **CHOOSES_SOON):
         for step in range(STEPS):
             set_gradients(model, step)
+            for p in model.parameters():
+                p.grad.mul_(scale)
             optimizer.step()
     return model, optimizer
+
+
+@contextmanager
+def returned(dtype):
+    """Let results travel in a dtype, as they do from a GPU that computes in it."""
+    with mock.patch.object(plans, "returned_dtype", lambda group, wire, _: dtype or wire):
+        yield
 
 
 @contextmanager
@@ -235,16 +258,20 @@ def main():
     results = {}
     counts = Counter()
     count_collectives(counts)
-    for case, settings in CASES.items():
+    for case, settings in {**CASES, **IN_FLOAT16}.items():
         counts.clear()
-        model, _ = train(kind, **settings)
+        with returned(torch.float16 if case in IN_FLOAT16 else None):
+            model, _ = train(kind, 2.0**20 if case in IN_FLOAT16 else 1.0, **settings)
         weights = full_weights(model)
         placed = all(isinstance(p, DTensor) for p in model.parameters())
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, [float(w.double().sum()) for w in weights.values()])
+        sums = [float(w.double().sum()) for w in weights.values()]
+        sent = [counts[f"{name}_single bytes"] for name in ("all_to_all", "all_gather")]
+        dist.all_gather_object(everyone, (sums, sent))
         results[case] = {
             "weights": weights,
-            "same on all ranks": all(sums == everyone[0] for sums in everyone),
+            "same on all ranks": all(sums == everyone[0][0] for sums, _ in everyone),
+            "sent by all": tuple(map(sum, zip(*(sent for _, sent in everyone), strict=True))),
             "counts": dict(counts),
             "dtensor": placed,
         }

@@ -53,6 +53,26 @@ def test_equals_one_process(trained, alone, case):
             assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.parametrize("case", layouts.IN_FLOAT16)
+def test_results_may_travel_back_in_float16(trained, case):
+    kind, _, results = trained
+    settings = layouts.IN_FLOAT16[case]
+    model, _ = layouts.train("none tp" if kind == "tp" else "none", 2.0**20, **settings)
+    expected = layouts.full_weights(model)
+    assert results[case]["same on all ranks"] or case == "rounded"
+    equal = [torch.equal(w, expected[name]) for name, w in results[case]["weights"].items()]
+    # What does not fit is seen to be rounded, wherever its owner is another rank.
+    assert all(equal) if case == "fits" else not all(equal)
+
+
+def test_fewer_bytes_travel_back_in_float16(trained):
+    _, _, results = trained
+    there, back = (results[case]["sent by all"] for case in ("owner", "fits"))
+    # All ranks together send as much to owners as owners send back.
+    assert back == (there[0] * 3 / 4, there[1] / 2)
+    assert sum(back) > 0
+
+
 # kind -> which of (all-to-all, all-gather) the exchange launches.
 COLLECTIVES = {
     "ddp": (False, True),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from hf_muon import Muon, create_muon_optimizer, register
+from hf_muon.distributed.offload import fetched, staged
+from hf_muon.optimizer.lora_tangent import orthonormal
 from hf_muon.polar import compute_dtype, orthogonalize
 from hf_muon.polar.kernels import choice
 from tests.integration.tiny import tiny_data, tiny_llama, trainer_of
@@ -127,10 +129,10 @@ def test_zero_stays_zero(coefficients, dtype):
         assert orthogonalize(torch.ones(shape, device=DEVICE), **chosen).isfinite().all()
 
 
-def test_auto_computes_in_bfloat16_or_float32():
+def test_auto_computes_in_what_the_hardware_has():
     x = torch.randn(8, 12, device=DEVICE)
     factor = orthogonalize(x, method="auto", coefficients="tight", steps=4, dtype=None)
-    assert factor.dtype in (torch.bfloat16, torch.float32)
+    assert factor.dtype in (torch.bfloat16, torch.float16, torch.float32)
     assert factor.dtype == compute_dtype("auto", x.device)
 
 
@@ -183,3 +185,28 @@ def test_the_stock_trainer_trains(precision, tmp_path):
     trainer.train()
     assert trainer.evaluate(tiny_data(16))["eval_loss"] < first
     assert type(trainer.optimizer.optimizer).__name__ == "Muon"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_blocks_cross_and_come_back(dtype):
+    whole = torch.zeros(64, 300, dtype=dtype, device=DEVICE)
+    places = [whole[:48, 2:99], whole[48:, :], whole[:48, 100:]]
+    numbers = [torch.randn(place.shape) for place in places]
+    here = torch.device("cpu")
+    with staged(places, here) as written:
+        assert written is places or all(block.is_pinned() for block in written)
+        for block, number in zip(written, numbers, strict=True):
+            block.copy_(number)
+    for found, number in zip(fetched(places, here), numbers, strict=True):
+        assert torch.equal(found.cpu(), number.to(dtype))
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e6])
+def test_bases_of_adapters_are_orthonormal(condition):
+    sizes = torch.tensor(condition) ** -torch.linspace(0, 1, 16)
+    X = (torch.randn(3, 400, 16) * sizes).to(DEVICE)
+    Q, R = orthonormal(X)
+    # Rounding to float32, 6e-8, of 16 numbers of size one.
+    assert (Q.double() @ R.double() - X.double()).norm() <= 1e-6 * X.double().norm()
+    identity = torch.eye(16, dtype=torch.float64, device=DEVICE)
+    assert (Q.double().mT @ Q.double() - identity).abs().max() <= 1e-5

@@ -33,7 +33,7 @@ ALLOWED = {
         "stages",
         "values",
     },
-    "integrations": {"config", "optimizer", "routing", "rules", "values"},
+    "integrations": {"config", "optimizer", "polar", "routing", "rules", "values"},
     "commands": {"config", "diagnostics", "distributed", "optimizer", "polar", "routing", "values"},
     "run": {"integrations"},
     "auto": {"integrations"},

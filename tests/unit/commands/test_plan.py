@@ -105,6 +105,21 @@ def test_settings_and_rates_reach_the_plan(config):
     assert buckets["per_rank"][0]["collectives"] > base["per_rank"][0]["collectives"] == 2
 
 
+def test_inputs_travel_in_float32_and_factors_computed_in_float16_in_half_of_that(config):
+    def planned(dtype):
+        settings = f"polar_dtype={dtype},distribute=owner"
+        placed = ("--layout", "hsdp", "--replicas", 2)
+        return facts(config, "--ranks", 4, *placed, "--optim-args", settings)
+
+    wide, narrow = planned("float32"), planned("float16")
+    assert (narrow["wire_dtype"], narrow["returned_dtype"]) == ("float32", "float16")
+    for key, share in (("all_to_all_bytes", 3 / 4), ("all_gather_bytes", 1 / 2)):
+        here, there = (sum(one[key] for one in of["per_rank"]) for of in (narrow, wide))
+        assert here == share * there > 0
+    said = run(config, "--ranks", 4, "--optim-args", "polar_dtype=float16").output
+    assert "float32 on the wire, float16 on the way back" in " ".join(said.split())
+
+
 @pytest.mark.parametrize(("native", "shared"), [(True, 14), (False, 18)])
 def test_copies_share_the_work_where_that_pays(config, monkeypatch, native, shared):
     """Matrices of width 32 are computed faster than they are sent, by GPUs and by most CPUs.

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_muon import Muon
+from hf_muon import Muon, MuonConfig
+from hf_muon.optimizer.maps import polargrad
+from hf_muon.optimizer.step import returned_dtype, wire_dtype
+from hf_muon.rules import register_map
 
 BLOCK = [(16, 16)] * 4 + [(44, 16)] * 2 + [(16, 44)]
 
@@ -129,3 +132,47 @@ def test_a_step_on_224_matrices_takes_few_calls():
         step(optimizer, parameters, [torch.randn_like(p) for p in parameters])
     # 10,900 where every step made its own views. Two more calls for each matrix would show.
     assert calls_of(optimizer) < 2400
+
+
+RETURNED = {
+    "polar": ({}, torch.float16),
+    "polar of two terms": ({"momentum": (0.9, 0.98), "rescale": "rows"}, torch.float16),
+    "svd": ({"polar_method": "svd", "polar_dtype": "auto"}, torch.float32),
+    "polargrad": ({"matrix_map": "polargrad"}, torch.float32),
+    "soft": ({"matrix_map": "soft"}, torch.float32),
+    "another's": ({"matrix_map": "as_given"}, torch.float32),
+    "product": ({"lora_update": "product"}, torch.float32),
+    "tangent": ({"lora_update": "tangent"}, torch.float32),
+    "bfloat16": ({"polar_dtype": "bfloat16"}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_only_polar_factors_travel_in_float16_and_only_back(name):
+    register_map("as_given", lambda X, polar, settings: X.clone())
+    settings, expected = RETURNED[name]
+    group = MuonConfig(**{"lr": 0.1, "polar_dtype": "float16", **settings}).muon_group()
+    device = torch.device("meta")
+    wire = wire_dtype(group, torch.float32, device)
+    assert wire == (torch.bfloat16 if name == "bfloat16" else torch.float32)
+    assert returned_dtype(group, wire, device) == expected
+
+
+def test_ranks_that_would_return_other_dtypes_are_told_so():
+    weight = nn.Parameter(torch.randn(4, 6))
+    optimizer = Muon([("w", weight)], lr=0.1, polar_dtype="float32")
+    weight.grad = torch.randn(4, 6)
+    optimizer.step()
+    [plan] = optimizer._plans._plans.values()
+    key = "wire dtype of muon group 0"
+    assert plan.facts()[key] == ["float32"]
+    plan.buckets[0].back = torch.float16
+    assert plan.facts()[key] == ["float32, back float16"]
+    [unit] = plan.buckets[0].units
+    assert plan.buckets[0].only([unit]).back == torch.float16
+
+
+def test_the_nuclear_norm_may_exceed_what_float16_holds():
+    X = torch.eye(4) * 1e6
+    found = polargrad(X, lambda X: torch.eye(4, dtype=torch.float16), {})
+    assert torch.equal(found, 4 * X)

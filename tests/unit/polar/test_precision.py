@@ -9,10 +9,13 @@ from hf_muon.polar import factor, in_own_dtype, orthogonalize, precision
 
 
 @pytest.fixture(autouse=True)
-def _fresh_answers():
-    precision.has_native_bfloat16.cache_clear()
+def _fresh_answers(monkeypatch):
+    for question in (precision.has_native_bfloat16, precision.has_float16_tensor_cores):
+        question.cache_clear()
     yield
-    precision.has_native_bfloat16.cache_clear()
+    monkeypatch.undo()
+    for question in (precision.has_native_bfloat16, precision.has_float16_tensor_cores):
+        question.cache_clear()
 
 
 @pytest.mark.parametrize("requested", [None, "auto"])
@@ -20,6 +23,41 @@ def _fresh_answers():
 def test_auto_follows_the_hardware(requested, native, expected, monkeypatch):
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda *_: native)
     assert precision.compute_dtype(requested, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16)],
+)
+def test_gpus_without_bfloat16_take_float16_if_they_have_tensor_cores(
+    capability, expected, monkeypatch
+):
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert precision.compute_dtype("auto", torch.device("cuda", 0)) == expected
+    assert precision.compute_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda *_: True)
+    assert precision.compute_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "gram"])
+@pytest.mark.parametrize(("coefficients", "steps"), [("quintic", 5), ("tight", 4)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_float16_is_as_close_as_float32_whatever_the_size(
+    size, coefficients, steps, method, monkeypatch
+):
+    x = size * torch.randn(24, 40)
+    chosen = {"coefficients": coefficients, "steps": steps, "dtype": "float32"}
+    exact = orthogonalize(x, **{**chosen, "method": "svd"})
+
+    def error(dtype):
+        monkeypatch.setattr(factor, "compute_dtype", lambda *_: dtype)
+        found = orthogonalize(x, **chosen, method=method)
+        assert found.dtype == dtype
+        return ((found.float() - exact).norm() / exact.norm()).item()
+
+    # The coefficients leave 0.1 to 0.2 by themselves; roundings to 11 bits, 5e-4, add little.
+    assert error(torch.float16) <= error(torch.float32) + 0.005
 
 
 @pytest.mark.parametrize("flags", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",)])
