@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from hf_muon.commands.hardware import Links
 from hf_muon.commands.imaginary import Parameter, World
 from hf_muon.commands.plan import Forecast, forecast, short
 from hf_muon.config import MuonConfig
@@ -54,9 +55,9 @@ OVERHEAD_COLUMNS = (
 )  # fmt: skip
 
 
-def row(name: str, costs: Forecast, tflops: float, gbps: float) -> list[str]:
+def row(name: str, costs: Forecast, tflops: float, links: Links) -> list[str]:
     """The cells of one line; ranks by their largest number."""
-    facts = costs.to_dict(tflops, gbps)
+    facts = costs.to_dict(tflops, links)
     sent = max(one["bytes_sent"] for one in facts["per_rank"]) / 1e6
     extra = max(one["peak_extra_bytes"] for one in facts["per_rank"]) / 1e6
     return [
@@ -80,7 +81,7 @@ def overhead_row(name: str, costs: Forecast, given: argparse.Namespace) -> list[
     factors; embeddings, attention scores and the AdamW half are left out, which overstates the
     share. Overlapped, the longer of polar factors and messages counts; in turn, both do.
     """
-    facts = costs.to_dict(given.tflops, given.gbps)
+    facts = costs.to_dict(given.tflops, Links(given.gbps, given.gbps))
     weights = sum(rows * cols for one in MODELS[name].parameters() for rows, cols in [one.shape])
     step = 6 * weights * given.tokens_per_rank / (given.tflops * 1e9)  # ms
     polar, wire = facts["polar_in_lockstep_ms"], facts["wire_ms"]
@@ -115,7 +116,7 @@ def main() -> None:
             cells = (
                 overhead_row(name, costs, given)
                 if given.tokens_per_rank
-                else row(name, costs, given.tflops, given.gbps)
+                else row(name, costs, given.tflops, Links(given.gbps, given.gbps))
             )
             print(f"| {' | '.join(cells)} |", flush=True)
 
