@@ -147,7 +147,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "prim":  # fake tensors are asked for their device this way
+            return func(*args, **kwargs)
         given = self._there([*args, *kwargs.values()])
         result = self._result(func, name, given, args, kwargs)
         made = self._there([result])
