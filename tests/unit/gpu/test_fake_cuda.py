@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
 BOUNDS = {
     "130M": Bounds(330, 300, 1, 512),
     "1B": Bounds(700, 650, 1, 2100),
-    "7B, eight layers": Bounds(800, 800, 1, 2100),
+    "7B, eight layers": Bounds(800, 900, 1, 2100),
     "lora 130M": Bounds(500, 150, 1, 16),
 }
 
