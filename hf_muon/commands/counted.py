@@ -38,6 +38,10 @@ MOST_TENSORS = (110, 64, 48, 36, 30)
 MOST_TENSORS_WITH_SCALARS = (96, 64, 48, 36, 30)
 MOST_CONCATENATED = 128
 
+OWN_PRODUCT = "product"
+"""An operator (A, B, C, beta, alpha, symmetric, out) of kernels that write beta·C + alpha·AB at
+once, of a symmetric result one half."""
+
 _ALLOCATING = ("empty", "new_empty")
 _OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _FUSED_PRODUCTS = {"addmm", "baddbmm", "addmm_", "baddbmm_"}
@@ -250,6 +254,11 @@ def _asked(
         return _of_lists(name, args, kwargs), [moved]
     if name.startswith("_fused_adam"):
         return launches_of([t.numel() for t in args[0]], lists=4), [moved]
+    if name == OWN_PRODUCT and len(args) == 7:
+        A, B, C, *_, symmetric, out = args
+        flop = (1 if symmetric else 2) * A.numel() * B.shape[-1]
+        nbytes = sum(_nbytes(one) for one in (A, B, C, out) if one is not None)
+        return 1, [Work(A.dtype in HALF_PRECISION, flop, nbytes)]
     if name in _PRODUCTS:
         return _of_product(name, args, kwargs, result, read + written)
     if name in ("cat", "stack"):

@@ -34,7 +34,7 @@ from hf_muon.stages import WholeMap
 OPERATION_US, LISTED_US, LAUNCH_US = 3.5, 4.5, 2.5
 """Microseconds of the host for an operator, for a tensor in its lists with all the work of the step
 on it, and for a launch. The first two fit whole steps on tiny matrices, of this package and of
-torch, on a core of a server CPU to a fifth; the third is a usual figure, measured by nobody here."""
+torch, on a core of a server CPU to a fifth; the third is a usual figure that was not measured."""
 
 META = torch.device("meta")
 

@@ -179,3 +179,20 @@ def test_counts_add_up():
     assert both.waits == 1
     assert both.peak == max(first.peak, second.peak)
     assert both.nbytes == first.nbytes + second.nbytes
+
+
+def test_a_kernel_of_ones_own_is_one_launch_and_half_the_work():
+    library = torch.library.Library("counted_by_a_test", "DEF")
+    library.define(
+        "product(Tensor A, Tensor B, Tensor? C, float beta, float alpha, bool symmetric, "
+        "Tensor(a!) out) -> ()"
+    )
+    library.impl("product", lambda *_: None, "Meta")
+    A, C, out = meta(3, 40, 60, dtype=BF16), meta(3, 40, 40, dtype=BF16), meta(3, 40, 40)
+    for symmetric, given in ((True, C), (False, None)):
+        with counting() as counts:
+            torch.ops.counted_by_a_test.product(A, A.mT, given, 0.5, 1.0, symmetric, out)
+        assert counts.launches == 1
+        assert counts.flop == (1 if symmetric else 2) * 3 * 40 * 40 * 60
+        sizes = 2 * A.nbytes + out.nbytes + (C.nbytes if symmetric else 0)
+        assert counts.nbytes == sizes
