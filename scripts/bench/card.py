@@ -6,6 +6,7 @@ In: arguments of the check (``gpu.py``). Out: medians, names of kernels, waits, 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -32,7 +33,7 @@ class Check:
         self.on_cuda = self.device.type == "cuda"
         self.sheet = DEVICES[given.device or _sheet(self.on_cuda)]
         self.start = time.perf_counter()
-        self.triton = _triton()
+        self.triton = _triton(self.on_cuda)
 
     def sides(self, *sides: int) -> tuple[int, ...]:
         """Sides of matrices, a 32nd in the rehearsal."""
@@ -90,8 +91,10 @@ def _sheet(on_cuda: bool) -> str:
     return next((name for name in DEVICES if name in card.replace(" ", "")), "cuda")
 
 
-def _triton() -> str:
+def _triton(on_cuda: bool) -> str:
     """Why there are no Triton products to look at; nothing where there are."""
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no Triton products: a CPU takes TRITON_INTERPRET=1, and some minutes"
     try:
         import_module("hf_muon.polar.kernels.triton_products")
     except ImportError as error:

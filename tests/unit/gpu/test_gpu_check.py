@@ -19,6 +19,7 @@ HEADINGS = [
 
 def check(*arguments):
     environment = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200,
