@@ -28,8 +28,8 @@ class Check:
     """The device, how its time is taken, and what is shown."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        self.tiny = given.tiny
-        self.device = torch.device("cpu" if given.tiny else "cuda")
+        self.tiny, self.only_predicts = given.tiny, given.predict
+        self.device = torch.device("cpu" if given.tiny or given.predict else "cuda")
         self.on_cuda = self.device.type == "cuda"
         self.sheet = DEVICES[given.device or _sheet(self.on_cuda)]
         self.start = time.perf_counter()

@@ -8,6 +8,7 @@ about the card is changed.
 
     python scripts/bench/gpu.py                # the check; --device names the datasheet
     python scripts/bench/gpu.py --tiny         # rehearses it on a CPU, with small matrices
+    python scripts/bench/gpu.py --predict --device h100      # the predictions, on any machine
 """
 
 from __future__ import annotations
@@ -196,11 +197,14 @@ def predicted(make: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> Co
     return counts
 
 
+_MEASURED = ("ms", "host", "launches", "waits", "peak")
+
+
 def _measured(check: Check, optimizer: Any) -> dict[str, float | None]:
     """Milliseconds and, on a card, kernels, waits and peak MB of a step."""
     for _ in range(2):
         optimizer.step()
-    found: dict[str, float | None] = dict.fromkeys(("launches", "waits", "peak"))
+    found: dict[str, float | None] = dict.fromkeys(_MEASURED)
     found["ms"] = check.ms(optimizer.step, times=5)
     start = time.perf_counter()
     optimizer.step()
@@ -234,8 +238,9 @@ def steps(check: Check) -> None:
                 line = Roofline(counts, 0, check.sheet, is_whole=True)
                 device = sum(line.milliseconds(of_products=which) for which in (True, False))
                 host = host_milliseconds(counts)
-                optimizer = _built(make, shapes, check.device)
-                found = _measured(check, optimizer)
+                found: dict[str, float | None] = dict.fromkeys(_MEASURED)
+                if not check.only_predicts:
+                    found = _measured(check, _built(make, shapes, check.device))
                 yield (
                     model, name,
                     both(max(device, host), found["ms"]), both(host, found["host"]),
@@ -308,9 +313,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small matrices, on a CPU")
     parser.add_argument("--device", choices=DEVICES, help="datasheet; default: by the card's name")
+    parser.add_argument("--predict", action="store_true", help="nothing is run, only foretold")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     given = parser.parse_args()
-    if not given.tiny and not torch.cuda.is_available():
+    if given.predict:
+        given.sections = ["steps"]
+    elif not given.tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --tiny rehearses the check on a CPU")
     check = Check(given)
     torch.manual_seed(0)
