@@ -2,8 +2,8 @@
 
     python -m tests.unit.gpu.fake_cuda guard.so < cases.json > found.json
 
-A CPU build of torch has no device guard for CUDA, which it asks for when a tensor there is indexed.
-The library registers one that does nothing, for the whole process: hence the program.
+A CPU build of torch has no device guards for CUDA and MPS, which it asks for when a tensor there is
+indexed. The library registers some that do nothing, for the whole process: hence the program.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace c10::impl {
 using NoGuardForCUDA = NoOpDeviceGuardImpl<DeviceType::CUDA>;
+using NoGuardForMPS = NoOpDeviceGuardImpl<DeviceType::MPS>;
 C10_REGISTER_GUARD_IMPL(CUDA, NoGuardForCUDA);
+C10_REGISTER_GUARD_IMPL(MPS, NoGuardForMPS);
 }
 """
 
@@ -49,7 +51,7 @@ def compiled_guard(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def fake_cuda():
-    """Tensors on "cuda" are fake, and of a device that has bfloat16.
+    """Tensors on "cuda" and "mps" are fake; the first is a device that has bfloat16.
 
     Plans follow from shapes; the index arithmetic that makes them is real, on the CPU.
     """
@@ -84,11 +86,11 @@ def shapes_of(name, layers=None):
 
 def built(case):
     """Parameters on the device with gradients, and the optimizer."""
-    dtype = getattr(torch, case.get("dtype", "float32"))
+    dtype, device = getattr(torch, case.get("dtype", "float32")), case.get("device", "cuda")
     shapes = case.get("shapes") or shapes_of(case["model"], case.get("layers"))
     others = case.get("others", [])
     params, rest = (
-        [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda")) for shape in of]
+        [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for shape in of]
         for of in (shapes, others)
     )
     for one in (*params, *rest):
@@ -111,27 +113,32 @@ def built(case):
 
 
 class Watching(TorchDispatchMode):
-    """Sees the settings under which products in float32 run, and where float64 is used."""
+    """Sees the settings under which products in float32 run, and what is made in float64."""
 
     def __init__(self):
         super().__init__()
-        self.precisions, self.autocast = set(), set()
+        self.precisions, self.autocast, self.in_float64 = set(), set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
             self.precisions.add(torch.backends.cuda.matmul.fp32_precision)
             self.autocast.add(torch.is_autocast_enabled("cuda"))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, list | tuple) else [result]
+        for one in made:
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float64 and not one.is_cpu:
+                self.in_float64.add(name)
+        return result
 
 
 def found_in(case):
     """What a step asks of the device, and where everything is."""
-    optimizer = built(case)
-    with counting("cuda") as first:
+    optimizer, device = built(case), case.get("device", "cuda")
+    with counting(device) as first:
         optimizer.step()
     watching = Watching()
-    with counting("cuda") as counts, watching:
+    with counting(device) as counts, watching:
         optimizer.step()
     places = {
         f"{name} of {group.get('algorithm')}": value.device.type
@@ -147,6 +154,7 @@ def found_in(case):
         "places": places,
         "precisions": sorted(watching.precisions),
         "autocast": sorted(watching.autocast),
+        "in_float64": sorted(watching.in_float64),
     }
 
 

@@ -1,7 +1,7 @@
 """What a step asks of a GPU stays within bounds, and nothing of it lies on the wrong device.
 
-Counted on fake CUDA tensors, in another process (``fake_cuda.py``); estimates where torch decides
-how many kernels it launches. No time is measured here.
+Counted on fake CUDA tensors, and a few on those of MPS, in another process (``fake_cuda.py``);
+estimates where torch decides how many kernels it launches. No time is measured here.
 """
 
 import json
@@ -59,8 +59,8 @@ SIZES = {
 # What breaks each bound.
 CONTROLS = {
     "torch's Muon on 130M": {"model": "130M", "optimizer": "torch"},
-    "small buckets": {**SIZES["130M"], "settings": {"bucket_mb": 32}},
-    "lists of two dtypes": {"model": "lora 130M", "settings": {"momentum_dtype": "bfloat16"}},
+    "torch's Muon on factors": {"model": "lora 130M", "optimizer": "torch"},
+    "small buckets": {**SIZES["130M"], "settings": {"bucket_mb": 8}},
     "reads a value": {"model": "130M", "layers": 1, "settings": {"filter": "reads_a_value"}},
     "mixes devices": {"model": "130M", "layers": 1, "settings": {"filter": "mixes_devices"}},
     "large buckets": {**SIZES["130M"], "settings": {"bucket_mb": 4096, "polar_dtype": "float32"}},
@@ -116,15 +116,26 @@ FULL = {
         *((f"lora {update}", RULES[f"lora_update={update}"]) for update in PAIR_MAPS),
     ]
 }
+# MPS has no float64, in which norms, sums of whole matrices and pairs of LoRA factors are computed.
+# These rules need none of that.
+ON_MPS = {
+    name: {**RULES[name], "device": "mps"}
+    for name in (
+        "order=pre_polar", "order=post_polar", "matrix_map=polargrad", "momentum_dtype=int8",
+        "cautious_weight_decay=True", "coefficients=tight",
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     cases = {
         f"{kind} {name}": case
-        for kind, of in [("size", SIZES), ("control", CONTROLS), ("rule", RULES), ("full", FULL)]
+        for kind, of in [
+            ("size", SIZES), ("control", CONTROLS), ("rule", RULES), ("full", FULL), ("mps", ON_MPS)
+        ]
         for name, case in of.items()
-    }
+    }  # fmt: skip
     library = compiled_guard(tmp_path_factory.mktemp("guard"))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.unit.gpu.fake_cuda", str(library)],
@@ -152,7 +163,7 @@ def test_a_step_stays_within_its_bounds(found, size, what):
         ("torch's Muon on 130M", "launches", "130M"),
         ("small buckets", "operations", "130M"),
         ("small buckets", "launches", "130M"),
-        ("lists of two dtypes", "launches", "lora 130M"),
+        ("torch's Muon on factors", "launches", "lora 130M"),
         ("reads a value", "waits", "130M"),
         ("large buckets", "peak", "130M"),
     ],
@@ -188,6 +199,14 @@ def test_products_in_float32_are_not_cut_to_tf32(found, name):
 
 def test_tf32_would_be_noticed(found):
     assert found["size 130M"]["precisions"] == ["none"]  # in bfloat16 nothing is touched
+
+
+@pytest.mark.parametrize("rule", ON_MPS)
+def test_what_mps_can_train_asks_for_no_float64(found, rule):
+    case = found[f"mps {rule}"]
+    assert "error" not in case, case["error"]
+    assert case["in_float64"] == []
+    assert found["rule step_rule=hyperball"]["in_float64"]  # so that it would be seen
 
 
 def test_every_choice_of_the_settings_is_there():

@@ -71,6 +71,13 @@ def test_steps_are_beside_their_predictions(page):
     assert all(re.fullmatch(r"[\d.,]+ / [\d.,]+", row[columns.index("step ms")]) for row in rows)
 
 
+def test_predictions_need_no_card():
+    done = check("--tiny", "--predict", "--device", "h100")
+    assert done.returncode == 0, done.stderr[-3000:]
+    [(columns, _, *rows)] = tables(done.stdout).values()
+    assert all(row[columns.index("step ms")].endswith(" / –") for row in rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_says_what_to_do():
     done = check("--sections", "tf32")
