@@ -2,7 +2,8 @@
 
 In: names of models, numbers of ranks, a layout, two rates. Out: a row for each model and number of
 ranks, from the plan that a run would make; no process group and no weights are needed. With
-``--tokens-per-rank`` the rows say which share of a training step that is.
+``--tokens-per-rank`` the rows say which share of a training step that is, with ``--device`` what is
+asked of a device in a step, and its memory.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+import torch
+
+from hf_muon.commands.hardware import DEVICES, Links, device_of, links_of
 from hf_muon.commands.imaginary import Parameter, World
 from hf_muon.commands.plan import Forecast, forecast, short
+from hf_muon.commands.roofline import roofline
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.layout import Matrix
 
@@ -54,9 +59,9 @@ OVERHEAD_COLUMNS = (
 )  # fmt: skip
 
 
-def row(name: str, costs: Forecast, tflops: float, gbps: float) -> list[str]:
+def row(name: str, costs: Forecast, tflops: float, links: Links) -> list[str]:
     """The cells of one line; ranks by their largest number."""
-    facts = costs.to_dict(tflops, gbps)
+    facts = costs.to_dict(tflops, links)
     sent = max(one["bytes_sent"] for one in facts["per_rank"]) / 1e6
     extra = max(one["peak_extra_bytes"] for one in facts["per_rank"]) / 1e6
     return [
@@ -80,7 +85,7 @@ def overhead_row(name: str, costs: Forecast, given: argparse.Namespace) -> list[
     factors; embeddings, attention scores and the AdamW half are left out, which overstates the
     share. Overlapped, the longer of polar factors and messages counts; in turn, both do.
     """
-    facts = costs.to_dict(given.tflops, given.gbps)
+    facts = costs.to_dict(given.tflops, Links(given.gbps, given.gbps))
     weights = sum(rows * cols for one in MODELS[name].parameters() for rows, cols in [one.shape])
     step = 6 * weights * given.tokens_per_rank / (given.tflops * 1e9)  # ms
     polar, wire = facts["polar_in_lockstep_ms"], facts["wire_ms"]
@@ -89,6 +94,35 @@ def overhead_row(name: str, costs: Forecast, given: argparse.Namespace) -> list[
     shares = (max(polar, wire) / step, (polar + wire) / step, facts["polar_duplicated_ms"] / step)
     times = (short(value) for value in (step, polar, wire))
     return [name, str(facts["ranks"]), *times, *(f"{share:.2%}" for share in shares), bound]
+
+
+DEVICE_COLUMNS = (
+    "model", "ranks", "launches", "host waits", "TFLOP", "GB touched", "products ms", "the rest ms",
+    "host ms", "messages ms", "held GB", "temporaries MB",
+)  # fmt: skip
+
+
+def device_row(name: str, config: MuonConfig, world: World, device: str) -> list[str]:
+    """The cells of one line of the table of devices; float32 weights, ranks by the largest number.
+
+    Temporaries of several ranks are an estimate; those of one rank are counted.
+    """
+    model, chosen = [MODELS[name].parameters()], device_of(device)
+    costs = forecast(model, config, world, device=device)
+    facts = costs.to_dict(chosen.operations_per_second(in_half=True) / 1e12, links_of(chosen))
+    asked = roofline(model, config, world, chosen, dtype=torch.float32, wire=costs.wire).to_dict()
+    estimated = max(one["peak_extra_bytes"] for one in facts["per_rank"])
+    extra = asked["peak_temporary_bytes"] or estimated
+    times = (asked["products_ms"], asked["elementwise_ms"], asked["host_ms"], facts["wire_ms"])
+    return [
+        name,
+        str(world.ranks),
+        f"{asked['launches']:,}",
+        str(asked["host_waits"]),
+        *(short(value) for value in (asked["flops"] / 1e12, asked["bytes_touched"] / 1e9, *times)),
+        f"{asked['held_bytes'] / 1e9:,.2f}",
+        f"{extra / 1e6:,.0f}",
+    ]
 
 
 def main() -> None:
@@ -104,18 +138,28 @@ def main() -> None:
     parser.add_argument(
         "--tokens-per-rank", type=int, help="print the overhead on a step of so many tokens instead"
     )
+    parser.add_argument(
+        "--device", choices=[one for one in DEVICES if one != "cpu"],
+        help="print what a step asks of it instead",
+    )  # fmt: skip
     given = parser.parse_args()
     config = MuonConfig.from_optim_args(given.optim_args)
     columns = OVERHEAD_COLUMNS if given.tokens_per_rank else COLUMNS
+    columns = DEVICE_COLUMNS if given.device else columns
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in given.models:
         for ranks in given.ranks:
             world = World(given.layout, ranks, given.replicas)
+            if given.device:
+                print(
+                    f"| {' | '.join(device_row(name, config, world, given.device))} |", flush=True
+                )
+                continue
             costs = forecast([MODELS[name].parameters()], config, world)
             cells = (
                 overhead_row(name, costs, given)
                 if given.tokens_per_rank
-                else row(name, costs, given.tflops, given.gbps)
+                else row(name, costs, given.tflops, Links(given.gbps, given.gbps))
             )
             print(f"| {' | '.join(cells)} |", flush=True)
 

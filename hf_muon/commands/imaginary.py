@@ -1,14 +1,14 @@
 """Layouts of ranks that do not exist, for a look at a plan before it is run.
 
 In: the matrices of some parameters, a kind of sharding, a number of ranks. Out: the layouts that
-would be found there. No process group is needed: how each library cuts a parameter is written down
-here, and the tests hold it against the library.
+would be found there, and the buckets that a step would plan. No process group is needed: how each
+library cuts a parameter is written down here, and the tests hold it against the library.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -16,8 +16,12 @@ from typing import NamedTuple
 
 import torch
 
+from hf_muon.config import MuonConfig
+from hf_muon.distributed.buckets import Bucket, bucket_elements, plan_buckets
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box
+from hf_muon.distributed.owners import owning_pays
 from hf_muon.distributed.zero import FlatTensor, Span
+from hf_muon.optimizer.step import returned_dtype, wire_dtype
 from hf_muon.values import near
 
 KINDS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -109,6 +113,59 @@ def exchanges(
             for parameter, share in zip(parameters, shares, strict=True)
         ]
     ]
+
+
+def planned(
+    groups: Sequence[Sequence[Parameter]],
+    config: MuonConfig,
+    world: World,
+    wire: torch.dtype,
+    device_type: str,
+) -> Iterator[list[Bucket]]:
+    """The buckets of a step, in the lists that are worked off one after the other.
+
+    Args:
+        groups: The parameters of each Muon group, in the optimizer's order.
+        config: Gives the polar settings, ``distribute`` and ``bucket_mb``.
+        world: The ranks.
+        wire: Dtype on the wire.
+        device_type: ``cuda`` or ``cpu``.
+    """
+    limit, alone = bucket_elements(config.bucket_mb, wire.itemsize)
+    device = torch.device(device_type)
+    for group in groups:
+        shares = [_shares(parameter, config, wire, device_type) for parameter in group]
+        for layouts in exchanges(group, shares, world):
+            buckets = plan_buckets(layouts, [device] * len(layouts), limit, alone=alone)
+            if buckets:
+                yield buckets
+
+
+def wires_of(
+    config: MuonConfig, dtype: torch.dtype, device_type: str
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes there and back, without the device that would be asked what it can do.
+
+    Args:
+        config: Gives the polar settings.
+        dtype: Of the parameters.
+        device_type: ``cuda`` (with instructions for bfloat16) or ``cpu`` (this one).
+    """
+    requested = config.polar_dtype
+    if device_type == "cuda" and requested == "auto" and config.polar_method != "svd":
+        requested = "bfloat16"
+    settings = {**config.to_dict(), "polar_dtype": requested}
+    place = torch.device("cpu" if device_type == "cpu" else "meta")
+    wire = wire_dtype(settings, dtype, place)
+    return wire, returned_dtype(settings, wire, place)
+
+
+def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device_type: str) -> bool:
+    """Whether ranks that hold copies of a parameter divide the work on it."""
+    if config.distribute != "auto" or not parameter.matrices:
+        return config.distribute != "redundant"
+    matrix = parameter.matrices[0]
+    return owning_pays(matrix.rows, matrix.cols, config.polar_steps, wire.itemsize, device_type)
 
 
 @lru_cache(maxsize=1024)

@@ -1,15 +1,15 @@
 """``hf-muon plan``: what the Muon half of a step will cost on ranks that need not exist.
 
-In: a route plan, settings, a :class:`~hf_muon.commands.imaginary.World`, and two rates. Out: a
-:class:`Forecast` with the costs of every rank; it prints as a table and exports to JSON. Owners and
-buckets come from the code that plans the run.
+In: a route plan, settings, a :class:`~hf_muon.commands.imaginary.World`, and a device with its
+links. Out: a :class:`Forecast` with the costs of every rank; it prints as a table and exports to
+JSON. Owners and buckets come from the code that plans the run.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,16 +19,22 @@ from rich.table import Table
 
 from hf_muon.commands.blueprint import require_matrices, routed
 from hf_muon.commands.costs import Cost, bucket_costs, in_flight, one_after_another
-from hf_muon.commands.imaginary import Parameter, World, exchanges
+from hf_muon.commands.hardware import (
+    DEVICES,
+    IB_GBPS,
+    RANKS_PER_NODE,
+    Links,
+    device_of,
+    links_of,
+    require_rate,
+)
+from hf_muon.commands.imaginary import Parameter, World, planned, wires_of
+from hf_muon.commands.roofline import roofline
 from hf_muon.config import MuonConfig
-from hf_muon.distributed.buckets import bucket_elements, plan_buckets
-from hf_muon.distributed.owners import owning_pays, polar_cost
-from hf_muon.optimizer.step import returned_dtype, wire_dtype
+from hf_muon.distributed.owners import polar_cost
 from hf_muon.polar import compute_dtype
 from hf_muon.routing.plan import RoutePlan
 from hf_muon.routing.table import text
-
-DEVICES = ("cuda", "cpu")
 
 Source = Annotated[str, typer.Argument(help="A config.json, a model folder, or a model id.")]
 OptimArgs = Annotated[
@@ -46,11 +52,26 @@ def plan(
     ] = None,
     optim_args: OptimArgs = "",
     auto: Auto = None,
-    device: Annotated[str, typer.Option(help="cuda (with bfloat16) or cpu (this one).")] = "cuda",
+    device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)} (this one).")] = "cuda",
     tflops: Annotated[
-        float, typer.Option(help="10^12 operations per second of a rank's matrix products.")
-    ] = 400.0,
-    gbps: Annotated[float, typer.Option(help="10^9 bytes per second that a rank sends.")] = 50.0,
+        float | None,
+        typer.Option(
+            help="10^12 operations per second of a rank's matrix products. Default: 0.7 of the "
+            "device's datasheet."
+        ),
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option(help="10^9 bytes per second that a rank sends, to any other.")
+    ] = None,
+    nvlink_gbps: Annotated[
+        float | None,
+        typer.Option(help="The same inside a node. Default: 0.8 of the device's datasheet."),
+    ] = None,
+    ib_gbps: Annotated[
+        float | None,
+        typer.Option(help=f"The same between nodes. Default: 0.8 of {IB_GBPS:g}."),
+    ] = None,
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks that share a node.")] = RANKS_PER_NODE,
     full: Annotated[bool, typer.Option("--full", help="A line per rank, none folded.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -58,9 +79,22 @@ def plan(
     world = World(layout, ranks, replicas)
     routes, config = routed(source, optim_args, auto)
     require_matrices(routes)
+    chosen = device_of(device)
+    links = links_of(chosen, gbps, nvlink_gbps, ib_gbps, ranks_per_node)
+    if tflops is not None:
+        chosen = chosen.with_tflops(tflops)
+    rate = chosen.operations_per_second(in_half=True) / 1e12
     costs = forecast_routes(routes, config, world, device=device)
-    facts = costs.to_dict(tflops, gbps)
-    typer.echo(json.dumps(facts, indent=2) if as_json else costs.table(tflops, gbps, full=full))
+    facts = costs.to_dict(rate, links)
+    if device != "cpu":  # which works otherwise, and has no launches
+        asked = roofline(
+            groups_of(routes), config, world, chosen, dtype=_dtype(routes), wire=costs.wire
+        )
+        facts["roofline"] = asked.to_dict()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        typer.echo(costs.table(rate, links, full=full) + _asked(facts.get("roofline")))
 
 
 @dataclass(frozen=True)
@@ -110,15 +144,19 @@ class Forecast:
         """Ranks that compute no polar factor."""
         return sum(cost.matrices == 0 for cost in self.ranks)
 
-    def to_dict(self, tflops: float, gbps: float) -> dict[str, Any]:
+    def to_dict(self, tflops: float, links: Links) -> dict[str, Any]:
         """Everything as plain values, for JSON.
 
         Args:
             tflops: 10¹² operations per second that a rank reaches in matrix products.
-            gbps: 10⁹ bytes per second that a rank sends.
+            links: What a rank sends in a second.
         """
-        polar_ms = _milliseconds(self.steps, 1e12, "tflops", tflops)
-        wire_ms = _milliseconds(1, 1e9, "gbps", gbps)
+        require_rate("tflops", tflops)
+        wires = [self._wire_ms(cost, rank, links) for rank, cost in enumerate(self.ranks)]
+
+        def polar_ms(operations: int) -> float:
+            return self.steps * operations / (1e9 * tflops)
+
         return {
             "layout": self.world.kind,
             "ranks": self.world.ranks,
@@ -135,7 +173,7 @@ class Forecast:
             "polar_ms": polar_ms(max(cost.operations for cost in self.ranks)),
             "polar_in_lockstep_ms": polar_ms(self.in_lockstep),
             "polar_duplicated_ms": polar_ms(sum(self.matrices)),
-            "wire_ms": wire_ms(max(cost.sent for cost in self.ranks)),
+            "wire_ms": max(wires),
             "per_rank": [
                 {
                     "rank": rank,
@@ -147,21 +185,30 @@ class Forecast:
                     "collectives": cost.collectives,
                     "peak_extra_bytes": cost.memory,
                     "polar_ms": polar_ms(cost.operations),
-                    "wire_ms": wire_ms(cost.sent),
+                    "wire_ms": wires[rank],
                 }
                 for rank, cost in enumerate(self.ranks)
             ],
         }
 
-    def table(self, tflops: float, gbps: float, *, full: bool = False) -> str:
+    def _wire_ms(self, cost: Cost, rank: int, links: Links) -> float:
+        """All-to-alls go to the ranks that hold the same copy, all-gathers to the other copies."""
+        shards = self.world.mesh[1]
+        first = rank - rank % shards
+        copies = range(rank % shards, self.world.ranks, shards)
+        return links.milliseconds(
+            cost.exchanged, rank, range(first, first + shards)
+        ) + links.milliseconds(cost.replicated, rank, copies)
+
+    def table(self, tflops: float, links: Links, *, full: bool = False) -> str:
         """Everything as text.
 
         Args:
             tflops: As in :meth:`to_dict`.
-            gbps: As in :meth:`to_dict`.
+            links: As in :meth:`to_dict`.
             full: A line per rank; default: one line for all ranks with the same numbers.
         """
-        facts = self.to_dict(tflops, gbps)
+        facts = self.to_dict(tflops, links)
         lines: dict[Any, list[int]] = defaultdict(list)
         for one in facts["per_rank"]:
             cells = [short(one[key] / unit) for key, unit in _COLUMNS.values()]
@@ -169,7 +216,7 @@ class Forecast:
         table = Table("ranks", *_COLUMNS)
         for (_, *cells), members in lines.items():
             table.add_row(_ranks(members), *cells)
-        return text(table) + _summary(facts, tflops, gbps)
+        return text(table) + _summary(facts, tflops, links)
 
 
 _COLUMNS = {  # heading: what is shown of a rank, in which unit
@@ -181,12 +228,6 @@ _COLUMNS = {  # heading: what is shown of a rank, in which unit
     "polar ms": ("polar_ms", 1),
     "wire ms": ("wire_ms", 1),
 }
-
-
-def _milliseconds(amount: int, unit: float, name: str, rate: float) -> Callable[[int], float]:
-    if not rate > 0:
-        raise ValueError(f"{name}={rate}: a rate above 0 is expected.")
-    return lambda count: 1e3 * amount * count / (unit * rate)
 
 
 def forecast(
@@ -204,13 +245,14 @@ def forecast(
         config: Gives the polar settings, ``distribute`` and ``bucket_mb``.
         world: The ranks.
         dtype: Of the parameters.
-        device: ``cuda`` (a GPU that computes in bfloat16) or ``cpu`` (this one).
+        device: A key of :data:`~hf_muon.commands.hardware.DEVICES`: GPUs, which compute in
+            bfloat16, or ``cpu`` (this one).
 
     Raises:
         ValueError: An unknown device, an update that moves more than gradients, or no matrix.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}.")
+    device_of(device)  # raises where there is none
+    device_type = "cpu" if device == "cpu" else "cuda"
     if device == "cpu":
         compute_dtype(config.polar_dtype, torch.device(device))  # raises for float16
     if config.lora_update != "factor":
@@ -221,20 +263,14 @@ def forecast(
     matrices = [m for group in groups for parameter in group for m in parameter.matrices]
     if not matrices:
         raise ValueError("No parameter has a matrix: there is no Muon step to plan.")
-    wire, back = _wires(config, dtype, device)
-    limit, alone = bucket_elements(config.bucket_mb, wire.itemsize)
-    plans, in_lockstep, where = [], 0, torch.device(device)
-    for group in groups:
-        shares = [_shares(parameter, config, wire, device) for parameter in group]
-        for layouts in exchanges(group, shares, world):
-            buckets = plan_buckets(layouts, [where] * len(layouts), limit, alone=alone)
-            if not buckets:
-                continue
-            costs = [
-                bucket_costs(bucket, world.mesh, wire.itemsize, back.itemsize) for bucket in buckets
-            ]
-            in_lockstep += sum(max(cost.operations for cost in of_ranks) for of_ranks in costs)
-            plans.append([in_flight(of_rank) for of_rank in zip(*costs, strict=True)])
+    wire, back = wires_of(config, dtype, device_type)
+    plans, in_lockstep = [], 0
+    for buckets in planned(groups, config, world, wire, device_type):
+        costs = [
+            bucket_costs(bucket, world.mesh, wire.itemsize, back.itemsize) for bucket in buckets
+        ]
+        in_lockstep += sum(max(cost.operations for cost in of_ranks) for of_ranks in costs)
+        plans.append([in_flight(of_rank) for of_rank in zip(*costs, strict=True)])
     return Forecast(
         world=world,
         ranks=tuple(map(one_after_another, zip(*plans, strict=True))),
@@ -251,25 +287,22 @@ def forecast(
 def forecast_routes(
     plan: RoutePlan, config: MuonConfig, world: World, *, device: str = "cuda"
 ) -> Forecast:
-    """The forecast of a routed model; its groups are those of ``RoutePlan.param_groups``."""
+    """The forecast of a routed model."""
+    return forecast(groups_of(plan), config, world, dtype=_dtype(plan), device=device)
+
+
+def groups_of(plan: RoutePlan) -> list[list[Parameter]]:
+    """The matrices of a routed model in the groups of ``RoutePlan.param_groups``."""
     groups = [
         [Parameter(route.shape, route.matrices) for route in plan.muon if route.decay is decay]
         for decay in (True, False)
     ]
+    return [group for group in groups if group]
+
+
+def _dtype(plan: RoutePlan) -> torch.dtype:
     muon = [p for route, p in zip(plan.routes, plan.parameters, strict=True) if route.matrices]
-    dtype = muon[0].dtype if muon else torch.float32
-    return forecast([g for g in groups if g], config, world, dtype=dtype, device=device)
-
-
-def _wires(config: MuonConfig, dtype: torch.dtype, device: str) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes there and back, without the device that would be asked what it can do."""
-    requested = config.polar_dtype
-    if device == "cuda" and requested == "auto" and config.polar_method != "svd":
-        requested = "bfloat16"
-    settings = {**config.to_dict(), "polar_dtype": requested}
-    place = torch.device("cpu" if device == "cpu" else "meta")
-    wire = wire_dtype(settings, dtype, place)
-    return wire, returned_dtype(settings, wire, place)
+    return muon[0].dtype if muon else torch.float32
 
 
 def _sums(config: MuonConfig, world: World) -> int:
@@ -284,14 +317,6 @@ def _sums(config: MuonConfig, world: World) -> int:
         of_pieces += sum(buffer.sizes is not None for buffer in rule.buffers)
     of_pieces += config.skip_zero_gradients
     return of_pieces * (shards > 1) + of_owners * (replicas > 1)
-
-
-def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device: str) -> bool:
-    """Whether ranks that hold copies of a parameter divide the work on it."""
-    if config.distribute != "auto" or not parameter.matrices:
-        return config.distribute != "redundant"
-    matrix = parameter.matrices[0]
-    return owning_pays(matrix.rows, matrix.cols, config.polar_steps, wire.itemsize, device)
 
 
 def short(number: float) -> str:
@@ -309,7 +334,7 @@ def _ranks(members: Sequence[int]) -> str:
     return f"{', '.join(names[:3])}, … ({len(members)} ranks)"
 
 
-def _summary(facts: dict[str, Any], tflops: float, gbps: float) -> str:
+def _summary(facts: dict[str, Any], tflops: float, links: Links) -> str:
     busiest, in_lockstep, duplicated, wire = (
         short(facts[f"{name}_ms"])
         for name in ("polar", "polar_in_lockstep", "polar_duplicated", "wire")
@@ -324,8 +349,31 @@ def _summary(facts: dict[str, Any], tflops: float, gbps: float) -> str:
         f"{svd}{facts['wire_dtype']} on the wire{back}. Busiest rank over the mean "
         f"{facts['max_over_mean']:,.2f}, with whole matrices at least "
         f"{facts['lower_bound']:,.2f}; {facts['idle_ranks']} idle ranks.\n"
-        f"At {tflops:g} TFLOP/s and {gbps:g} GB/s per rank: polar factors {busiest} ms on the "
+        f"At {tflops:g} TFLOP/s and {links} per rank: polar factors {busiest} ms on the "
         f"busiest rank ({in_lockstep} ms if every bucket waits for its slowest rank, {duplicated} "
         f"ms if every rank computed all), wire {wire} ms."
         f"{besides if sums else ''}"
+    )
+
+
+def _asked(facts: dict[str, Any] | None) -> str:
+    """What is asked of the device, in sentences."""
+    if facts is None:
+        return ""
+    products, others, device, host = (
+        short(facts[f"{name}_ms"]) for name in ("products", "elementwise", "device", "host")
+    )
+    peak, memory = facts["peak_temporary_bytes"], facts["device_memory_bytes"]
+    who = "A step" if peak is not None else "A step of the busiest rank"
+    temporaries = "" if peak is None else f", temporaries at most {peak / 1e6:,.0f} MB"
+    of = "" if memory is None else f" of {memory / 1e9:,.0f} GB"
+    return (
+        f"\n{who} on {facts['device']}: {facts['launches']:,} launches in "
+        f"{facts['operations']:,} operations, host waits {facts['host_waits']}, "
+        f"{short(facts['flops'] / 1e12)} TFLOP, {short(facts['bytes_touched'] / 1e9)} GB of "
+        f"memory traffic. Products, by {facts['products']}, {products} ms and the rest {others} "
+        f"ms, together {device} ms on the device; the host takes about {host} ms to launch it all, "
+        f"meanwhile.\n"
+        f"Weights, gradients and momentum of these matrices take {facts['held_bytes'] / 1e9:,.2f} "
+        f"GB{of}{temporaries}."
     )

@@ -131,7 +131,11 @@ def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
 def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
     """Each matrix in its memory, row by row whichever way it lies."""
     places = zip(chain(*bucket.batches), chain(*batches), strict=True)
-    return {unit: place.view(unit.shape) for unit, place in places}
+    return {unit: _shaped(place, unit.shape) for unit, place in places}
+
+
+def _shaped(place: Tensor, shape: tuple[int, int]) -> Tensor:
+    return place if place.shape == shape else place.view(shape)  # a call for the device's library
 
 
 def _gather(

@@ -34,7 +34,17 @@ ALLOWED = {
         "values",
     },
     "integrations": {"config", "optimizer", "polar", "routing", "rules", "values"},
-    "commands": {"config", "diagnostics", "distributed", "optimizer", "polar", "routing", "values"},
+    "commands": {
+        "config",
+        "diagnostics",
+        "distributed",
+        "optimizer",
+        "polar",
+        "routing",
+        "rules",
+        "stages",
+        "values",
+    },
     "run": {"integrations"},
     "auto": {"integrations"},
 }

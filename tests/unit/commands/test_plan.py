@@ -6,9 +6,13 @@ import json
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hf_muon import Muon
 from hf_muon.commands.cli import app
+from hf_muon.commands.counted import counting
+from hf_muon.commands.hardware import Links, device_of, links_of
 from hf_muon.commands.imaginary import World
 from hf_muon.commands.plan import forecast
 from hf_muon.config import MuonConfig
@@ -76,7 +80,8 @@ def facts(*arguments: object):
 def test_a_routed_model_costs_what_its_shapes_say(config):
     found = facts(config, "--ranks", 4, "--layout", "hsdp", "--replicas", 2)
     expected = forecast([SHAPE.parameters()], MuonConfig(), World("hsdp", 4, replicas=2))
-    assert found == expected.to_dict(tflops=400.0, gbps=50.0)
+    found.pop("roofline")
+    assert found == expected.to_dict(tflops=400.0, links=Links(50.0, 50.0))
     assert found["matrices"] == 14
     assert [one["rank"] for one in found["per_rank"]] == [0, 1, 2, 3]
 
@@ -158,7 +163,10 @@ ERRORS = {
         ["--device", "cpu", "--optim-args", "polar_dtype=float16"],
         "polar_dtype (dtype of polar_factor) is float16 on a CPU",
     ),
-    "unknown device": (["--device", "tpu"], "device='tpu' is not one of cuda, cpu"),
+    "unknown device": (
+        ["--device", "tpu"],
+        "device='tpu' is not one of h100, h200, b200, a100, l40s, l4, 4090, cuda, cpu",
+    ),
 }
 
 
@@ -196,3 +204,121 @@ def test_the_share_of_a_training_step_is_that_of_its_parts(capsys, monkeypatch):
         # 84 matrices are too few for 64 ranks to share them evenly.
         assert wire < polar
         assert cells["bound by"] == {"8": "polar factors", "64": "one matrix"}[cells["ranks"]]
+
+
+# --- what a device is asked to do ----------------------------------------------------------------
+
+
+def test_one_rank_is_counted_from_the_step_itself(config):
+    asked = facts(config, "--ranks", 1, "--device", "h100")["roofline"]
+    with torch.device("meta"):
+        matrices = [torch.nn.Parameter(torch.empty(p.shape)) for p in SHAPE.parameters()]
+    for matrix in matrices:
+        matrix.grad = torch.empty_like(matrix)
+    optimizer = Muon(matrices, lr=1e-3, polar_dtype="bfloat16", polar_kernel="triton")
+    with counting():
+        optimizer.step()
+    with counting() as counts:
+        optimizer.step()
+    names = ("operations", "launches", "host_waits", "flops", "bytes_touched")
+    assert [asked[name] for name in names] == [
+        counts.operations, counts.launches, counts.waits, counts.flop, counts.nbytes
+    ]  # fmt: skip
+    assert asked["peak_temporary_bytes"] == counts.peak > 0
+    assert asked["held_bytes"] == 3 * sum(matrix.nbytes for matrix in matrices)
+
+
+def test_settings_and_rates_reach_the_roofline(config):
+    def asked(*arguments, ranks=1):
+        return facts(config, "--ranks", ranks, *arguments)["roofline"]
+
+    base = asked("--device", "a100")
+    cautious = asked(
+        "--device", "a100", "--optim-args", "cautious_weight_decay=true,weight_decay=0.1"
+    )
+    assert cautious["launches"] > base["launches"]
+    assert cautious["flops"] == base["flops"]
+    averages = asked("--device", "a100", "--optim-args", "rescale=entries")
+    assert averages["held_bytes"] > base["held_bytes"]
+    # Small products wait for memory; 10⁹ times slower ones for arithmetic.
+    slow = asked("--device", "a100", "--tflops", 1e-9 * 312)
+    assert slow["products_ms"] == pytest.approx(1e9 / 312e12 * base["flops"] * 1e3, rel=1e-2)
+    assert slow["elementwise_ms"] == base["elementwise_ms"]
+    b200 = asked("--device", "b200")
+    assert b200["device_ms"] / base["device_ms"] == pytest.approx(2.039 / 7.7)
+    assert "roofline" not in facts(config, "--ranks", 2, "--device", "cpu")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero3"])
+def test_ranks_share_the_work_of_one(config, layout):
+    owners = ("--optim-args", "distribute=owner")
+    alone, shared = (
+        facts(config, "--ranks", ranks, "--layout", layout, *owners) for ranks in (1, 2)
+    )
+    one, two = alone["roofline"], shared["roofline"]
+    assert two["peak_temporary_bytes"] is None
+    # In lockstep a rank has half of the products, and no less.
+    assert 0.5 * one["flops"] <= two["flops"] < 0.75 * one["flops"]
+    everything = facts(
+        config, "--ranks", 2, "--layout", layout, "--optim-args", "distribute=redundant"
+    )
+    if layout == "ddp":
+        assert everything["roofline"]["flops"] == one["flops"]
+        assert two["held_bytes"] == one["held_bytes"]
+    else:
+        assert two["held_bytes"] == one["held_bytes"] / 2
+
+
+@pytest.mark.parametrize(
+    "optim_args",
+    ["polar_method=svd", "matrix_map=soft", "matrix_map=polargrad", "order=post_polar",
+     "momentum_dtype=int8", "prefilter=clip", "step_rule=hyperball", "momentum=auto"],
+)  # fmt: skip
+def test_every_rule_can_be_counted(config, optim_args):
+    for ranks in (1, 2):
+        asked = facts(config, "--ranks", ranks, "--optim-args", optim_args)["roofline"]
+        assert asked["launches"] > 0
+
+
+def test_the_plan_says_what_a_device_is_asked(config):
+    alone = run(config, "--ranks", 1, "--device", "h100").output
+    assert "A step on H100 SXM: " in alone
+    assert "of 80 GB, temporaries at most" in alone
+    shared = run(config, "--ranks", 2, "--device", "h100").output
+    assert "A step of the busiest rank on H100 SXM: " in shared
+    assert "temporaries" not in shared
+    assert "launches" not in run(config, "--ranks", 2, "--device", "cpu").output
+
+
+def test_messages_inside_a_node_are_faster(config):
+    def wire(*arguments):
+        found = facts(config, "--ranks", 16, "--optim-args", "distribute=owner", *arguments)
+        return [one["wire_ms"] for one in found["per_rank"]]
+
+    slow, fast = wire("--gbps", 50), wire("--gbps", 400)
+    mixed = wire("--nvlink-gbps", 400, "--ib-gbps", 50)
+    for least, between, most in zip(fast, mixed, slow, strict=True):
+        # Of 15 peers 7 are on the same node.
+        assert between == pytest.approx(7 / 15 * least + 8 / 15 * most)
+    one_node = wire("--nvlink-gbps", 400, "--ib-gbps", 50, "--ranks-per-node", 16)
+    assert one_node == pytest.approx(fast)
+
+
+def test_links_follow_the_device_unless_they_are_given():
+    h100 = device_of("h100")
+    assert links_of(h100) == Links(360.0, 40.0, 8)
+    assert links_of(device_of("4090")) == Links(25.6, 25.6, 8)  # no faster than its slot
+    assert links_of(h100, nvlink_gbps=300, ranks_per_node=4) == Links(300, 40.0, 4)
+    assert links_of(device_of("cuda")) == Links(50.0, 50.0, 8)
+    with pytest.raises(ValueError, match="gbps, ib_gbps are given together"):
+        links_of(h100, gbps=50, ib_gbps=40)
+    with pytest.raises(ValueError, match="ranks_per_node=0: a number above 0"):
+        links_of(h100, ranks_per_node=0)
+
+
+def test_a_rank_sends_along_its_groups():
+    links = Links(100.0, 10.0, 4)
+    assert links.milliseconds(10**6, 0, range(4)) == pytest.approx(0.01)
+    assert links.milliseconds(10**6, 0, range(0, 16, 4)) == pytest.approx(0.1)
+    assert links.milliseconds(10**6, 5, range(8)) == pytest.approx(3 / 7 * 0.01 + 4 / 7 * 0.1)
+    assert links.milliseconds(10**6, 3, range(3, 4)) == 0.0
