@@ -8,6 +8,7 @@ only once.
 from __future__ import annotations
 
 from functools import reduce
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -41,8 +42,6 @@ def apply_update(
         _apply_rate(weights, updates, lr, scale, weight_decay, cautious)
         return
     on_cpu, dtype = devices.is_cpu(weights[0].device), weights[0].dtype
-    if not on_cpu and torch.promote_types(dtype, updates[0].dtype) == dtype:  # no digit is lost
-        updates = in_dtype_of(updates, weights)
     if weight_decay and cautious:
         for weight, update in zip(weights, updates, strict=True):
             agrees = (update * weight) > 0
@@ -52,8 +51,32 @@ def apply_update(
     elif weight_decay:
         for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype
             weight.mul_(1 - lr * weight_decay)
-    # In one call per tensor where dtypes differ, but without another rounding.
-    torch._foreach_add_(weights, updates, alpha=-(lr * scale))
+    # Where dtypes differ a list takes a call for each tensor, but none is rounded once more.
+    for W, U in [(weights, updates)] if on_cpu else _in_few_calls(weights, updates):
+        torch._foreach_add_(W, U, alpha=-(lr * scale))
+
+
+_WORTH_A_LAUNCH = 2**21
+"""Elements that an accelerator adds in the time that a launch of its own takes."""
+
+
+def _in_few_calls(
+    weights: list[Tensor], updates: list[Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Lists of weights and updates; small updates get the dtype of weights, if that has all digits.
+
+    A copy of large ones would take longer than their launches.
+    """
+    dtype, given = weights[0].dtype, updates[0].dtype
+    if dtype == given or torch.promote_types(dtype, given) != dtype:
+        return [(weights, updates)]
+    found = []
+    for is_large in (False, True):
+        fit = [(w.numel() >= _WORTH_A_LAUNCH) is is_large for w in weights]
+        W, U = list(compress(weights, fit)), list(compress(updates, fit))
+        if W:
+            found.append((W, U if is_large else in_dtype_of(U, W)))
+    return found
 
 
 def _apply_rate(
