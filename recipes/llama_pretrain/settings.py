@@ -39,14 +39,18 @@ class DataSettings:
     corpus: str = field(
         default="shakespeare",
         metadata={
-            "help": "shakespeare, sotu, stdlib, several of them joined by +, or the Hub name of a "
+            "help": "shakespeare, sotu, stdlib; file:PATH of a .txt, .jsonl or .parquet file, of a "
+            "folder of them, or of a .yaml mixture; several joined by +; or the Hub name of a "
             "dataset (owner/name)."
         },
     )
     corpus_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset, e.g. `en` of allenai/c4."}
     )
-    text_column: str = field(default="text", metadata={"help": "Text column of a Hub dataset."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Text column of a Hub dataset, of .jsonl and of .parquet files."},
+    )
     streaming: bool = field(
         default=True, metadata={"help": "Stream a Hub dataset instead of downloading it."}
     )

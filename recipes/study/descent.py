@@ -1,0 +1,56 @@
+"""Coordinate descent on a grid: what a search tries next, from nothing but what it knows.
+
+In: the points that come first, an axis for each coordinate, the losses of what was tried. Out: the
+points to try next; none once no neighbour of the best point is better. One coordinate and a first
+grid make a grid search that grows where its best is at an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+FACTOR = 2.0
+"""Ratio of neighbouring learning rates."""
+
+Point = tuple[float, ...]
+Axis = float | tuple[float, ...] | None
+"""How a coordinate moves: by a factor, along values in their order, or not at all."""
+
+
+def next_points(
+    losses: Mapping[Point, float], first: Sequence[Point], axes: Sequence[Axis]
+) -> list[Point]:
+    """Return the points to try next.
+
+    Args:
+        losses: of the points that were tried; infinite where a run diverged.
+        first: points that are tried in any case, before all others.
+        axes: of the coordinates, in the order in which they are searched.
+    """
+    waiting = [point for point in dict.fromkeys(first) if point not in losses]
+    if waiting:
+        return waiting
+    best = best_point(losses)
+    for number, axis in enumerate(axes):
+        beside = [
+            (*best[:number], value, *best[number + 1 :]) for value in neighbours(best[number], axis)
+        ]
+        untried = [point for point in beside if point not in losses]
+        if untried:
+            return untried
+    return []
+
+
+def best_point(losses: Mapping[Point, float]) -> Point:
+    """Return the point of the lowest loss; of equal ones the smallest, as where all diverged."""
+    return min(losses, key=lambda point: (losses[point], point))
+
+
+def neighbours(value: float, axis: Axis) -> list[float]:
+    """Return the values beside one, as far as there are any; those by a factor without 0."""
+    if axis is None:
+        return []
+    if not isinstance(axis, tuple):
+        return [value / axis, value * axis] if value else []
+    place = axis.index(value)
+    return [axis[beside] for beside in (place - 1, place + 1) if 0 <= beside < len(axis)]
