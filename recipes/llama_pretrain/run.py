@@ -26,17 +26,20 @@ from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
-from speed import LogSpeed, Rates, flops_per_token, peak_tflops
+from shared.rates import AdamWAtRates, Rates
+from speed import LogSpeed, flops_per_token, peak_tflops
+from speed import Rates as Speeds
 from stream import keep_place
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
+from hf_muon import MuonConfig
 
 
 def main(argv: list[str]) -> None:
     """Train, evaluate on all held-out blocks, and write the results."""
     started = time.perf_counter()
-    model_settings, data_settings, args = settings.parse(argv)
+    model_settings, data_settings, args, rate_settings = settings.parse(argv)
     quiet_libraries()
     with args.main_process_first(desc="tokenizer"):
         data = prepare(data_settings, args.max_steps)
@@ -51,6 +54,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=packing.evenly_spread(data.validation, data_settings.eval_blocks),
         data_collator=packing.collate,
         callbacks=[clock],
+        optimizer_cls_and_kwargs=adamw_of_two_rates(args, rate_settings.other_learning_rate),
     )
     check_sharding(trainer)
     use_quiet_progress(trainer)
@@ -65,6 +69,7 @@ def main(argv: list[str]) -> None:
     results = reporting.run_results(trainer, clock, rates)
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
+    results.update(vars(rate_settings))
     results["final_validation_loss"] = reporting.exact_loss(trainer, data.validation)
     results["wall_seconds"] = round(time.perf_counter() - started, 1)
     if args.save_strategy != "no":
@@ -98,10 +103,26 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Rates:
+def adamw_of_two_rates(
+    args: TrainingArguments, other: float | None
+) -> tuple[type, dict[str, Any]] | None:
+    """Return AdamW with a rate of its own for all but the matrices, where that is asked for."""
+    if other is None or args.optim not in settings.ADAMW:
+        return None
+    rates = Rates(args.learning_rate, other, other)
+    config = MuonConfig(
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adamw_betas=(args.adam_beta1, args.adam_beta2),
+        adamw_eps=args.adam_epsilon,
+    )
+    return AdamWAtRates, {"rates": rates, "config": config}
+
+
+def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Speeds:
     """Return what turns steps per second into tokens per second and utilisation."""
     peak = data.peak_tflops or peak_tflops(args.device)
-    return Rates(
+    return Speeds(
         tokens_per_step=data.tokens_per_step,
         flops_per_token=flops_per_token(model, data.seq_len),
         peak_tflops=peak and peak * args.world_size,

@@ -1,8 +1,9 @@
 """The recipe's arguments: a YAML file, overridden by the command line.
 
 In: ``sys.argv``-like strings, e.g. ``configs/tiny.yaml --optim muon --learning_rate 0.02``.
-Out: ``ModelSettings``, ``DataSettings`` and the stock ``TrainingArguments``, in which the number of
-steps and of accumulation steps follow from the tokens asked for and the number of processes.
+Out: ``ModelSettings``, ``DataSettings``, ``RateSettings`` and the stock ``TrainingArguments``, in
+which the number of steps and of accumulation steps follow from the tokens asked for and the number
+of processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from shared.arguments import RecipeError, read
 from shared.processes import check_world_size, launched_processes
 from transformers import TrainingArguments
 
+from hf_muon.integrations.names import NAMES as FAMILY
+
 HERE = Path(__file__).parent
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -99,17 +103,31 @@ class DataSettings:
     )
 
 
-SETTINGS = (ModelSettings, DataSettings, TrainingArguments)
+@dataclass
+class RateSettings:
+    """A second learning rate, beside that of the stock arguments."""
+
+    other_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate of embeddings, head and norms, under Muon and AdamW; --learning_rate "
+            "then is that of the hidden matrices. By default there is one rate."
+        },
+    )
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArguments]:
+SETTINGS = (ModelSettings, DataSettings, TrainingArguments, RateSettings)
+Parsed = tuple[ModelSettings, DataSettings, TrainingArguments, RateSettings]
+
+
+def parse(argv: Sequence[str]) -> Parsed:
     """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
 
     Args:
         argv: arguments without the program's name.
 
     Returns:
-        The three argument objects, with consistent step counts.
+        The four argument objects, with consistent step counts.
 
     Raises:
         RecipeError: a name that does not exist, or token counts that do not fit together.
@@ -117,9 +135,29 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     # Every parameter of a LLaMA gets a gradient; DDP need not look for others in each step.
     given = read(argv, SETTINGS, HERE, ddp_find_unused_parameters=False)
     set_step_counts(given.values)
-    model, data, training = given.made()
+    set_other_rate(given.values)
+    model, data, training, rates = given.made()
     check_world_size(training, data.expected_world_size)
-    return model, data, training
+    return model, data, training, rates
+
+
+def set_other_rate(values: dict[str, Any]) -> None:
+    """Hand the second rate to Muon, and refuse it where it would be without effect."""
+    rate, optim = values["other_learning_rate"], values["optim"]
+    optim = getattr(optim, "value", optim)
+    if rate is None or optim in ADAMW:
+        return
+    if optim not in FAMILY:
+        raise RecipeError(
+            f"other_learning_rate={rate:g} needs Muon or AdamW, but optim={optim!r} was asked for."
+        )
+    given = values["optim_args"] or ""
+    if "adamw_lr" in given:
+        raise RecipeError(
+            f"other_learning_rate={rate:g} and optim_args={given!r} both say what AdamW's rate is: "
+            "give one of them."
+        )
+    values["optim_args"] = ",".join(filter(None, (given, f"adamw_lr={rate!r}")))
 
 
 def set_step_counts(values: dict[str, Any]) -> None:

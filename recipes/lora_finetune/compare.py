@@ -29,7 +29,9 @@ from rich.table import Table
 from settings import HERE
 from shared.arguments import RecipeError, find_config
 from shared.measure import write_json
-from shared.study import FACTOR, beyond_edge, claim_folder, mean_and_spread, split_extra
+from study.descent import FACTOR, beyond_edge
+from study.folder import claim_folder, split_extra
+from study.paired import mean_and_spread
 
 Results = dict[str, Any]
 

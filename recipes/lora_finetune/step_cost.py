@@ -27,7 +27,7 @@ from rich.table import Table
 from shared.arguments import RecipeError
 from shared.measure import write_json
 from shared.progress import quiet_libraries
-from shared.study import split_extra
+from study.folder import split_extra
 from transformers import Trainer, set_seed
 
 import hf_muon

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 from charts import COLOURS, MARKERS, MUTED, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
-from shared.study import beyond_edge, mean_and_spread
+from study.descent import beyond_edge
+from study.paired import mean_and_spread
 from training import METHODS, train
 
 Tuned = dict[str, dict[str, Any]]

@@ -30,6 +30,14 @@ class Rates:
     rest: float
 
 
+class AdamWAtRates:
+    """Builds AdamW, in the form of ``Trainer(optimizer_cls_and_kwargs=…)``."""
+
+    def __call__(self, model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.AdamW:
+        """Build the optimizer of a model."""
+        return adamw_at(model, rates, config)
+
+
 def adamw_at(model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.AdamW:
     """Return torch's AdamW on everything, with the decay, ``adamw_betas`` and eps of ``config``."""
     groups = [

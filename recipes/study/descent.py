@@ -41,6 +41,12 @@ def next_points(
     return []
 
 
+def beyond_edge(grid: Mapping[float, float]) -> list[float]:
+    """Return the rates that are missing beside the best one, in a grid of loss by rate."""
+    losses = {(rate,): loss for rate, loss in grid.items()}
+    return [rate for (rate,) in next_points(losses, [], [FACTOR])]
+
+
 def best_point(losses: Mapping[Point, float]) -> Point:
     """Return the point of the lowest loss; of equal ones the smallest, as where all diverged."""
     return min(losses, key=lambda point: (losses[point], point))

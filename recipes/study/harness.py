@@ -33,11 +33,13 @@ class Arm:
         settings: that are fixed.
         start: where the search begins, by coordinate.
         axes: how coordinates move, in the order in which they are searched; others stay.
+        first: further points that are tried in any case, by coordinate: a grid to begin with.
     """
 
     settings: Mapping[str, Any]
     start: Mapping[str, Any]
     axes: Mapping[str, Axis]
+    first: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Plan:
 
     def untried(self, losses: Mapping[Point, float]) -> list[Point]:
         """Return what the search would try next, whatever the budget."""
-        return next_points(losses, [self.start], tuple(self.arm.axes.values()))
+        first = [tuple(point[name] for name in self.arm.axes) for point in self.arm.first]
+        return next_points(losses, [self.start, *first], tuple(self.arm.axes.values()))
 
     def best(self, records: Records) -> Point | None:
         """Return the best point so far."""

@@ -94,7 +94,7 @@ def columns(reference: str, target: float | None = None) -> list[Column]:
         ("standard error", lambda row, base: error_text(row.losses)),
         (f"against {reference}", lambda row, base: difference_text(compared(row, base))),
         ("", lambda row, base: verdict_text(row, base)),
-        ("CPU-s a run", lambda row, base: f"{row.seconds:.1f}"),
+        ("seconds a run", lambda row, base: f"{row.seconds:.1f}"),
     ]
     if target is not None:
         made.insert(5, (f"reaches {target:g}", lambda row, base: target_text(row.losses, target)))
@@ -121,7 +121,7 @@ def title(cell: Mapping[str, Any], lines: Iterable[Line]) -> str:
 def cost(lines: Iterable[Line]) -> str:
     """Return how many trainings took how long."""
     seconds = [line["found"]["seconds"] for line in lines]
-    return f"{len(seconds)} trainings, {sum(seconds) / 3600:.2f} CPU-hours"
+    return f"{len(seconds)} trainings, {sum(seconds) / 3600:.2f} process-hours"
 
 
 def point_text(row: Row) -> str:

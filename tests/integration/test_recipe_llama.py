@@ -1,15 +1,18 @@
 """The LLaMA recipe: its parts, and whole runs of three steps on Python's own sources."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
 from tests.integration.recipes import RECIPES, import_recipe
 
@@ -23,6 +26,7 @@ pretraining_data, run, settings, stream, tokenization = (
 )
 RecipeError = settings.RecipeError
 
+TINY = "configs/tiny.yaml"
 SMALL = {
     "corpus": "stdlib",
     "max_documents": 30,
@@ -234,7 +238,7 @@ def test_cached_tokenizer_is_not_trained_again(tmp_path, monkeypatch):
     "config", sorted((RECIPE / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_configuration_parses(config):
-    data, training = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])[1:]
+    _, data, training, _ = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
     assert training.optim == "muon"
     assert training.optim_args == "order=pre_polar"
     assert data.tokens_per_step >= 8192
@@ -307,7 +311,7 @@ def test_a_bad_file_is_refused_with_its_name_and_the_field(tmp_path, text):
 def test_a_file_may_leave_out_values_and_write_numbers_as_yaml_reads_them(tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nmax_documents: null\nsave_steps: 2\n")
-    _, data, training = settings.parse([str(path), "--output_dir", str(tmp_path)])
+    _, data, training, _ = settings.parse([str(path), "--output_dir", str(tmp_path)])
     assert (training.learning_rate, training.max_grad_norm, data.max_documents) == (1e-3, 1, None)
 
 
@@ -318,9 +322,74 @@ def test_a_budget_that_repeats_the_corpus_too_often_is_refused():
 
 
 def test_search_widens_a_grid_whose_best_rate_is_at_the_edge():
-    assert search.beyond_edge({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == [8.0]
-    assert search.beyond_edge({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == [0.5]
-    assert search.beyond_edge({1.0: 2.0, 2.0: 1.0, 4.0: 3.0}) == []
+    beyond_edge = import_module("study.descent").beyond_edge
+    assert beyond_edge({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == [8.0]
+    assert beyond_edge({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == [0.5]
+    assert beyond_edge({1.0: 2.0, 2.0: 1.0, 4.0: 3.0}) == []
+
+
+def invented_training(started):
+    """Write results of no training: Muon is best at 0.02 and 0.04, AdamW at 0.005 and 0.02."""
+    best = {"muon": (0.02, 0.04), "adamw_torch_fused": (0.005, 0.02)}
+
+    def run_quietly(run):
+        started.append(run.options)
+        rate = float(run.options["learning_rate"])
+        rates = rate, float(run.options.get("other_learning_rate", rate))
+        distance = [
+            math.log2(r / b) ** 2 for r, b in zip(rates, best[run.options["optim"]], strict=True)
+        ]
+        loss = 2 + sum(distance) + 0.01 * int(run.options["seed"])
+        curve = [{"step": n, "tokens": n, "loss": 5 - n * (5 - loss) / 4} for n in range(5)]
+        facts = {"model": {"parameters": 10**6}, "data": {"corpus": "none"}, "tokens": 4}
+        found = {"final_validation_loss": loss, "eval_curve": curve, "train_curve": curve}
+        run.folder.mkdir(parents=True)
+        (run.folder / "results.json").write_text(json.dumps(found | facts | {"wall_seconds": 1.0}))
+
+    return run_quietly
+
+
+def test_the_search_gives_either_optimizer_two_rates(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(search, "run_quietly", invented_training(started))
+    monkeypatch.setattr(search, "HERE", tmp_path)
+    (tmp_path / "configs").mkdir()
+    rates = ["--muon", "0.01", "0.02", "--adamw", "0.01", "0.02", "--final-seeds", "3", "--record"]
+    config = str(RECIPE / "configs" / "tiny.yaml")
+    monkeypatch.setattr(sys, "argv", ["search.py", config, *rates, "--out", str(tmp_path / "out")])
+    search.main()
+    said = capsys.readouterr().out
+    assert "| muon | 0.02 | 0.04 | **2.0000** |" in said
+    assert "| adamw | 0.005 | 0.02 | **2.0000** |" in said
+    assert said.count("2.0200 ± 0.0100 (3)") == 2
+    assert "Tokens muon needs to reach adamw's final loss: 100.0% ± 0.0%" in said
+    recorded = yaml.safe_load((tmp_path / "configs" / "best" / "tiny.yaml").read_text())
+    assert recorded["adamw"]["learning_rate"] == 0.005
+    assert recorded["adamw"]["other_learning_rate"] == 0.02
+    assert {name for name in ("seeds.png", "comparison.png", "search.md", "search.jsonl")} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    count = len(started)
+    (tmp_path / "out" / "search.jsonl").unlink()  # what is finished in its folder counts as well
+    search.main()
+    assert len(started) == count
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_second_rate_is_that_of_all_but_the_matrices(finished, tmp_path, optim):
+    """Negative control of the first: at another rate another model is trained."""
+    options = ["--optim", optim, "--learning_rate", "0.016", "--other_learning_rate"]
+    same, other = (train(tmp_path / rate, *options, rate) for rate in ("0.016", "0.004"))
+    assert same["final_validation_loss"] == finished[optim][1]["final_validation_loss"]
+    assert other["final_validation_loss"] != same["final_validation_loss"]
+
+
+def test_a_second_rate_without_effect_is_refused():
+    with pytest.raises(RecipeError, match=r"other_learning_rate=0.1 needs Muon or AdamW.*'sgd'"):
+        settings.parse([TINY, "--optim", "sgd", "--other_learning_rate", "0.1"])
+    twice = ["--optim_args", "adamw_lr=0.2", "--other_learning_rate", "0.1"]
+    with pytest.raises(RecipeError, match="both say what AdamW's rate is"):
+        settings.parse([TINY, *twice])
 
 
 def test_corpora_are_held_out_each_in_the_same_proportion(monkeypatch):

@@ -61,6 +61,18 @@ def test_one_coordinate_is_a_grid_that_grows_at_its_edge():
     assert next_points(lost, [(1.0,)], [2.0]) == [(0.5,)]  # where all diverged, downwards
 
 
+def test_a_grid_is_tried_before_the_search_begins():
+    arm = Arm({}, {"rate": 1.0}, {"rate": 2.0}, [{"rate": 2.0}, {"rate": 4.0}])
+    plan, train = Plan("a", arm, CELL, (1,)), []
+
+    def falls(run):
+        train.append(run.point["rate"])
+        return {"loss": abs(math.log2(run.point["rate"]) - 4), "seconds": 0.0}
+
+    study(Records(), [plan], falls)
+    assert train == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 16.0]
+
+
 def test_values_that_are_listed_have_two_neighbours_and_ends():
     assert neighbours(0.9, (0.0, 0.9, 0.95)) == [0.0, 0.95]
     assert neighbours(0.95, (0.0, 0.9, 0.95)) == [0.9]
@@ -232,7 +244,7 @@ def test_a_report_has_a_row_for_each_arm_and_a_figure(tmp_path, capsys):
     arguments = reporting.parse_args(out)
     text = command.report(arguments, lambda cell: plans(), "b", target=1.0)
     heading, _, head, _, fixed, first, second = text.splitlines()
-    assert heading.startswith(f"**steps 8**; {len(train.runs)} trainings, 0.01 CPU-hours")
+    assert heading.startswith(f"**steps 8**; {len(train.runs)} trainings, 0.01 process-hours")
     assert head.count("|") == fixed.count("|") == second.count("|")
     assert "| against b |" in head
     assert fixed.startswith(
