@@ -7,6 +7,7 @@ grid make a grid search that grows where its best is at an edge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 FACTOR = 2.0
@@ -48,8 +49,12 @@ def beyond_edge(grid: Mapping[float, float]) -> list[float]:
 
 
 def best_point(losses: Mapping[Point, float]) -> Point:
-    """Return the point of the lowest loss; of equal ones the smallest, as where all diverged."""
-    return min(losses, key=lambda point: (losses[point], point))
+    """Return the point of the lowest loss: the first of equal ones, the smallest of diverged ones.
+
+    So a coordinate without effect is not followed, and rates fall where nothing trains.
+    """
+    best = min(losses, key=losses.__getitem__)
+    return best if math.isfinite(losses[best]) else min(losses)
 
 
 def neighbours(value: float, axis: Axis) -> list[float]:

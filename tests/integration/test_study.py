@@ -57,6 +57,8 @@ def test_one_coordinate_is_a_grid_that_grows_at_its_edge():
     assert next_points({(1.0,): 3.0, (2.0,): 1.0, (4.0,): 2.0}, [(1.0,)], [2.0]) == []
     assert next_points({}, [(1.0,), (3.0,)], [2.0]) == [(1.0,), (3.0,)]
     assert next_points({(0.0,): 1.0}, [(0.0,)], [2.0]) == []  # a factor does not leave zero
+    flat = descended(lambda x, y: abs(x - 4), (1.0, 1.0), (2.0, 2.0))
+    assert best_point(flat) == (4.0, 1.0)  # a coordinate without effect is not followed
     lost = {(1.0,): math.inf, (2.0,): math.inf}
     assert next_points(lost, [(1.0,)], [2.0]) == [(0.5,)]  # where all diverged, downwards
 
@@ -292,4 +294,4 @@ def test_the_mean_over_search_seeds_counts():
     })  # fmt: skip
     tried = plan.tried(records)
     assert tried == {(0.5,): 3, (1.0,): 2, (2.0,): 1, (4.0,): 1}
-    assert plan.best(records) == (2.0,)  # the smallest of equal ones
+    assert plan.best(records) == (2.0,)  # the first of equal ones
