@@ -147,8 +147,9 @@ def test_a_line_that_was_cut_off_is_trained_again(tmp_path):
     assert len(path.read_text().splitlines()) == count + 1  # what was cut off stays, alone
 
 
-def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
-    """Negative control of what is kept: another text is another study."""
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path, jobs):
+    """Its processes end with it. The control of what is kept: another text is another study."""
     script = tmp_path / "study_of_sleepers.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -160,23 +161,25 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
         def train(run):
             time.sleep(0.05)
             return {{"loss": 1.0, "seconds": 0.0}}
-        plan = Plan("one", Arm({{}}, {{"rate": 1.0}}, {{}}), {{"text": sys.argv[2]}}, range(1, 41))
-        study(Records(Path(sys.argv[1])), [plan], train)
+        if __name__ == "__main__":
+            path, text, jobs = sys.argv[1:]
+            plan = Plan("one", Arm({{}}, {{"rate": 1.0}}, {{}}), {{"text": text}}, range(1, 41))
+            study(Records(Path(path)), [plan], train, int(jobs))
         """)
     )
     path = tmp_path / "runs.jsonl"
     words = [sys.executable, str(script), str(path)]
-    process = subprocess.Popen([*words, "a"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*words, "a", jobs], stdout=subprocess.PIPE)
     while not path.is_file() or path.read_text().count("\n") < 3:
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.communicate(timeout=20)  # until nobody holds the pipe: no worker is left
     before = path.read_text()
     assert 3 <= before.count("\n") < 40
-    subprocess.run([*words, "a"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*words, "a", jobs], check=True, stdout=subprocess.DEVNULL)
     assert path.read_text().startswith(before)
     assert sorted(line["seed"] for line in read(path)) == list(range(1, 41))
-    subprocess.run([*words, "b"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*words, "b", jobs], check=True, stdout=subprocess.DEVNULL)
     assert len([*read(path)]) == 80
 
 
