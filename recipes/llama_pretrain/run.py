@@ -26,14 +26,12 @@ from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
-from shared.rates import AdamWAtRates, Rates
-from speed import LogSpeed, flops_per_token, peak_tflops
-from speed import Rates as Speeds
+from shared.rates import adamw_of_two_rates
+from speed import LogSpeed, Rates, flops_per_token, peak_tflops
 from stream import keep_place
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
-from hf_muon import MuonConfig
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +52,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=packing.evenly_spread(data.validation, data_settings.eval_blocks),
         data_collator=packing.collate,
         callbacks=[clock],
-        optimizer_cls_and_kwargs=adamw_of_two_rates(args, rate_settings.other_learning_rate),
+        optimizer_cls_and_kwargs=adamw_of_two_rates(args, rate_settings),
     )
     check_sharding(trainer)
     use_quiet_progress(trainer)
@@ -103,26 +101,10 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def adamw_of_two_rates(
-    args: TrainingArguments, other: float | None
-) -> tuple[type, dict[str, Any]] | None:
-    """Return AdamW with a rate of its own for all but the matrices, where that is asked for."""
-    if other is None or args.optim not in settings.ADAMW:
-        return None
-    rates = Rates(args.learning_rate, other, other)
-    config = MuonConfig(
-        lr=args.learning_rate,
-        weight_decay=args.weight_decay,
-        adamw_betas=(args.adam_beta1, args.adam_beta2),
-        adamw_eps=args.adam_epsilon,
-    )
-    return AdamWAtRates, {"rates": rates, "config": config}
-
-
-def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Speeds:
+def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Rates:
     """Return what turns steps per second into tokens per second and utilisation."""
     peak = data.peak_tflops or peak_tflops(args.device)
-    return Speeds(
+    return Rates(
         tokens_per_step=data.tokens_per_step,
         flops_per_token=flops_per_token(model, data.seq_len),
         peak_tflops=peak and peak * args.world_size,

@@ -15,12 +15,10 @@ from typing import Any
 
 from shared.arguments import RecipeError, read
 from shared.processes import check_world_size, launched_processes
+from shared.rates import RateSettings, set_other_rate
 from transformers import TrainingArguments
 
-from hf_muon.integrations.names import NAMES as FAMILY
-
 HERE = Path(__file__).parent
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -103,19 +101,6 @@ class DataSettings:
     )
 
 
-@dataclass
-class RateSettings:
-    """A second learning rate, beside that of the stock arguments."""
-
-    other_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Rate of embeddings, head and norms, under Muon and AdamW; --learning_rate "
-            "then is that of the hidden matrices. By default there is one rate."
-        },
-    )
-
-
 SETTINGS = (ModelSettings, DataSettings, TrainingArguments, RateSettings)
 Parsed = tuple[ModelSettings, DataSettings, TrainingArguments, RateSettings]
 
@@ -139,25 +124,6 @@ def parse(argv: Sequence[str]) -> Parsed:
     model, data, training, rates = given.made()
     check_world_size(training, data.expected_world_size)
     return model, data, training, rates
-
-
-def set_other_rate(values: dict[str, Any]) -> None:
-    """Hand the second rate to Muon, and refuse it where it would be without effect."""
-    rate, optim = values["other_learning_rate"], values["optim"]
-    optim = getattr(optim, "value", optim)
-    if rate is None or optim in ADAMW:
-        return
-    if optim not in FAMILY:
-        raise RecipeError(
-            f"other_learning_rate={rate:g} needs Muon or AdamW, but optim={optim!r} was asked for."
-        )
-    given = values["optim_args"] or ""
-    if "adamw_lr" in given:
-        raise RecipeError(
-            f"other_learning_rate={rate:g} and optim_args={given!r} both say what AdamW's rate is: "
-            "give one of them."
-        )
-    values["optim_args"] = ",".join(filter(None, (given, f"adamw_lr={rate!r}")))
 
 
 def set_step_counts(values: dict[str, Any]) -> None:
