@@ -15,8 +15,8 @@ PUBLISHED = {
     "momentum": 0.9,  # β₁; β₂ is 0.99
     "weight_decay": 0.1,
 }
-MUON = {"rate": 2e-3, "embedding_rate": 4e-3, "rest_rate": 4e-3, "momentum": 0.95}
-MUON |= {"weight_decay": 0.1}
+BEGIN = {**PUBLISHED, "embedding_rate": 4e-3, "rest_rate": 4e-3}
+"""Where AdamW's search begins, after the published point; Muon's differ in rate and momentum."""
 
 AXES = {
     "rate": 2.0,
@@ -28,9 +28,9 @@ AXES = {
 WITHOUT_MOMENTUM = {name: axis for name, axis in AXES.items() if name != "momentum"}
 
 
-def muon(start: float = MUON["rate"], axes: dict[str, object] = AXES, **settings: object) -> Arm:
+def muon(start: float = 2e-3, axes: dict[str, object] = AXES, **settings: object) -> Arm:
     """Return an arm that differs from Muon's defaults in its settings."""
-    point = {**MUON, "rate": start}
+    point = {**BEGIN, "rate": start, "momentum": 0.95}
     if axes is WITHOUT_MOMENTUM:
         del point["momentum"]
     return Arm({"optimizer": "muon", **settings}, point, axes)
@@ -40,7 +40,7 @@ BETAS = {"momentum": (0.8, 0.9, 0.95, 0.98), "momentum_weights": (0.25,) * 4, "n
 REFERENCE = "adamw"
 ARMS = {
     "adamw_published": Arm({"optimizer": "adamw"}, PUBLISHED, {}),
-    REFERENCE: Arm({"optimizer": "adamw"}, PUBLISHED, AXES),
+    REFERENCE: Arm({"optimizer": "adamw"}, BEGIN, AXES, [PUBLISHED]),
     "muon": muon(),
     "post_polar": muon(3.2e-2, order="post_polar", nesterov=False),
     "polar_only": muon(1.6e-2, WITHOUT_MOMENTUM, order="polar_only"),

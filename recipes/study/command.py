@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from study import figures
-from study.harness import Plan
+from study.harness import Plan, named
 from study.records import Records
-from study.tables import cells_of, columns, rows, table, title
+from study.tables import Row, cells_of, columns, rows, table, title
 
 PlansOf = Callable[[Mapping[str, Any]], list[Plan]]
 """Returns the plans of the arms in a cell."""
@@ -55,16 +55,24 @@ def report(
 ) -> str:
     """Return the tables of all cells in the file, and draw their figures where asked to."""
     records = Records(arguments.out)
-    parts = []
-    for number, cell in enumerate(cells_of(records)):
-        found = rows(records, plans_of(cell))
-        if not found:
-            continue
-        heading = title(cell, [line for row in found for line in row.lines])
-        parts.append("\n".join([heading, "", *table(found, reference, columns(reference, target))]))
-        if arguments.figure:
-            path = arguments.figure
-            if number:
-                path = path.with_stem(f"{path.stem}_{number + 1}")
-            figures.draw(found, reference, path, heading.partition("**;")[0].strip("*"))
-    return "\n\n".join(parts) if parts else "No training has finished."
+    found = [rows(records, plans_of(cell)) for cell in cells_of(records)]
+    tables = [
+        "\n".join([heading(cell), "", *table(cell, reference, columns(reference, target))])
+        for cell in found
+        if cell
+    ]
+    draw(arguments.figure, found, reference)
+    return "\n\n".join(tables) if tables else "No training has finished."
+
+
+def heading(cell: Sequence[Row]) -> str:
+    """Return the title of the rows of a cell, and what they have cost."""
+    return title(cell[0].plan.cell, [line for row in cell for line in row.lines])
+
+
+def draw(path: Path | None, found: Sequence[Sequence[Row]], reference: str) -> None:
+    """Draw a figure for the rows of each cell, numbered from the second one on."""
+    drawn = [cell for cell in found if any(row.losses for row in cell)]
+    for number, cell in enumerate(drawn if path else (), 1):
+        file = path.with_stem(f"{path.stem}_{number}") if number > 1 else path
+        figures.draw(cell, reference, file, named(cell[0].plan.cell))

@@ -1,6 +1,6 @@
 """The tables of the study of filters.
 
-In: records and plans. Out: Markdown: for each size of a run a table with a row for each arm, and
+In: rows. Out: Markdown: for each size of a run a table with a row for each arm, and
 where gradients were disturbed for each kind of noise, with what the noise costs.
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from study.harness import Plan
 from study.paired import difference
-from study.records import Records
 from study.tables import (
     Row,
     cells,
@@ -21,7 +20,6 @@ from study.tables import (
     difference_text,
     error_text,
     loss_text,
-    rows,
     verdict_text,
 )
 
@@ -29,10 +27,10 @@ CLEAN = ("none", 0.0)
 Noise = tuple[str, float]
 
 
-def report(records: Records, plans: Iterable[Plan], reference: str) -> str:
-    """Return a table for each size of a run."""
+def report(cells: Iterable[Sequence[Row]], reference: str) -> str:
+    """Return a table for each size of a run, of the rows of all cells."""
     by_size: dict[str, list[Row]] = {}
-    for row in rows(records, plans):
+    for row in chain.from_iterable(cells):
         by_size.setdefault(json.dumps(size_of(row.plan.cell)), []).append(row)
     parts = [
         "\n".join([title(found), "", *table(found, reference)])

@@ -26,6 +26,7 @@ from filter_report import report
 from study import command
 from study.harness import Arm, Plan, study
 from study.records import Records
+from study.tables import rows
 
 from hf_muon import MuonConfig
 
@@ -174,8 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Records(arguments.out)
     if arguments.command == "report":
         wanted = [cell for cell in command.cells_of(records) if is_asked_for(cell, arguments)]
-        plans = [plan for cell in wanted for plan in plans_in(cell, arguments)]
-        print(report(records, plans, REFERENCE))
+        found = [rows(records, plans_in(cell, arguments)) for cell in wanted]
+        print(report(found, REFERENCE))
+        command.draw(arguments.figure, found, REFERENCE)
         return
     command.check_seeds(arguments)
     plans = [plan for cell in cells(arguments) for plan in plans_in(cell, arguments)]

@@ -166,7 +166,8 @@ def test_what_stands_in_the_file_is_not_trained_again(bench, trained, tmp_path, 
     capsys.readouterr()
     main(["report", "--out", str(few)])
     assert "fewer than 3 pairs" in capsys.readouterr().out
-    main(["report", "--out", str(out)])
+    main(["report", "--out", str(out), "--figure", str(tmp_path / "f.png")])
+    assert (tmp_path / "f.png").is_file()
     table = capsys.readouterr().out.splitlines()[2:]
     assert table[2].startswith("| default | 0.004 (of 4) | 2.0200 ± 0.0100 (3) | 0.0058 | – |")
     # Better by 1, 2 and 3 thousandths: 0.002 ± 0.001/√3.
