@@ -37,9 +37,11 @@ class Source:
 
 
 def is_path(corpus: str) -> bool:
-    """Return whether a corpus is named by its path: ``file:…``, a path, or a name with a suffix."""
-    suffixes = (*READERS, *MIXTURES)
-    return corpus.startswith((PREFIX, "/", "./", "../", "~")) or corpus.endswith(suffixes)
+    """Return whether a corpus is own text: ``file:…``, or what ends as such files do.
+
+    Other paths are data sets for ``datasets`` to open, which streams them.
+    """
+    return corpus.startswith(PREFIX) or corpus.endswith((*READERS, *MIXTURES))
 
 
 def path_of(corpus: str, folder: Path = Path()) -> Path:
