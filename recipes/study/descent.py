@@ -23,6 +23,9 @@ def next_points(
 ) -> list[Point]:
     """Return the points to try next.
 
+    They are neighbours of the best point along one axis: one on which the search is under way, so
+    that a line is followed to its end, else the first that is not finished.
+
     Args:
         losses: of the points that were tried; infinite where a run diverged.
         first: points that are tried in any case, before all others.
@@ -32,14 +35,13 @@ def next_points(
     if waiting:
         return waiting
     best = best_point(losses)
-    for number, axis in enumerate(axes):
-        beside = [
-            (*best[:number], value, *best[number + 1 :]) for value in neighbours(best[number], axis)
-        ]
-        untried = [point for point in beside if point not in losses]
-        if untried:
-            return untried
-    return []
+    lines = [
+        [(*best[:number], value, *best[number + 1 :]) for value in neighbours(best[number], axis)]
+        for number, axis in enumerate(axes)
+    ]
+    untried = [[point for point in line if point not in losses] for line in lines]
+    under_way = [new for new, line in zip(untried, lines, strict=True) if 0 < len(new) < len(line)]
+    return next(filter(None, [*under_way, *untried]), [])
 
 
 def beyond_edge(grid: Mapping[float, float]) -> list[float]:

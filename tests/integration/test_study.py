@@ -52,6 +52,14 @@ def test_the_search_ends_where_no_neighbour_is_better():
     assert len(losses) < 30  # of a grid of hundreds
 
 
+def test_a_line_is_followed_to_its_end_before_the_next():
+    far = descended(
+        lambda x, y: math.log2(x) ** 2 + (math.log2(y) - 3) ** 2, (1.0, 1.0), (2.0, 2.0)
+    )
+    assert [*far][:7] == [(1, 1), (0.5, 1), (2, 1), (1, 0.5), (1, 2), (1, 4), (1, 8)]
+    assert [*far][7:] == [(1, 16), (0.5, 8), (2, 8)]
+
+
 def test_one_coordinate_is_a_grid_that_grows_at_its_edge():
     assert next_points({(1.0,): 3.0, (2.0,): 2.0, (4.0,): 1.0}, [(1.0,)], [2.0]) == [(8.0,)]
     assert next_points({(1.0,): 3.0, (2.0,): 1.0, (4.0,): 2.0}, [(1.0,)], [2.0]) == []
