@@ -204,7 +204,7 @@ def compared(
     never = len(shares) - len(reached)
     print(
         f"Tokens muon needs to reach adamw's final loss: {share(reached)}"
-        + (f"; {never} seeds never do" if never else "")
+        + (f"; {never} of {len(shares)} seeds never do" if never and reached else "")
     )
     return shares
 
