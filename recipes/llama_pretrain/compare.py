@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from settings import HERE
 from shared.arguments import RecipeError, find_config
-from shared.study import split_extra
+from study.folder import split_extra
 
 
 def main() -> None:

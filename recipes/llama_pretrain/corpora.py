@@ -1,32 +1,27 @@
-"""The texts: local corpora that packages carry, and any text dataset of the Hub.
+"""The texts: local corpora that packages carry, files of one's own, any text dataset of the Hub.
 
-In: the name of a corpus. Out: training and validation documents with their names, the same ones for
-every optimizer and seed. Whole documents are held out, so that no sentence of a validation text is
-seen in training. Asset packages are found by path and never imported.
+In: the name or the path of a corpus. Out: training and validation documents with their names, the
+same ones for every optimizer and seed. Whole documents are held out, so that no sentence of a
+validation text is seen in training; of own text in fewer than ``holdout_every`` documents, the end
+of each is held out. Asset packages are found by path and never imported.
 """
 
 from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 from settings import DataSettings
+from shared import own_text
 from shared.arguments import RecipeError
 from shared.assets import cached_folder, package_folder
+from shared.own_text import Document
 
 from hf_muon.values import near
-
-
-class Document(NamedTuple):
-    """One text with a name that is unique in its corpus."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -41,21 +36,73 @@ def load(data: DataSettings) -> Split:
     """Return the split of the corpus named in ``data``; names joined by ``+`` are read together.
 
     Raises:
-        RecipeError: an unknown name, or an asset that is not installed.
+        RecipeError: an unknown name, a path at which no text is, or an asset that is not installed.
     """
+    if own_text.is_path(data.corpus) and "+" not in data.corpus:
+        return load_own(data.corpus, data)
     if "/" in data.corpus and "+" not in data.corpus:
         return load_from_hub(data)
     return together([load_local(name, data) for name in data.corpus.split("+")])
 
 
-def load_local(name: str, data: DataSettings) -> Split:
-    """Return the split of one local corpus."""
+def load_local(name: str, data: DataSettings, folder: Path = Path()) -> Split:
+    """Return the split of one local corpus; relative paths are those of files below a folder."""
+    if own_text.is_path(name):
+        return load_own(name, data, folder)
     if name not in LOCAL:
         raise RecipeError(
-            f"Unknown corpus {name!r}.{near(name, LOCAL)} Allowed: {', '.join(LOCAL)}, several "
-            "of them joined by +, or a dataset of the Hub as owner/name."
+            f"Unknown corpus {name!r}.{near(name, LOCAL)} Allowed: {', '.join(LOCAL)}, the path "
+            "of a text as file:PATH, several of them joined by +, or a dataset of the Hub as "
+            "owner/name."
         )
     return hold_out(LOCAL[name]()[: data.max_documents], data.holdout_every)
+
+
+def load_own(corpus: str, data: DataSettings, folder: Path = Path()) -> Split:
+    """Return the split of a file, of a folder, or of a mixture."""
+    path = own_text.path_of(corpus, folder)
+    if path.suffix in own_text.MIXTURES:
+        return load_mixture(path, data)
+    documents = own_text.documents(path, data.text_column)[: data.max_documents]
+    if len(documents) < data.holdout_every:
+        return cut_ends(documents, data.holdout_every)
+    return hold_out(documents, data.holdout_every)
+
+
+def load_mixture(path: Path, data: DataSettings) -> Split:
+    """Return one split of the parts of a mixture, whose training documents are weighted."""
+    sources = own_text.mixture(path, data.text_column)
+    splits = []
+    for source in sources:
+        if source.corpus.endswith(own_text.MIXTURES):
+            raise RecipeError(f"{path} names another mixture, {source.corpus!r}: write one list.")
+        settings = replace(data, text_column=source.text_column)
+        splits.append(load_local(source.corpus, settings, path.parent))
+    trains = weighted([split.train for split in splits], [source.weight for source in sources])
+    held_out = [split.validation for split in splits]
+    return together([Split(*halves) for halves in zip(trains, held_out, strict=True)])
+
+
+def weighted(parts: Sequence[Sequence[Document]], weights: Sequence[float]) -> list[list[Document]]:
+    """Return parts whose characters are to each other as the weights.
+
+    The part that is largest for its weight is taken once, and the others as often as it takes: as
+    ``datasets.interleave_datasets`` does with ``all_exhausted``, but to the nearest document.
+    """
+    sizes = [sum(len(document.text) for document in part) for part in parts]
+    unit = max(size / weight for size, weight in zip(sizes, weights, strict=True))
+    return [
+        repeated(part, unit * weight / size)
+        for part, size, weight in zip(parts, sizes, weights, strict=True)
+    ]
+
+
+def repeated(documents: Sequence[Document], times: float) -> list[Document]:
+    """Return documents a number of times; a fraction takes those that are evenly spread."""
+    count = len(documents)
+    whole, rest = divmod(round(times * count), count)
+    spread = [documents[place * count // rest] for place in range(rest)]
+    return [*documents] * whole + spread
 
 
 def together(splits: Sequence[Split]) -> Split:
@@ -65,6 +112,18 @@ def together(splits: Sequence[Split]) -> Split:
         for half in ("train", "validation")
     )
     return Split(train, validation)
+
+
+def cut_ends(documents: Sequence[Document], every: int) -> Split:
+    """Hold out the end of each document, one part in ``every``."""
+    if every < 2:
+        raise RecipeError(f"holdout_every={every} must be at least 2, or nothing is trained on.")
+    cuts = [int(len(document.text) * (1 - 1 / every)) for document in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return Split(
+        [Document(document.name, document.text[:cut]) for document, cut in pairs],
+        [Document(document.name, document.text[cut:]) for document, cut in pairs],
+    )
 
 
 def hold_out(documents: Sequence[Document], every: int) -> Split:

@@ -29,8 +29,8 @@ from search import final_loss
 from settings import HERE
 from shared.arguments import RecipeError, find_config
 from shared.measure import write_json
-from shared.study import claim_folder, split_extra
 from shared.style import tidy
+from study.folder import claim_folder, split_extra
 
 
 class Point(NamedTuple):

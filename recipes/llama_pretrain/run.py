@@ -26,6 +26,7 @@ from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
+from shared.rates import adamw_of_two_rates
 from speed import LogSpeed, Rates, flops_per_token, peak_tflops
 from stream import keep_place
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
@@ -36,7 +37,7 @@ import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 def main(argv: list[str]) -> None:
     """Train, evaluate on all held-out blocks, and write the results."""
     started = time.perf_counter()
-    model_settings, data_settings, args = settings.parse(argv)
+    model_settings, data_settings, args, rate_settings = settings.parse(argv)
     quiet_libraries()
     with args.main_process_first(desc="tokenizer"):
         data = prepare(data_settings, args.max_steps)
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=packing.evenly_spread(data.validation, data_settings.eval_blocks),
         data_collator=packing.collate,
         callbacks=[clock],
+        optimizer_cls_and_kwargs=adamw_of_two_rates(args, rate_settings),
     )
     check_sharding(trainer)
     use_quiet_progress(trainer)
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> None:
     results = reporting.run_results(trainer, clock, rates)
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
+    results.update(vars(rate_settings))
     results["final_validation_loss"] = reporting.exact_loss(trainer, data.validation)
     results["wall_seconds"] = round(time.perf_counter() - started, 1)
     if args.save_strategy != "no":

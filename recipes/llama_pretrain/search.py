@@ -1,11 +1,11 @@
-"""Find each optimizer's best learning rate, then compare them over several seeds.
+"""Find each optimizer's best learning rates, then compare them over several seeds.
 
 In: ``python search.py configs/tiny.yaml [--muon RATE ...] [--adamw RATE ...] [--jobs 2]
-[--final-seeds 3] [--record] [-- RUN OPTIONS]``.
-Out: ``search.json`` with every run, a table, the figure, and with ``--record`` the best rates in
-``configs/best/``. Every optimizer begins with as many rates as the others; a grid whose best rate
-lies at its edge is widened by a factor of 2 until it does not. Finished runs are kept, so it can be
-interrupted.
+[--budget 24] [--final-seeds 3] [--record] [-- RUN OPTIONS]``.
+Out: ``search.jsonl`` with every run, a table, the figures, and with ``--record`` the best rates in
+``configs/best/``. Either optimizer has one rate for the hidden matrices and one for embeddings,
+head and norms. Both begin equal, with as many first rates for each optimizer, and are then searched
+by coordinate descent. Finished runs are kept, so it can be interrupted.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
 
 import figure
 import yaml
 from compare import title as title_of
-from launch import Run, run_all
-from rich.console import Console
-from rich.table import Table
+from launch import Run, run_quietly
 from settings import HERE
 from shared.arguments import RecipeError, find_config
-from shared.measure import write_json
-from shared.study import beyond_edge, claim_folder, mean_and_spread, split_extra
+from study import figures, records, tables
+from study.folder import claim_folder, split_extra
+from study.harness import Arm, Plan, study
 
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "muon": {"optim": "muon", "optim_args": "order=pre_polar"},
@@ -41,31 +41,37 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-WIDEN_AT_MOST = 4
+BUDGET = 24
+REFERENCE = "adamw"
 
 Results = dict[str, Any]
 
 
-class Search:
-    """The runs of one configuration, by optimizer, learning rate and seed."""
+@dataclass(frozen=True)
+class Trainings:
+    """The trainings of one configuration: each a process and a folder of its own."""
 
-    def __init__(self, config: Path, out: Path, jobs: int, extra: Sequence[str]) -> None:
-        self.config, self.out, self.jobs, self.extra = config, out, jobs, extra
+    config: Path
+    out: Path
+    extra: Sequence[str]
 
-    def run(self, optimizer: str, rate: float, seed: int) -> Run:
-        """Return one run of the search."""
-        options = OPTIMIZERS[optimizer] | {"learning_rate": f"{rate:g}", "seed": str(seed)}
-        folder = self.out / f"{optimizer}_lr{rate:g}_seed{seed}"
+    def __call__(self, run: records.Run) -> Results:
+        """Train, unless that is done, and return what the harness keeps."""
+        training = self.of(run)
+        if training.results() is None:
+            run_quietly(training)
+        found = training.results()
+        return {"loss": finite(final_loss(training)), "seconds": found.get("wall_seconds", 0.0)}
+
+    def of(self, run: records.Run) -> Run:
+        """Return the training of a run; its folder is named after what differs."""
+        rate, other = run.point["learning_rate"], run.point["other_learning_rate"]
+        options = {**run.settings, "learning_rate": f"{rate:g}", "seed": str(run.seed)}
+        second = ""
+        if other != rate:
+            options["other_learning_rate"], second = f"{other:g}", f"_other{other:g}"
+        folder = self.out / f"{run.arm}_lr{rate:g}{second}_seed{run.seed}"
         return Run(folder, str(self.config), options, self.extra)
-
-    def losses(self, points: Sequence[tuple[str, float]], seeds: Sequence[int]) -> list[float]:
-        """Run what is missing; return each point's mean validation loss over the seeds."""
-        runs = [self.run(optimizer, rate, seed) for optimizer, rate in points for seed in seeds]
-        run_all(runs, self.jobs, "training runs")
-        return [
-            statistics.fmean(final_loss(self.run(*point, seed)) for seed in seeds)
-            for point in points
-        ]
 
 
 def final_loss(run: Run) -> float:
@@ -74,34 +80,29 @@ def final_loss(run: Run) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
+def finite(loss: float) -> float | None:
+    """Return a loss; None for one that JSON does not have."""
+    return loss if math.isfinite(loss) else None
+
+
 def main() -> None:
     """Search the rates, then run the final seeds."""
     arguments = command_line()
     config = find_config(arguments.config, HERE)
     out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_search"
     claim_folder(out, config, arguments.extra)
-    search = Search(config, out, arguments.jobs, arguments.extra)
-    grids = search_grids(
-        search, {name: getattr(arguments, name) for name in OPTIMIZERS}, arguments.seeds
-    )
-    best = {name: min(grid, key=grid.__getitem__) for name, grid in grids.items()}
-    report = {
-        "command": command(),
-        "config": config.name,
-        "search_seeds": arguments.seeds,
-        "grids": {
-            name: {f"{rate:g}": loss for rate, loss in grid.items()} for name, grid in grids.items()
-        },
-        "best": best,
-    }
-    Console().print(grid_table(grids, best))
-    write_json(out / "search.json", report)
+    train = Trainings(config, out, arguments.extra)
+    plans = plans_of(config, arguments)
+    found = records.Records(out / "search.jsonl")
+    study(found, plans, train, arguments.jobs)
+    report = summary(found, plans)
+    (out / "search.md").write_text(f"`{command()}`\n\n{report}\n", encoding="utf8")
+    print(report)
     if arguments.record:
-        record(config, best)
+        record(config, {plan.name: plan.run(plan.best(found), 0).point for plan in plans})
     if arguments.final_seeds:
-        report["final"] = final_comparison(search, best, arguments)
-        write_json(out / "search.json", report)
-    print(f"All runs: {out / 'search.json'}")
+        compared(found, plans, train, out)
+    print(f"All runs: {out / 'search.jsonl'}")
 
 
 def command_line() -> argparse.Namespace:
@@ -115,6 +116,9 @@ def command_line() -> argparse.Namespace:
     rates = {"type": float, "nargs": "+", "metavar": "RATE"}
     parser.add_argument("--muon", default=GRIDS["muon"], help="first rates of Muon", **rates)
     parser.add_argument("--adamw", default=GRIDS["adamw"], help="first rates of AdamW", **rates)
+    parser.add_argument(
+        "--budget", type=int, default=BUDGET, help="points that each optimizer's search may try"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="folder of all runs")
     parser.add_argument(
@@ -134,61 +138,75 @@ def command() -> str:
     return shlex.join(["python", "search.py", *sys.argv[1:]])
 
 
-def search_grids(
-    search: Search, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
-) -> dict[str, dict[float, float]]:
-    """Return the loss of every rate of every optimizer, widened until no best is at an edge."""
-    grids: dict[str, dict[float, float]] = {name: {} for name in rates}
-    todo = [(name, rate) for name, grid in rates.items() for rate in grid]
-    for _ in range(1 + WIDEN_AT_MOST):
-        for (name, rate), loss in zip(todo, search.losses(todo, seeds), strict=True):
-            grids[name][rate] = loss
-        todo = [(name, rate) for name, grid in grids.items() for rate in beyond_edge(grid)]
-        if not todo:
-            return grids
-    raise RecipeError(f"After {WIDEN_AT_MOST} wider grids a best rate is still at an edge: {grids}")
+def plans_of(config: Path, arguments: argparse.Namespace) -> list[Plan]:
+    """Return how each optimizer is searched, and the seeds that the search does not see."""
+    first = max(arguments.seeds) + 1
+    fresh = range(first, first + arguments.final_seeds)
+    plans = []
+    for name, options in OPTIMIZERS.items():
+        grid = [both_at(rate) for rate in getattr(arguments, name)]
+        arm = Arm(options, grid[0], dict.fromkeys(grid[0], 2.0), grid[1:])
+        cell = {"config": config.name}
+        plans.append(Plan(name, arm, cell, fresh, arguments.seeds, arguments.budget))
+    return plans
 
 
-def grid_table(grids: Mapping[str, Mapping[float, float]], best: Mapping[str, float]) -> Table:
-    """Return the table of validation losses, optimizers by rates, with the best of each bold."""
-    rates = sorted({rate for grid in grids.values() for rate in grid})
-    table = Table("optimizer", *(f"{rate:g}" for rate in rates), title="validation loss by rate")
-    for name, grid in grids.items():
-        cells = [f"{grid[rate]:.4f}" if rate in grid else "" for rate in rates]
-        bold = [
-            f"[bold]{cell}[/bold]" if rate == best[name] else cell
-            for rate, cell in zip(rates, cells, strict=True)
-        ]
-        table.add_row(name, *bold)
-    return table
+def both_at(rate: float) -> dict[str, float]:
+    """Return the point at which both rates are the same."""
+    return {"learning_rate": rate, "other_learning_rate": rate}
 
 
-def record(config: Path, best: Mapping[str, float]) -> None:
+def summary(found: records.Records, plans: Sequence[Plan]) -> str:
+    """Return the losses of the search, the best point of each optimizer, and the fresh seeds."""
+    rows = tables.rows(found, plans)
+    lines = tables.table(rows, REFERENCE, tables.columns(REFERENCE))
+    return "\n".join([*searched(rows), "", *lines, "", f"{tables.cost(found)}."])
+
+
+def searched(rows: Sequence[tables.Row]) -> list[str]:
+    """Return a table of the validation loss at every point, the best of each optimizer bold."""
+    head = ["optimizer", "matrices", "embeddings, head, norms", "validation loss"]
+    lines = [tables.cells(head), tables.cells(["---"] * len(head))]
+    for row in rows:
+        for point, loss in sorted(row.searched.items()):
+            shown = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+            bold = f"**{shown}**" if point == row.best else shown
+            lines.append(tables.cells([row.plan.name, *(f"{rate:g}" for rate in point), bold]))
+    return lines
+
+
+def record(config: Path, best: Mapping[str, Mapping[str, float]]) -> None:
     """Write the best rates where ``compare.py`` and the quickstart read them."""
     path = HERE / "configs" / "best" / config.name
     path.parent.mkdir(exist_ok=True)
-    options = {name: OPTIMIZERS[name] | {"learning_rate": best[name]} for name in OPTIMIZERS}
-    head = f"# The best learning rate of each optimizer, written by\n#   {command()}\n"
+    options = {name: OPTIMIZERS[name] | dict(best[name]) for name in OPTIMIZERS}
+    head = f"# The best learning rates of each optimizer, written by\n#   {command()}\n"
     path.write_text(head + yaml.safe_dump(options, sort_keys=False), encoding="utf8")
 
 
-def final_comparison(
-    search: Search, best: Mapping[str, float], arguments: argparse.Namespace
-) -> Results:
-    """Run each optimizer at its best rate on seeds that the search has not seen."""
-    first = max(arguments.seeds) + 1
-    seeds = list(range(first, first + arguments.final_seeds))
-    search.losses(list(best.items()), seeds)
-    runs = {name: [search.run(name, rate, seed) for seed in seeds] for name, rate in best.items()}
-    contents = {name: [run.results() for run in group] for name, group in runs.items()}
-    losses = {name: mean_and_spread([final_loss(run) for run in runs[name]]) for name in runs}
-    pairs = zip(contents["muon"], contents["adamw"], strict=True)
-    ratios = [tokens_to_reach(muon, adamw) for muon, adamw in pairs]
-    final = {"seeds": seeds, "losses": losses, "token_ratios": ratios}
-    Console().print(final_table(final, best))
-    shown = {name: group[0] for name, group in contents.items()}
-    figure.loss_figure(shown, search.out / "comparison.png", title_of(shown))
-    return final
+def compared(
+    found: records.Records, plans: Sequence[Plan], train: Trainings, out: Path
+) -> list[float | None]:
+    """Draw both optimizers on the fresh seeds; say and return Muon's share of AdamW's tokens."""
+    rows = tables.rows(found, plans)
+    figures.draw(rows, REFERENCE, out / "seeds.png", plans[0].cell["config"])
+    runs = {
+        plan.name: [train.of(plan.run(plan.best(found), seed)).results() for seed in plan.seeds]
+        for plan in plans
+    }
+    if any("diverged" in results for of_arm in runs.values() for results in of_arm):
+        print("A seed diverged at its best rates: token shares are left out.")
+        return []
+    shown = {name: of_arm[0] for name, of_arm in runs.items()}
+    figure.loss_figure(shown, out / "comparison.png", title_of(shown))
+    shares = [tokens_to_reach(*pair) for pair in zip(runs["muon"], runs["adamw"], strict=True)]
+    reached = [part for part in shares if part is not None]
+    never = len(shares) - len(reached)
+    print(
+        f"Tokens muon needs to reach adamw's final loss: {share(reached)}"
+        + (f"; {never} of {len(shares)} seeds never do" if never and reached else "")
+    )
+    return shares
 
 
 def tokens_to_reach(run: Results, reference: Results) -> float | None:
@@ -205,26 +223,6 @@ def tokens_to_reach(run: Results, reference: Results) -> float | None:
             tokens = before["tokens"] + part * (after["tokens"] - before["tokens"])
             return tokens / reference["tokens"]
     return None
-
-
-def final_table(final: Results, best: Mapping[str, float]) -> Table:
-    """Return the table of the final comparison."""
-    reached = [ratio for ratio in final["token_ratios"] if ratio is not None]
-    never = len(final["token_ratios"]) - len(reached)
-    caption = f"tokens muon needs to reach adamw's final loss: {share(reached)}"
-    caption += f"; {never} seeds never do" if never else ""
-    table = Table(
-        "optimizer",
-        "learning rate",
-        "validation loss",
-        title=f"seeds {final['seeds']}",
-        caption=caption,
-        caption_justify="left",
-    )
-    for name, loss in final["losses"].items():
-        spread = "" if loss["spread"] is None else f" ± {loss['spread']:.4f}"
-        table.add_row(name, f"{best[name]:g}", f"{loss['mean']:.4f}{spread}")
-    return table
 
 
 def share(ratios: Sequence[float]) -> str:

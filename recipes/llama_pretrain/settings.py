@@ -1,8 +1,9 @@
 """The recipe's arguments: a YAML file, overridden by the command line.
 
 In: ``sys.argv``-like strings, e.g. ``configs/tiny.yaml --optim muon --learning_rate 0.02``.
-Out: ``ModelSettings``, ``DataSettings`` and the stock ``TrainingArguments``, in which the number of
-steps and of accumulation steps follow from the tokens asked for and the number of processes.
+Out: ``ModelSettings``, ``DataSettings``, ``RateSettings`` and the stock ``TrainingArguments``, in
+which the number of steps and of accumulation steps follow from the tokens asked for and the number
+of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from shared.arguments import RecipeError, read
 from shared.processes import check_world_size, launched_processes
+from shared.rates import RateSettings, set_other_rate
 from transformers import TrainingArguments
 
 HERE = Path(__file__).parent
@@ -39,14 +41,18 @@ class DataSettings:
     corpus: str = field(
         default="shakespeare",
         metadata={
-            "help": "shakespeare, sotu, stdlib, several of them joined by +, or the Hub name of a "
+            "help": "shakespeare, sotu, stdlib; file:PATH of a .txt, .jsonl or .parquet file, of a "
+            "folder of them, or of a .yaml mixture; several joined by +; or the Hub name of a "
             "dataset (owner/name)."
         },
     )
     corpus_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset, e.g. `en` of allenai/c4."}
     )
-    text_column: str = field(default="text", metadata={"help": "Text column of a Hub dataset."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Text column of a Hub dataset, of .jsonl and of .parquet files."},
+    )
     streaming: bool = field(
         default=True, metadata={"help": "Stream a Hub dataset instead of downloading it."}
     )
@@ -95,17 +101,18 @@ class DataSettings:
     )
 
 
-SETTINGS = (ModelSettings, DataSettings, TrainingArguments)
+SETTINGS = (ModelSettings, DataSettings, TrainingArguments, RateSettings)
+Parsed = tuple[ModelSettings, DataSettings, TrainingArguments, RateSettings]
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArguments]:
+def parse(argv: Sequence[str]) -> Parsed:
     """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
 
     Args:
         argv: arguments without the program's name.
 
     Returns:
-        The three argument objects, with consistent step counts.
+        The four argument objects, with consistent step counts.
 
     Raises:
         RecipeError: a name that does not exist, or token counts that do not fit together.
@@ -113,9 +120,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArg
     # Every parameter of a LLaMA gets a gradient; DDP need not look for others in each step.
     given = read(argv, SETTINGS, HERE, ddp_find_unused_parameters=False)
     set_step_counts(given.values)
-    model, data, training = given.made()
+    set_other_rate(given.values)
+    model, data, training, rates = given.made()
     check_world_size(training, data.expected_world_size)
-    return model, data, training
+    return model, data, training, rates
 
 
 def set_step_counts(values: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
-"""Compare AdamW, LoRA+ and the updates of Muon for adapters, each at its best learning rate.
+"""Compare AdamW, LoRA+ and the updates of Muon for adapters, each at its best learning rates.
 
 In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [--ranks 8 4 16 64]
-[--seeds 3 1] [-- RUN OPTIONS]``. Out: ``study.json`` with every run, a table and ``study.png``.
+[--seeds 3 1] [--budget 12] [-- RUN OPTIONS]``. Out: ``study.jsonl`` with every run, ``study.json``,
+tables in ``study.md`` and ``study.png``.
 
-Seed 0 searches the rates, a factor of 2 apart and wider until the best is not at an edge; ranks
-after the first start from its best rate and the neighbours of that. The two best rates go on to the
-other seeds, and the better mean counts. All runs take equal steps. Finished runs are kept, so a
-study can be interrupted and grown.
+Each method has one rate for the adapters and one for the head; LoRA+ ties them. Seed 0 searches
+both by coordinate descent; ranks after the first begin at its best rates. What is compared are
+seeds that the search has not seen. All runs take equal steps. Finished runs are kept, so a study
+can be interrupted and grown.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
 
 import figure
 import run
-from rich.console import Console
-from rich.table import Table
 from settings import HERE
 from shared.arguments import RecipeError, find_config
 from shared.measure import write_json
-from shared.study import FACTOR, beyond_edge, claim_folder, mean_and_spread, split_extra
+from study import records, tables
+from study.folder import claim_folder, split_extra
+from study.harness import Arm, Plan, study
+from study.paired import mean_and_spread
 
 Results = dict[str, Any]
 
@@ -49,25 +52,40 @@ FIRST_RATES: dict[str, tuple[float, ...]] = {
     "product": (2e-3, 4e-3, 8e-3),
     "tangent": (2e-3, 4e-3, 8e-3),
 }
-WIDEN_AT_MOST = 5
-FINALISTS = 2
+BUDGET = 12
+REFERENCE = "adamw"
 
 
-class Study:
-    """The runs of one configuration, by method, rank, learning rate and seed."""
+@dataclass(frozen=True)
+class Trainings:
+    """The trainings of one configuration, each in a folder of its own."""
 
-    def __init__(self, config: Path, out: Path, extra: Sequence[str]) -> None:
-        self.config, self.out, self.extra = config, out, extra
+    config: Path
+    out: Path
+    extra: Sequence[str]
 
-    def result(self, method: str, rank: int, rate: float, seed: int) -> Results:
+    def __call__(self, one: records.Run) -> Results:
+        """Train, unless that is done, and return what the harness keeps."""
+        found = self.result(one)
+        loss = found["validation_loss"]
+        return {
+            "loss": loss if math.isfinite(loss) else None,
+            "accuracy": found["validation_accuracy"],
+            "seconds": found.get("wall_seconds", 0.0),
+        }
+
+    def result(self, one: records.Run) -> Results:
         """Return a run's results, training only when there are none yet."""
-        folder = self.out / f"{method}_r{rank}_lr{rate:g}_seed{seed}"
+        rank, rate = one.cell["rank"], one.point["learning_rate"]
+        other = one.point.get("other_learning_rate", rate)
+        second = "" if other == rate else f"_other{other:g}"
+        folder = self.out / f"{one.arm}_r{rank}_lr{rate:g}{second}_seed{one.seed}"
         path = folder / "results.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf8"))
-        options = METHODS[method] | {"r": rank, "learning_rate": f"{rate:g}", "seed": seed}
+        options = {**one.settings, "r": rank, "learning_rate": f"{rate:g}", "seed": one.seed}
+        options |= {"other_learning_rate": f"{other:g}"} if other != rate else {}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        print(f"{method}, rank {rank}, learning rate {rate:g}, seed {seed}", flush=True)
         output = ["--output_dir", str(folder), "--disable_tqdm", "true", "--logging_steps", "0.5"]
         try:
             results = run.main([str(self.config), *words, *output, *self.extra])
@@ -80,36 +98,6 @@ class Study:
             raise RecipeError(f"The study was stopped by a signal during {folder.name}.")
         return results
 
-    def loss(self, method: str, rank: int, rate: float, seed: int = 0) -> float:
-        """Return a run's validation loss; a run that diverged counts as infinite."""
-        loss = self.result(method, rank, rate, seed)["validation_loss"]
-        return loss if math.isfinite(loss) else math.inf
-
-    def search(self, method: str, rank: int, rates: Sequence[float]) -> list[float]:
-        """Return these rates and more, until the best of seed 0 is not at an edge."""
-        grid = {rate: self.loss(method, rank, rate) for rate in rates}
-        for _ in range(WIDEN_AT_MOST):
-            beyond = beyond_edge(grid)
-            if not beyond:
-                return sorted(grid)
-            grid |= {rate: self.loss(method, rank, rate) for rate in beyond}
-        raise RecipeError(f"{method}: after {WIDEN_AT_MOST} more rates the best is at an edge.")
-
-    def compared(self, method: str, rank: int, rates: Sequence[float], seeds: int) -> Results:
-        """Return loss and accuracy at every rate, over all seeds at the two best of seed 0."""
-        ordered = sorted(rates, key=lambda rate: self.loss(method, rank, rate))
-        over = {rate: seeds if rate in ordered[:FINALISTS] else 1 for rate in sorted(rates)}
-        at = {rate: self.over_seeds(method, rank, rate, count) for rate, count in over.items()}
-        best = min(ordered[:FINALISTS], key=lambda rate: at[rate]["loss"]["mean"])
-        return {"rates": at, "best": best}
-
-    def over_seeds(self, method: str, rank: int, rate: float, seeds: int) -> Results:
-        """Return loss and accuracy over the first seeds."""
-        runs = [self.result(method, rank, rate, seed) for seed in range(seeds)]
-        losses = [self.loss(method, rank, rate, seed) for seed in range(seeds)]
-        accuracies = [run["validation_accuracy"] for run in runs]
-        return {"loss": mean_and_spread(losses), "accuracy": mean_and_spread(accuracies)}
-
 
 def main(argv: list[str]) -> Results:
     """Run what is missing, rank by rank; write the report after each, then show it."""
@@ -117,18 +105,25 @@ def main(argv: list[str]) -> Results:
     config = find_config(arguments.config, HERE)
     out = arguments.out or Path("runs/lora_finetune") / f"{config.stem}_study"
     claim_folder(out, config, arguments.extra)
-    study = Study(config, out, arguments.extra)
+    train, found = Trainings(config, out, arguments.extra), records.Records(out / "study.jsonl")
     report: Results = {
         "command": shlex.join(["python", "compare.py", *argv]),
         "config": config.name,
         "ranks": {},
     }
+    starts, parts = {}, []
     for rank, seeds in zip(arguments.ranks, arguments.seeds, strict=True):
-        report["ranks"][rank] = of_rank(study, rank, seeds, arguments, report)
+        plans = plans_at(rank, seeds, config, arguments, starts)
+        study(found, plans, train)
+        starts = starts or {plan.name: plan.run(plan.best(found), 0).point for plan in plans}
+        rows = tables.rows(found, plans)
+        report["ranks"][rank] = {row.plan.name: at_rates(row) for row in rows}
+        parts.append("\n".join([f"**rank {rank}**", "", *table(rows)]))
         write_json(out / "study.json", report)
+        (out / "study.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")
         figure.study_figure(report, out / "study.png")
-    Console().print(table(report))
-    print(f"All runs: {out / 'study.json'}; figure: {out / 'study.png'}")
+    print("\n\n".join(parts))
+    print(f"All runs: {found.path}; tables: {out / 'study.md'}; figure: {out / 'study.png'}")
     return report
 
 
@@ -141,7 +136,10 @@ def command_line(argv: list[str]) -> argparse.Namespace:
         "--ranks", nargs="+", type=int, default=[8, 4, 16, 64], help="the first is searched first"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[3], help="seeds at the best rates of each rank"
+        "--seeds", nargs="+", type=int, default=[3], help="fresh seeds at the best rates of a rank"
+    )
+    parser.add_argument(
+        "--budget", type=int, default=BUDGET, help="points that each method's search may try"
     )
     parser.add_argument("--out", type=Path, help="folder of all runs")
     own, extra = split_extra(argv)
@@ -153,39 +151,66 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def of_rank(
-    study: Study, rank: int, seeds: int, arguments: argparse.Namespace, report: Results
-) -> Results:
-    """Return what every method reaches at a rank, by learning rate."""
-    results: Results = {}
-    for method in arguments.methods:
-        rates: Sequence[float] = FIRST_RATES[method]
-        if rank != arguments.ranks[0]:
-            best = report["ranks"][arguments.ranks[0]][method]["best"]
-            rates = (best / FACTOR, best, best * FACTOR)
-        rates = study.search(method, rank, rates)
-        results[method] = study.compared(method, rank, rates, seeds)
-    return results
+def plans_at(
+    rank: int,
+    seeds: int,
+    config: Path,
+    arguments: argparse.Namespace,
+    starts: Mapping[str, Mapping[str, float]],
+) -> list[Plan]:
+    """Return how each method is searched at a rank, from a grid or from where it starts."""
+    plans = []
+    for name in arguments.methods:
+        grid = [starts[name]] if name in starts else [both_at(name, r) for r in FIRST_RATES[name]]
+        arm = Arm(METHODS[name], grid[0], dict.fromkeys(grid[0], 2.0), grid[1:])
+        cell = {"config": config.name, "rank": rank}
+        plans.append(Plan(name, arm, cell, range(1, seeds + 1), budget=arguments.budget))
+    return plans
 
 
-def table(report: Results) -> Table:
-    """Return loss and accuracy at every rank, method and rate: mean ± standard deviation."""
-    shown = Table("rank", "method", "learning rate", "seeds", "validation loss", "accuracy")
-    for rank, methods in report["ranks"].items():
-        for method, part in methods.items():
-            for rate, at in part["rates"].items():
-                loss, accuracy = with_spread(at["loss"]), with_spread(at["accuracy"])
-                style = "bold" if rate == part["best"] else None
-                seeds = str(len(at["loss"]["values"]))
-                shown.add_row(str(rank), method, f"{rate:g}", seeds, loss, accuracy, style=style)
-            shown.add_section()
-    return shown
+def both_at(method: str, rate: float) -> dict[str, float]:
+    """Return the point at which adapters and head have the same rate, which LoRA+ has only."""
+    if "loraplus_ratio" in METHODS[method]:
+        return {"learning_rate": rate}
+    return {"learning_rate": rate, "other_learning_rate": rate}
 
 
-def with_spread(value: Results) -> str:
-    """Return ``mean ± spread``."""
-    spread = "" if value["spread"] is None else f" ± {value['spread']:.4f}"
-    return f"{value['mean']:.4f}{spread}"
+def at_rates(row: tables.Row) -> Results:
+    """Return loss and accuracy by the adapters' rate at the best rate of the head.
+
+    At the best rate they are those of the fresh seeds, at the others those of the search.
+    """
+    best, *other = row.best
+    lines = {(*line["point"].values(), line["seed"]): line["found"] for line in row.lines}
+    rates = {}
+    for point in sorted(point for point in row.searched if [*point[1:]] == other):
+        seeds = sorted(row.losses) if point == row.best and row.losses else [0]
+        found = [lines[*point, seed] for seed in seeds]
+        rates[point[0]] = {
+            "loss": mean_and_spread([lost_is_infinite(each["loss"]) for each in found]),
+            "accuracy": mean_and_spread([each["accuracy"] for each in found]),
+        }
+    return {"rates": rates, "best": best, "other": other[0] if other else best}
+
+
+def lost_is_infinite(loss: float | None) -> float:
+    """Return a loss as a number; that of a run that diverged is infinite."""
+    return math.inf if loss is None else loss
+
+
+def table(rows: Sequence[tables.Row]) -> list[str]:
+    """Return the table of a rank, with the accuracy of the fresh seeds."""
+    shown = tables.columns(REFERENCE)
+    shown.insert(4, ("accuracy", lambda row, base: accuracy_text(row)))
+    return tables.table(rows, REFERENCE, shown)
+
+
+def accuracy_text(row: tables.Row) -> str:
+    """Return mean ± standard deviation in percent."""
+    part = at_rates(row)
+    found = part["rates"][part["best"]]["accuracy"]
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.1%}"
+    return f"{found['mean']:.1%}{spread}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from shared import measure, preemption
 from shared.arguments import RecipeError, checkpoint
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
+from shared.rates import adamw_of_two_rates
 from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
@@ -35,10 +36,11 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     Returns None when a signal stopped the training, after a checkpoint was saved.
     """
     started = time.perf_counter()
-    model, data, args = settings.parse(argv)
+    model, data, args, rates = settings.parse(argv)
     quiet_libraries()
     set_seed(args.seed)  # a new head and the factors A are random
     trainer, facts = TASKS[model.task](model, data, args)
+    trainer.optimizer_cls_and_kwargs = adamw_of_two_rates(args, rates)
     check_sharding(trainer)
     clock = measure.StepClock()
     trainer.add_callback(clock)
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     results = measure.run_results(trainer, clock) | {
         "model": vars(model),
         "data": vars(data),
+        **vars(rates),
         **facts,
         "train_curve": measure.curve(trainer.state.log_history, loss="loss"),
         "eval_curve": measure.curve(

@@ -1,8 +1,8 @@
 """The recipe's arguments: a YAML file, overridden by the command line.
 
 In: ``sys.argv``-like strings, e.g. ``configs/minilm_sentiment.yaml --r 16 --optim adamw_torch``.
-Out: ``ModelSettings``, ``DataSettings`` and the stock ``TrainingArguments``; TRL's ``SFTConfig``
-takes their place where TRL trains.
+Out: ``ModelSettings``, ``DataSettings``, the stock ``TrainingArguments``, in whose place TRL's
+``SFTConfig`` is where TRL trains, and ``RateSettings``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shared.arguments import RecipeError, find_config, load, read, without_rank
 from shared.processes import check_world_size
+from shared.rates import RateSettings, set_other_rate
 from transformers import TrainingArguments
 
 from hf_muon.values import near
@@ -80,19 +81,25 @@ class DataSettings:
     )
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, TrainingArguments]:
+Parsed = tuple[ModelSettings, DataSettings, TrainingArguments, RateSettings]
+
+
+def parse(argv: Sequence[str]) -> Parsed:
     """Read ``[config.yaml] [--name value ...]``; the command line overrides the file.
 
     Raises:
         RecipeError: a name that does not exist, or values that make no sense.
     """
     argv = without_rank(argv)
-    kinds = (ModelSettings, DataSettings, training_kind(argv))
+    kinds = (ModelSettings, DataSettings, training_kind(argv), RateSettings)
     given = read(argv, kinds, HERE)
-    model, data, training = given.made()
+    set_other_rate(given.values)
+    model, data, training, rates = given.made()
     check(model, data, training)
+    if model.loraplus_ratio is not None and rates.other_learning_rate is not None:
+        raise RecipeError("loraplus_ratio and other_learning_rate do not go together: give one.")
     check_world_size(training)
-    return model, data, training
+    return model, data, training, rates
 
 
 def training_kind(argv: Sequence[str]) -> type[TrainingArguments]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from shared.arguments import RecipeError
 from shared.measure import write_json
 from shared.progress import quiet_libraries
-from shared.study import split_extra
+from study.folder import split_extra
 from transformers import Trainer, set_seed
 
 import hf_muon
@@ -69,7 +69,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 def measured(arguments: argparse.Namespace, rank: int, extra: list[str]) -> dict[str, Any]:
     """Return the median seconds of forward and backward and of each optimizer's step."""
     words = [arguments.config, "--r", str(rank), "--output_dir", str(arguments.out), *extra]
-    model, data, args = settings.parse(words)
+    model, data, args, _ = settings.parse(words)
     set_seed(args.seed)
     trainer, _ = run.TASKS[model.task](model, data, args)
     batch = next(iter(trainer.get_train_dataloader()))

@@ -32,7 +32,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
         sizes = {"width": 32, "layers": 2}
         plan = Plan("digits", 40, few, seeds=(0,), fresh=(1,), widen=0, sizes=sizes)
     tuned = tune(parts, plan)
-    at_rest = untrained(parts, plan, tuned["adamw"]["best"])
+    at_rest = untrained(parts, plan, tuned["adamw"]["best_other"])
     plateaus = {name: plateau(part, WITHIN) for name, part in tuned.items()}
     return {"steps": plan.steps, "methods": tuned, "untrained": at_rest, "plateaus": plateaus}
 

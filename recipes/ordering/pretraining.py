@@ -30,7 +30,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
     plans = {name: plan(name, quick) for name in TITLES}
     models = {name: tune(parts, plans[name]) for name in TITLES}
     at_rest = {
-        name: untrained(parts, plans[name], tuned["adamw"]["best"])
+        name: untrained(parts, plans[name], tuned["adamw"]["best_other"])
         for name, tuned in models.items()
     }
     return {

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared.rates import AdamWAtRates, Rates
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
-from hf_muon import diagnostics
+from hf_muon import MuonConfig, diagnostics
 from hf_muon.diagnostics.gradients import muon_matrices
 
 sys.path.append(str(Path(__file__).parents[1] / "llama_pretrain"))  # for its data
 
 from worlds import WORLDS, World
 
+BETAS = (0.9, 0.95)
 METHODS: dict[str, dict[str, str]] = {
     "adamw": {"optim": "adamw_torch"},
     "pre_polar": {"optim": "muon", "optim_args": "order=pre_polar"},
@@ -48,10 +50,10 @@ def train(
     Args:
         world: a key of ``worlds.WORLDS``: model and data.
         method: a key of ``METHODS``.
-        learning_rate: of the matrices; of everything under ``adamw``.
+        learning_rate: of the matrices.
         seed: of the weights and of the order of the data.
         steps: optimizer steps.
-        adamw_lr: rate of what Muon leaves to AdamW, the same under all orders.
+        adamw_lr: of everything else; under ``adamw`` None is the same rate as the matrices'.
         **sizes: of model and data, where they differ from the defaults of the world.
 
     Returns:
@@ -93,15 +95,19 @@ def trainer_of(
 
     There is no weight decay: it is multiplied by the learning rate, which is what differs.
     """
-    options = dict(METHODS[method])
+    options, of_two_rates = dict(METHODS[method]), None
     if options["optim"] == "muon":
         options["optim_args"] += f",adamw_lr={adamw_lr!r}"
+    elif adamw_lr is not None:
+        rates = Rates(learning_rate, adamw_lr, adamw_lr)
+        config = MuonConfig(lr=learning_rate, weight_decay=0.0, adamw_betas=BETAS)
+        of_two_rates = AdamWAtRates, {"rates": rates, "config": config}
     args = TrainingArguments(
         output_dir=folder,
         **options,
         learning_rate=learning_rate,
         weight_decay=0.0,
-        adam_beta2=0.95,
+        adam_beta2=BETAS[1],
         max_grad_norm=1.0,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -123,6 +129,7 @@ def trainer_of(
         eval_dataset=world.validation,
         data_collator=world.collate,
         compute_metrics=world.metrics,
+        optimizer_cls_and_kwargs=of_two_rates,
     )
     trainer.pop_callback(PrinterCallback)  # its lines would hide those of the parts
     return trainer

@@ -15,10 +15,13 @@ import matplotlib.pyplot as plt
 from charts import COLOURS, MARKERS, MUTED, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
-from shared.study import beyond_edge, mean_and_spread
+from study.descent import FACTOR, Point, best_point, next_points
+from study.paired import mean_and_spread
 from training import METHODS, train
 
 Tuned = dict[str, dict[str, Any]]
+Job = tuple[str, float, float, int]
+"""Method, rate of the matrices, rate of all else, seed."""
 
 STANDSTILL = 1e-9
 """A learning rate at which a run's updates stay far below the weights."""
@@ -42,7 +45,8 @@ class Plan:
         grids: first learning rates of each method.
         seeds: of the search.
         fresh: seeds of the comparison at the best rates.
-        widen: how often a grid may grow by one rate; 0 leaves it as it is.
+        widen: how often a grid may grow by one rate, twice as often where there are two rates; 0
+            leaves it as it is.
         sizes: of model and data, where they differ from the world's.
     """
 
@@ -58,53 +62,78 @@ class Plan:
 def tune(parts: Parts, plan: Plan) -> Tuned:
     """Return what every method reaches.
 
-    AdamW comes first: what Muon leaves to AdamW has its best rate under every order, so that the
-    orders differ in nothing but what happens to the matrices.
+    AdamW comes first, with a rate for the matrices and one for all else. What Muon leaves to AdamW
+    has the best of the latter under every order, so that the methods differ in nothing but what
+    happens to the matrices.
     """
     tuned = searched(parts, plan, ["adamw"], None)
-    adamw_lr = tuned["adamw"]["best"]
-    others = [name for name in METHODS if name in plan.grids and name != "adamw"]
-    tuned |= searched(parts, plan, others, adamw_lr)
-    jobs = [(name, tuned[name]["best"], seed) for name in tuned for seed in plan.fresh]
-    runs = trained(parts, plan, jobs, adamw_lr)
+    other = tuned["adamw"]["best_other"]
+    methods = [name for name in METHODS if name in plan.grids and name != "adamw"]
+    tuned |= searched(parts, plan, methods, other)
+    jobs = [(name, tuned[name]["best"], other, seed) for name in tuned for seed in plan.fresh]
+    runs = trained(parts, plan, jobs)
     for name, part in tuned.items():
         part["fresh"] = summary([runs[job] for job in jobs if job[0] == name])
     return tuned
 
 
-def searched(parts: Parts, plan: Plan, methods: Sequence[str], adamw_lr: float | None) -> Tuned:
-    """Return grids and best rates, each inside its grid unless ``widen`` is 0."""
-    grids: dict[str, dict[float, Any]] = {name: {} for name in methods}
-    waiting = [(name, rate) for name in methods for rate in plan.grids[name]]
-    for _ in range(1 + plan.widen):
-        jobs = [(name, rate, seed) for name, rate in waiting for seed in plan.seeds]
-        runs = trained(parts, plan, jobs, adamw_lr)
-        for name, rate in waiting:
-            grids[name][rate] = summary([runs[name, rate, seed] for seed in plan.seeds])
-        waiting = [(name, rate) for name in methods for rate in beyond_edge(losses(grids[name]))]
-        if not waiting or not plan.widen:
-            return {
-                name: {
-                    "rates": [{"rate": rate, **at} for rate, at in sorted(grid.items())],
-                    "best": min(grid, key=lambda rate, grid=grid: grid[rate]["loss"]["mean"]),
-                }
-                for name, grid in grids.items()
-            }
+def searched(parts: Parts, plan: Plan, methods: Sequence[str], other: float | None) -> Tuned:
+    """Return what was found at every rate, and the best, inside its grid unless ``widen`` is 0.
+
+    Args:
+        parts: of the experiment.
+        plan: first rates and seeds.
+        methods: to search.
+        other: the rate of all but the matrices; None searches it as well, beginning with one rate
+            for both.
+    """
+    axes = (FACTOR, FACTOR if other is None else None)
+    first = {name: [(rate, other or rate) for rate in plan.grids[name]] for name in methods}
+    grids: dict[str, dict[Point, Any]] = {name: {} for name in methods}
+    for _ in range(1 + plan.widen * (2 if other is None else 1)):
+        waiting = [
+            (name, point)
+            for name in methods
+            for point in next_points(losses(grids[name]), first[name], axes)
+        ]
+        if not waiting:
+            return {name: found_of(grid) for name, grid in grids.items()}
+        jobs = [(name, *point, seed) for name, point in waiting for seed in plan.seeds]
+        runs = trained(parts, plan, jobs)
+        for name, point in waiting:
+            grids[name][point] = summary([runs[name, *point, seed] for seed in plan.seeds])
+        if not plan.widen:
+            return {name: found_of(grid) for name, grid in grids.items()}
+    waiting = [next_points(losses(grid), [], axes) for grid in grids.values()]
+    if not any(waiting):
+        return {name: found_of(grid) for name, grid in grids.items()}
     raise RecipeError(
         f"{plan.world}: after {plan.widen} wider grids the best rate is still at an edge; next "
         f"would be {waiting}."
     )
 
 
-def untrained(parts: Parts, plan: Plan, adamw_lr: float) -> dict[str, Any]:
+def found_of(grid: Mapping[Point, Any]) -> dict[str, Any]:
+    """Return the best rates, and what was found at all rates of the matrices beside the best."""
+    best, other = best_point(losses(grid))
+    rates = {rate: at for (rate, beside), at in grid.items() if beside == other}
+    return {
+        "rates": [{"rate": rate, **at} for rate, at in sorted(rates.items())],
+        "best": best,
+        "best_other": other,
+        "points_tried": len(grid),
+    }
+
+
+def untrained(parts: Parts, plan: Plan, other: float) -> dict[str, Any]:
     """Return what is reached when the matrices stay as they began, and all else is trained."""
-    jobs = [("polar_only", STANDSTILL, seed) for seed in plan.fresh]
-    return summary(list(trained(parts, plan, jobs, adamw_lr).values()))
+    jobs = [("polar_only", STANDSTILL, other, seed) for seed in plan.fresh]
+    return summary(list(trained(parts, plan, jobs).values()))
 
 
-def losses(grid: Mapping[float, Any]) -> dict[float, float]:
-    """Return the mean loss of every rate; infinite where a run diverged."""
-    return {rate: at["loss"]["mean"] for rate, at in grid.items()}
+def losses(grid: Mapping[Point, Any]) -> dict[Point, float]:
+    """Return the mean loss at every point; infinite where a run diverged."""
+    return {point: at["loss"]["mean"] for point, at in grid.items()}
 
 
 def means(part: Mapping[str, Any]) -> dict[float, float]:
@@ -112,22 +141,22 @@ def means(part: Mapping[str, Any]) -> dict[float, float]:
     return {at["rate"]: at["loss"]["mean"] for at in part["rates"]}
 
 
-def trained(
-    parts: Parts, plan: Plan, jobs: Sequence[tuple[str, float, int]], adamw_lr: float | None
-) -> dict[tuple[str, float, int], dict[str, Any]]:
-    """Return the results of runs, (method, rate, seed) by what they are."""
+def trained(parts: Parts, plan: Plan, jobs: Sequence[Job]) -> dict[Job, dict[str, Any]]:
+    """Return the results of runs by what they are."""
     tasks = {}
-    for method, rate, seed in jobs:
+    for method, rate, other, seed in jobs:
+        is_one_rate = method == "adamw" and other == rate
         arguments = {
             "world": plan.world,
             "method": method,
             "learning_rate": rate,
             "seed": seed,
             "steps": plan.steps,
-            **({"adamw_lr": adamw_lr} if method != "adamw" else {}),
+            **({} if is_one_rate else {"adamw_lr": other}),
             **(plan.sizes or {}),
         }
-        tasks[f"{plan.world}_{method}_{rate:g}_seed{seed}"] = Task(train, arguments)
+        second = f"_other{other:g}" if method == "adamw" and not is_one_rate else ""
+        tasks[f"{plan.world}_{method}_{rate:g}{second}_seed{seed}"] = Task(train, arguments)
     return dict(zip(jobs, parts(tasks).values(), strict=True))
 
 
@@ -224,8 +253,9 @@ def sentences(tuned: Tuned, at_rest: Mapping[str, Any], within: float) -> list[s
         accuracy = part["fresh"].get("accuracy")
         right = f", accuracy {accuracy['mean']:.4f}" if accuracy else ""
         said.append(
-            f"{LABELS[name]}: rate {part['best']:g}, loss {loss['mean']:.4f}{spread}{right}, "
-            f"stable rank {rank:.1f}, plateau ×{plateau(part, within):g}"
+            f"{LABELS[name]}: rate {part['best']:g} (all else {part['best_other']:g}), "
+            f"loss {loss['mean']:.4f}{spread}{right}, stable rank {rank:.1f}, "
+            f"plateau ×{plateau(part, within):g}"
         )
     said.append(f"matrices untrained: loss {at_rest['loss']['mean']:.4f}")
     return said

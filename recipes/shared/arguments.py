@@ -115,17 +115,22 @@ def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:
 
 def load(path: Path) -> dict[str, Any]:
     """Return what a YAML file sets."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read as UTF-8 text: {sentence(error)}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
+    values = load_yaml(path)
     if not isinstance(values, dict | None):
         raise RecipeError(
             f"{path} holds a {type(values).__name__}; lines of name: value are expected."
         )
     return values or {}
+
+
+def load_yaml(path: Path) -> Any:
+    """Return what a YAML file holds."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {sentence(error)}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_type(name: str, value: Any, kind: type) -> None:

@@ -1,6 +1,6 @@
 """One training of a tiny byte-level LLaMA: a rule's settings, a rate, a seed.
 
-In: a :class:`Run` of plain values. Out: a dict of plain values: held-out loss, seconds, noise to
+In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, noise to
 signal of the gradients, state bytes. The model is written out in functions: at this size the
 passes of a library's modules take longer than their arithmetic.
 
@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from turns import state_bytes_per_parameter
+
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
+
+from study.records import Run
 
 import hf_muon
 
@@ -47,44 +50,15 @@ FREEDOM, SPIKE = 1.5, 1000.0
 Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one training is.
-
-    Attributes:
-        settings: of the matrices, fields of ``MuonConfig``; None trains them by AdamW.
-        tokens: of a step, a multiple of the sequence length.
-        steps: of the run.
-        rate: peak learning rate of the matrices.
-        adamw_rate: peak learning rate of everything else.
-        seed: of the weights, of the order of the data and of injected noise.
-        noise: of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5 degrees
-            of freedom in every step; ``spike``, one gradient of 1000 times its size.
-        noise_scale: of ``heavy``, in root mean squares of each gradient.
-        corpus: names of the pretraining recipe, joined by +.
-    """
-
-    settings: Mapping[str, Any] | None
-    tokens: int
-    steps: int
-    rate: float
-    adamw_rate: float
-    seed: int
-    noise: str = "none"
-    noise_scale: float = 0.0
-    corpus: str = "shakespeare+sotu"
-
-
 @lru_cache
 def texts(corpus: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes to train on, and those of the documents held out."""
-    paths = [str(RECIPES / "llama_pretrain"), str(RECIPES)]
-    sys.path[:0] = paths
+    sys.path.insert(0, str(RECIPES / "llama_pretrain"))
     try:
         import corpora
         from settings import DataSettings
     finally:
-        del sys.path[: len(paths)]
+        del sys.path[0]
     split = corpora.load(DataSettings(corpus=corpus))
     train, held_out = (
         np.frombuffer("\n\n".join(document.text for document in half).encode(), dtype=np.uint8)
@@ -196,16 +170,17 @@ class Optimizer:
     """Muon or AdamW on the matrices, AdamW on the others, at rates that a factor scales."""
 
     def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
-        if run.settings is None:
+        rate, rate_of_others = run.point["rate"], run.cell["adamw_rate"]
+        settings = {"polar_dtype": "float32", **run.settings}
+        if settings.pop("optimizer") == "adamw":
             self.of_matrices: torch.optim.Optimizer = torch.optim.AdamW(
-                matrices, lr=run.rate, weight_decay=0.0, fused=True, **ADAMW
+                matrices, lr=rate, weight_decay=0.0, fused=True, **ADAMW
             )
         else:
-            settings = {"polar_dtype": "float32", **run.settings}
-            self.of_matrices = hf_muon.Muon(matrices, lr=run.rate, **settings)
-        rest = {"lr": run.adamw_rate, "weight_decay": 0.0, "fused": True}
+            self.of_matrices = hf_muon.Muon(matrices, lr=rate, **settings)
+        rest = {"lr": rate_of_others, "weight_decay": 0.0, "fused": True}
         self.of_others = torch.optim.AdamW(others, **rest, **ADAMW)
-        self._rates = ((self.of_matrices, run.rate), (self.of_others, run.adamw_rate))
+        self._rates = ((self.of_matrices, rate), (self.of_others, rate_of_others))
 
     def step(self, factor: float) -> None:
         """Take a step of both, and drop the gradients."""
@@ -247,35 +222,47 @@ def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
 
 def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
     """Return what a run does to its gradients before each step."""
-    if run.noise == "heavy":
-        return heavy_noise(matrices, run.noise_scale, run.seed)
-    return spike(matrices, run.steps // 2 if run.noise == "spike" else -1)
+    noise = run.cell["noise"]
+    if noise == "heavy":
+        return heavy_noise(matrices, run.cell["noise_scale"], run.seed)
+    return spike(matrices, run.cell["steps"] // 2 if noise == "spike" else -1)
 
 
 def train(run: Run) -> dict[str, Any]:
     """Train once.
+
+    Args:
+        run: its settings are fields of ``MuonConfig``, and ``optimizer``, of the matrices ``muon``
+            or ``adamw``; its point has their peak ``rate``. Its cell has
+
+            * ``tokens`` of a step, a multiple of the sequence length, and ``steps``,
+            * ``adamw_rate``, the peak rate of everything else,
+            * ``noise`` of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
+              degrees of freedom in every step; ``spike``, one gradient of 1000 times its size,
+            * ``noise_scale`` of ``heavy``, in root mean squares of each gradient,
+            * ``corpus``, as the pretraining recipe names it.
 
     Returns:
         ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` by the share of the
         run, and ``state_bytes`` for each entry of the matrices.
     """
     torch.set_num_threads(1)
-    text, held_out = texts(run.corpus)
+    text, held_out = texts(run.cell["corpus"])
     started = time.process_time()
     weights = new_weights(run.seed)
     matrices, others = halves(weights)
     optimizer = Optimizer(run, matrices, others)
     disturb, order = disturbance(run, matrices), np.random.default_rng(run.seed)
-    rows, nsr = run.tokens // LENGTH, {}
-    probes = {max(1, round(share * run.steps)): str(share) for share in PROBES}
+    steps, rows, nsr = run.cell["steps"], run.cell["tokens"] // LENGTH, {}
+    probes = {max(1, round(share * steps)): str(share) for share in PROBES}
     loss = math.inf
     try:
-        for step in range(run.steps):
+        for step in range(steps):
             if step in probes:
                 nsr[probes[step]] = noise_to_signal(weights, matrices, text, rows)
             loss_of(weights, drawn(text, rows, order)).backward()
             disturb(step)
-            optimizer.step(rate_factor(step, run.steps))
+            optimizer.step(rate_factor(step, steps))
         loss = held_out_loss(weights, held_out)
     except FloatingPointError:  # how hf_muon reports gradients with NaN
         pass

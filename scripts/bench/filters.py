@@ -14,14 +14,19 @@ repeated, so that the study may be stopped at any time, and goes on with the sam
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from byte_llama import LENGTH, Run
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
+
+from byte_llama import LENGTH, train
 from filter_report import report
-from filter_search import SEARCH_SEED, Line, Plan, Runs, read, study
+from study import command
+from study.harness import Arm, Plan, study
+from study.records import Records
+from study.tables import rows
 
 from hf_muon import MuonConfig
 
@@ -30,15 +35,9 @@ class Share(float):
     """A share of the run, in place of a number of steps."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Settings that compete, fields of ``MuonConfig``, and the rate at which the search begins.
-
-    ``settings=None`` trains the matrices by AdamW.
-    """
-
-    settings: Mapping[str, Any] | None
-    start: float = 2e-3
+def muon(start: float = 2e-3, **settings: Any) -> Arm:
+    """Return an arm of Muon: fields of ``MuonConfig``, and the rate at which its search begins."""
+    return Arm({"optimizer": "muon", **settings}, {"rate": start}, {"rate": 2.0})
 
 
 TWO = {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56), "nesterov": False}
@@ -54,61 +53,63 @@ FALLING = {
 REFERENCE = "default"
 ARMS = {
     # filters
-    REFERENCE: Arm({}),  # EMA of 0.95, Nesterov
-    "plain": Arm({"nesterov": False}),
-    "ema_0.8": Arm({"momentum": 0.8}),
-    "ema_0.9": Arm({"momentum": 0.9}),
-    "ema_0.98": Arm({"momentum": 0.98}),
-    "two_terms": Arm(TWO),
-    "two_terms_nesterov": Arm({**TWO, "nesterov": True}),
-    "four_terms": Arm(FOUR),
-    "four_terms_nesterov": Arm({**FOUR, "nesterov": True}),
-    "falling": Arm(FALLING),
-    "auto": Arm({"momentum": "auto"}),
-    "clip": Arm({"prefilter": "clip"}),
-    "norm": Arm({"prefilter": "norm"}),
-    "int8": Arm({"momentum_dtype": "int8"}),
+    REFERENCE: muon(),  # EMA of 0.95, Nesterov
+    "plain": muon(nesterov=False),
+    "ema_0.8": muon(momentum=0.8),
+    "ema_0.9": muon(momentum=0.9),
+    "ema_0.98": muon(momentum=0.98),
+    "two_terms": muon(**TWO),
+    "two_terms_nesterov": muon(**{**TWO, "nesterov": True}),
+    "four_terms": muon(**FOUR),
+    "four_terms_nesterov": muon(**{**FOUR, "nesterov": True}),
+    "falling": muon(**FALLING),
+    "auto": muon(momentum="auto"),
+    "clip": muon(prefilter="clip"),
+    "norm": muon(prefilter="norm"),
+    "int8": muon(momentum_dtype="int8"),
     # maps
-    "polargrad": Arm({"matrix_map": "polargrad"}),
-    "soft_0.25": Arm({"matrix_map": "soft", "map_power": 0.25}, 4e-3),
-    "soft_0.5": Arm({"matrix_map": "soft", "map_power": 0.5}, 8e-3),
+    "polargrad": muon(matrix_map="polargrad"),
+    "soft_0.25": muon(4e-3, matrix_map="soft", map_power=0.25),
+    "soft_0.5": muon(8e-3, matrix_map="soft", map_power=0.5),
     # rescalings and the write
-    "normuon": Arm({"rescale": "rows"}),
-    "adamuon": Arm({"rescale": "entries"}),
-    "hyperball": Arm({"step_rule": "hyperball"}, 8e-3),
+    "normuon": muon(rescale="rows"),
+    "adamuon": muon(rescale="entries"),
+    "hyperball": muon(8e-3, step_rule="hyperball"),
     # orders
-    "post_polar": Arm({"order": "post_polar", "nesterov": False}, 3.2e-2),
-    "polar_only": Arm({"order": "polar_only"}, 1.6e-2),
-    "beta_0": Arm({"momentum": 0.0}, 1.6e-2),  # what polar_only is, computed as pre_polar
+    "post_polar": muon(3.2e-2, order="post_polar", nesterov=False),
+    "polar_only": muon(1.6e-2, order="polar_only"),
+    "beta_0": muon(1.6e-2, momentum=0.0),  # what polar_only is, computed as pre_polar
     # controls
-    "adamw": Arm(None, 1e-3),
-    "untrained": Arm({}, 0.0),  # the matrices stay as they began
+    "adamw": Arm({"optimizer": "adamw"}, {"rate": 1e-3}, {"rate": 2.0}),
+    "untrained": muon(0.0),  # the matrices stay as they began
 }
 
 CELLS = ("128x2048", "128x512")
 """Tokens of a step x steps: the default ones, of which one is the second horizon."""
 
 ADAMW_RATE = 8e-3
-NOISES = ("none", "heavy", "spike")
+MOST_RATES = 14
+"""Rates that the search of an arm may try."""
+NO_NOISE = "none"
+NOISES = (NO_NOISE, "heavy", "spike")
 
 
-def resolved(arm: Arm, steps: int) -> dict[str, Any] | None:
-    """Return the settings of a run of so many steps.
+def resolved(arm: Arm, steps: int) -> Arm:
+    """Return an arm for runs of so many steps.
 
     Raises:
         ValueError: this version of the package has no such setting.
     """
-    if arm.settings is None:
-        return None
-    settings: dict[str, Any] = {
+    settings = {
         name: round(value * steps) if isinstance(value, Share) else value
         for name, value in arm.settings.items()
     }
-    MuonConfig(lr=arm.start, **settings)
-    return settings
+    checked = {name: value for name, value in settings.items() if name != "optimizer"}
+    MuonConfig(lr=arm.start["rate"], **checked)
+    return Arm(settings, arm.start, arm.axes)
 
 
-def cell(name: str) -> tuple[int, int]:
+def sizes(name: str) -> tuple[int, int]:
     """Return the tokens of a step and the steps of a cell such as ``128x512``."""
     tokens, _, steps = name.partition("x")
     try:
@@ -122,52 +123,44 @@ def cell(name: str) -> tuple[int, int]:
     return found
 
 
-def plans(arguments: argparse.Namespace) -> list[Plan]:
-    """Return what the command line asks for, after a check of the settings of all arms."""
+def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what all arms have in common, for each of the cells."""
     scale = arguments.noise_scale if arguments.noise == "heavy" else 0.0
-    found = []
-    for tokens, steps in map(cell, arguments.cells):
-        for name in arguments.arms:
-            arm = ARMS[name]
-            run = Run(
-                settings=resolved(arm, steps),
-                tokens=tokens,
-                steps=steps,
-                rate=arm.start,
-                adamw_rate=arguments.adamw_rate,
-                seed=SEARCH_SEED,
-                noise=arguments.noise,
-                noise_scale=scale,
-                corpus=arguments.corpus,
-            )
-            found.append(Plan(name, run, arm.start, arguments.seeds))
-    return found
-
-
-def chosen(lines: Iterable[Line], arguments: argparse.Namespace) -> list[Line]:
-    """Return the lines of the cells, and of the noise besides the clean runs, to report."""
-    cells = set(map(cell, arguments.cells)) if arguments.cells else None
-    noises = {"none", arguments.noise} if arguments.noise else set(NOISES)
     return [
-        line
-        for line in lines
-        if line["noise"] in noises and (not cells or (line["tokens"], line["steps"]) in cells)
+        {
+            "tokens": tokens,
+            "steps": steps,
+            "adamw_rate": arguments.adamw_rate,
+            "noise": arguments.noise,
+            "noise_scale": scale,
+            "corpus": arguments.corpus,
+        }
+        for tokens, steps in map(sizes, arguments.cells)
     ]
+
+
+def plans_in(cell: Mapping[str, Any], arguments: argparse.Namespace) -> list[Plan]:
+    """Return the plans of the arms in a cell, after a check of the settings of all of them."""
+    fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
+    return [
+        Plan(name, resolved(ARMS[name], cell["steps"]), cell, fresh, search, arguments.budget)
+        for name in arguments.arms
+    ]
+
+
+def is_asked_for(cell: Mapping[str, Any], arguments: argparse.Namespace) -> bool:
+    """Return whether a cell is one to report: the given ones, without noise and with the given."""
+    wanted = set(map(sizes, arguments.cells)) if arguments.cells else None
+    noises = {NO_NOISE, arguments.noise} if arguments.noise else set(NOISES)
+    is_wanted = wanted is None or (cell["tokens"], cell["steps"]) in wanted
+    return is_wanted and cell["noise"] in noises
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="search rates, then train fresh seeds")
-    reporting = commands.add_parser("report", help="print what stands in the file")
-    for command in (running, reporting):
-        command.add_argument("--out", type=Path, required=True, help="JSONL file of all trainings")
-        command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser, running, reporting = command.parsers(__doc__.splitlines()[0], list(ARMS), MOST_RATES)
     running.add_argument("--cells", nargs="+", default=CELLS, help="tokens of a step x steps")
-    running.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="fresh ones")
-    running.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    running.add_argument("--noise", choices=NOISES, default="none", help="of the gradients")
+    running.add_argument("--noise", choices=NOISES, default=NO_NOISE, help="of the gradients")
     running.add_argument("--noise-scale", type=float, default=1.0, help="of heavy, in gradients")
     running.add_argument("--adamw-rate", type=float, default=ADAMW_RATE, help="of all but matrices")
     running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
@@ -179,12 +172,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or print the tables."""
     arguments = parsed(argv)
+    records = Records(arguments.out)
     if arguments.command == "report":
-        print(report(chosen(read(arguments.out), arguments), arguments.arms, REFERENCE))
+        wanted = [cell for cell in command.cells_of(records) if is_asked_for(cell, arguments)]
+        found = [rows(records, plans_in(cell, arguments)) for cell in wanted]
+        print(report(found, REFERENCE))
+        command.draw(arguments.figure, found, REFERENCE)
         return
-    if SEARCH_SEED in arguments.seeds:
-        raise SystemExit(f"error: --seeds: the search has seen seed {SEARCH_SEED}; leave it out.")
-    study(Runs(arguments.out), plans(arguments), arguments.jobs)
+    command.check_seeds(arguments)
+    plans = [plan for cell in cells(arguments) for plan in plans_in(cell, arguments)]
+    study(records, plans, train, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def measure(config: str, steps: int, every: int, folder: str) -> dict[int, float
     """Return the seconds of every step of a run that is sampled every few steps."""
     limits = ["--max_steps", str(steps), "--eval_strategy", "no", "--eval_on_start", "false"]
     quiet = ["--disable_tqdm", "true", "--use_cpu", "true", "--output_dir", folder]
-    shape, corpus, args = settings.parse([config, *limits, *quiet])
+    shape, corpus, args, _ = settings.parse([config, *limits, *quiet])
     data = run.prepare(corpus, args.max_steps)
     set_seed(args.seed)
     clock = Clock()

@@ -78,7 +78,7 @@ CONTENDERS = {
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], LlamaForCausalLM]:
     """Take turns: the passes, then every optimizer on their gradients."""
-    shape, data, _ = settings.parse([str(arguments.config), "--use_cpu", "true"])
+    shape, data, *_ = settings.parse([str(arguments.config), "--use_cpu", "true"])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**vars(shape), vocab_size=data.vocab_size))
     batches = torch.randint(data.vocab_size, (arguments.tokens // data.seq_len, data.seq_len))

@@ -105,6 +105,8 @@ def script_options(path):
                 if isinstance(target, ast.AnnAssign)
             }
             options |= {f"--{name}" for name in names}
+    if "from study import command" in path.read_text():  # the command line of every study
+        options |= literals(ROOT / "recipes" / "study" / "command.py")
     trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "reward.py", "run_clm.py")
     if path.name in trainers:  # they hand what they do not know on, or are one themselves
         stock = [*fields(TrainingArguments), *fields(SFTConfig)]

@@ -1,9 +1,10 @@
-"""The study of filters: the search brackets, runs are kept and paired, the model is a LLaMA."""
+"""The study of filters: runs are searched, kept and paired, the model is a LLaMA.
+
+The harness has tests of its own in ``test_study.py``.
+"""
 
 import importlib
 import math
-from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,14 @@ def bench(monkeypatch):
 @pytest.fixture
 def run(bench):
     """A run of few steps, on this process's text."""
-    return bench("byte_llama").Run({}, tokens=64, steps=4, rate=2e-3, adamw_rate=8e-3, seed=0)
+    cell = {"tokens": 64, "steps": 4, "adamw_rate": 8e-3, "corpus": "shakespeare+sotu"}
+    cell |= {"noise": "none", "noise_scale": 0.0}
+    return bench("byte_llama").Run("default", cell, {"optimizer": "muon"}, {"rate": 2e-3}, 0)
+
+
+def noisy(run, noise):
+    """The same run with noise."""
+    return replace(run, cell={**run.cell, "noise": noise, "noise_scale": 0.5})
 
 
 # --- one training ---------------------------------------------------------------------------------
@@ -84,8 +92,8 @@ def test_noise_is_added_to_the_matrices_alone(bench, run, noise):
     matrices, others = llama.halves(llama.new_weights(0))
     for weight in (*matrices, *others):
         weight.grad = torch.ones_like(weight)
-    disturb = llama.disturbance(replace(run, noise=noise, noise_scale=0.5), matrices)
-    disturb(run.steps // 2)
+    disturb = llama.disturbance(noisy(run, noise), matrices)
+    disturb(run.cell["steps"] // 2)
     grown = torch.cat([matrix.grad.flatten() for matrix in matrices])
     if noise == "spike":
         assert bool((grown == 1000).all())
@@ -94,7 +102,7 @@ def test_noise_is_added_to_the_matrices_alone(bench, run, noise):
         assert added.median().item() == pytest.approx(0.87, abs=0.02)
         assert added.max() > 100
     assert all(bool((weight.grad == 1).all()) for weight in others)
-    assert llama.train(replace(run, noise=noise, noise_scale=0.5)) != llama.train(run)
+    assert llama.train(noisy(run, noise)) != llama.train(run)
 
 
 def test_noise_to_signal_is_that_of_the_gradients(bench):
@@ -110,48 +118,34 @@ def test_noise_to_signal_is_that_of_the_gradients(bench):
 # --- the search -----------------------------------------------------------------------------------
 
 
-def test_the_search_ends_between_worse_neighbours(bench):
-    search = bench("filter_search")
-    losses = {}
-    while rates := search.next_rates(losses, 1.0):
-        losses |= {rate: (math.log2(rate) - 3.2) ** 2 for rate in rates}
-    assert search.best_rate(losses) == 8.0
-    assert sorted(losses) == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
-    assert search.next_rates({1.0: math.inf, 2.0: math.inf}, 1.0) == [0.5]
-    assert search.next_rates({0.0: 3.0}, 0.0) == []  # the control: matrices at rest
+def test_a_search_without_a_best_rate_ends(bench, trained, tmp_path, monkeypatch, capsys):
+    filters, out = bench("filters"), tmp_path / "runs.jsonl"
+    monkeypatch.setattr(filters, "train", lambda one: {**FOUND, "loss": -one.point["rate"]})
+    command = ["--out", str(out), "--arms", "default"]
+    filters.main(["run", *command, "--cells", "128x512", "--seeds", "1"])
+    losses = [line for line in bench("study.records").read(out) if line["seed"] == 0]
+    assert len(losses) == filters.MOST_RATES
+    capsys.readouterr()
+    filters.main(["report", *command])
+    assert "(of 14, at the edge)" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_search_without_a_best_rate_ends(bench, run, tmp_path):
-    search = bench("filter_search")
-    runs, plan = search.Runs(tmp_path / "runs.jsonl"), search.Plan("falls", run, 1.0, (1, 2))
-    while missing := plan.missing(runs):
-        for one in missing:
-            assert one.seed == 0
-            runs.add("falls", one, {"loss": -one.rate})
-    assert search.MOST_RATES <= len(runs.rates(plan)) < search.MOST_RATES + 2
-    [row] = bench("filter_report").rows(search.read(runs.path), ["falls"])
-    assert bench("filter_report").rate_text(row).endswith("at the edge)")
+FOUND = {"seconds": 1.0, "nsr": {"0.5": 9.0}, "state_bytes": 4.0}
 
 
 @pytest.fixture
 def trained(bench, monkeypatch):
     """Trainings that are counted and take no time: the best rate is 4e-3."""
-    search, calls = bench("filter_search"), []
+    calls = []
 
     def train(one):
         calls.append(one)
-        loss = 2 + abs(math.log2(one.rate / 4e-3)) + one.seed / 100 if one.rate else 5.0
-        better = 0.001 * one.seed if one.settings and "nesterov" in one.settings else 0.0
-        return {"loss": loss - better, "seconds": 1.0, "nsr": {"0.5": 9.0}, "state_bytes": 4.0}
+        rate = one.point["rate"]
+        loss = 2 + abs(math.log2(rate / 4e-3)) + one.seed / 100 if rate else 5.0
+        better = 0.001 * one.seed if "nesterov" in one.settings else 0.0
+        return {**FOUND, "loss": loss - better}
 
-    class Here:
-        def submit(self, function, *arguments):
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(search, "train", train)
-    monkeypatch.setattr(search, "workers", lambda count: nullcontext(Here()))
+    monkeypatch.setattr(bench("filters"), "train", train)
     return calls
 
 
@@ -166,16 +160,18 @@ def test_what_stands_in_the_file_is_not_trained_again(bench, trained, tmp_path, 
     assert len(trained) == 12 + 1 + 2
     main([*command, "--seeds", "1", "2", "3"])
     assert len(trained) == 15
-    assert len([*bench("filter_search").read(out)]) == 14
-    few = [line for line in bench("filter_search").read(out) if line["seed"] < 3]
-    filters = bench("filters")
-    assert "fewer than 3 pairs" in filters.report(few, filters.ARMS, filters.REFERENCE)
+    assert len([*bench("study.records").read(out)]) == 14
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(x + "\n" for x in out.read_text().splitlines() if '"seed": 3' not in x))
     capsys.readouterr()
-    main(["report", "--out", str(out)])
+    main(["report", "--out", str(few)])
+    assert "fewer than 3 pairs" in capsys.readouterr().out
+    main(["report", "--out", str(out), "--figure", str(tmp_path / "f.png")])
+    assert (tmp_path / "f.png").is_file()
     table = capsys.readouterr().out.splitlines()[2:]
-    assert table[2].startswith("| default | 0.004 (of 4) | 2.0200 ± 0.0100 (3) | – |")
+    assert table[2].startswith("| default | 0.004 (of 4) | 2.0200 ± 0.0100 (3) | 0.0058 | – |")
     # Better by 1, 2 and 3 thousandths: 0.002 ± 0.001/√3.
-    assert "| plain | 0.004 (of 4) | 2.0180 ± 0.0090 (3) | -0.0020 ± 0.0006 | better |" in table[3]
+    assert "| 2.0180 ± 0.0090 (3) | 0.0052 | -0.0020 ± 0.0006 | better |" in table[3]
 
 
 def test_noise_is_searched_anew_and_compared_with_the_clean_runs(bench, trained, tmp_path, capsys):
@@ -183,7 +179,10 @@ def test_noise_is_searched_anew_and_compared_with_the_clean_runs(bench, trained,
     command = ["run", "--out", str(out), "--cells", "128x512", "--arms", "default"]
     main(command)
     main([*command, "--noise", "heavy", "--noise-scale", "2"])
-    assert {(one.noise, one.noise_scale) for one in trained} == {("none", 0.0), ("heavy", 2.0)}
+    assert {(one.cell["noise"], one.cell["noise_scale"]) for one in trained} == {
+        ("none", 0.0),
+        ("heavy", 2.0),
+    }
     assert len(trained) == 2 * (4 + 3)
     capsys.readouterr()
     main(["report", "--out", str(out), "--noise", "heavy"])
@@ -193,18 +192,9 @@ def test_noise_is_searched_anew_and_compared_with_the_clean_runs(bench, trained,
     assert noisy.endswith("| +0.0000 ± 0.0000 |")
 
 
-def test_verdicts_need_two_standard_errors(bench):
-    report = bench("filter_report")
-    assert [report.verdict(d, 0.01) for d in (-0.03, 0.03, 0.02, -0.02)] == [
-        "better", "worse", "not told apart", "not told apart",
-    ]  # fmt: skip
-    assert report.paired({1: 2.0, 2: math.inf}, {1: 2.0, 2: 2.0}) is None
-    assert report.loss_text({1: 2.0, 2: math.inf}) == "1 of 2 diverge"
-
-
 def test_settings_that_there_are_not_raise_before_anything_is_trained(bench, trained, tmp_path):
     filters = bench("filters")
-    filters.ARMS["unknown"] = filters.Arm({"no_such_setting": 1})
+    filters.ARMS["unknown"] = filters.muon(no_such_setting=1)
     try:
         with pytest.raises(ValueError, match="no_such_setting"):
             filters.main(["run", "--out", str(tmp_path / "x"), "--arms", "default", "unknown"])
@@ -220,8 +210,9 @@ def test_settings_that_there_are_not_raise_before_anything_is_trained(bench, tra
 
 def test_shares_of_the_run_become_steps(bench):
     filters = bench("filters")
-    arm = filters.Arm({"momentum_start": 0.8, "momentum_warmup_steps": filters.Share(0.25)})
-    assert filters.resolved(arm, 512) == {"momentum_start": 0.8, "momentum_warmup_steps": 128}
+    arm = filters.muon(momentum_start=0.8, momentum_warmup_steps=filters.Share(0.25))
+    found = filters.resolved(arm, 512).settings
+    assert found == {"optimizer": "muon", "momentum_start": 0.8, "momentum_warmup_steps": 128}
 
 
 # --- the figure -----------------------------------------------------------------------------------

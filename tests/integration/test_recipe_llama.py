@@ -23,6 +23,7 @@ pretraining_data, run, settings, stream, tokenization = (
 )
 RecipeError = settings.RecipeError
 
+TINY = "configs/tiny.yaml"
 SMALL = {
     "corpus": "stdlib",
     "max_documents": 30,
@@ -234,7 +235,7 @@ def test_cached_tokenizer_is_not_trained_again(tmp_path, monkeypatch):
     "config", sorted((RECIPE / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_configuration_parses(config):
-    data, training = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])[1:]
+    _, data, training, _ = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
     assert training.optim == "muon"
     assert training.optim_args == "order=pre_polar"
     assert data.tokens_per_step >= 8192
@@ -307,7 +308,7 @@ def test_a_bad_file_is_refused_with_its_name_and_the_field(tmp_path, text):
 def test_a_file_may_leave_out_values_and_write_numbers_as_yaml_reads_them(tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text("learning_rate: 1e-3\nmax_grad_norm: 1\nmax_documents: null\nsave_steps: 2\n")
-    _, data, training = settings.parse([str(path), "--output_dir", str(tmp_path)])
+    _, data, training, _ = settings.parse([str(path), "--output_dir", str(tmp_path)])
     assert (training.learning_rate, training.max_grad_norm, data.max_documents) == (1e-3, 1, None)
 
 
@@ -317,10 +318,21 @@ def test_a_budget_that_repeats_the_corpus_too_often_is_refused():
         pretraining_data.prepare(data, steps=100_000)
 
 
-def test_search_widens_a_grid_whose_best_rate_is_at_the_edge():
-    assert search.beyond_edge({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}) == [8.0]
-    assert search.beyond_edge({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == [0.5]
-    assert search.beyond_edge({1.0: 2.0, 2.0: 1.0, 4.0: 3.0}) == []
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_second_rate_is_that_of_all_but_the_matrices(finished, tmp_path, optim):
+    """Negative control of the first: at another rate another model is trained."""
+    options = ["--optim", optim, "--learning_rate", "0.016", "--other_learning_rate"]
+    same, other = (train(tmp_path / rate, *options, rate) for rate in ("0.016", "0.004"))
+    assert same["final_validation_loss"] == finished[optim][1]["final_validation_loss"]
+    assert other["final_validation_loss"] != same["final_validation_loss"]
+
+
+def test_a_second_rate_without_effect_is_refused():
+    with pytest.raises(RecipeError, match=r"other_learning_rate=0.1 needs Muon or AdamW.*'sgd'"):
+        settings.parse([TINY, "--optim", "sgd", "--other_learning_rate", "0.1"])
+    twice = ["--optim_args", "adamw_lr=0.2", "--other_learning_rate", "0.1"]
+    with pytest.raises(RecipeError, match="both say what AdamW's rate is"):
+        settings.parse([TINY, *twice])
 
 
 def test_corpora_are_held_out_each_in_the_same_proportion(monkeypatch):
@@ -334,73 +346,3 @@ def test_corpora_are_held_out_each_in_the_same_proportion(monkeypatch):
         corpora.load(settings.DataSettings(corpus="lang+short"))
     with pytest.raises(RecipeError, match="Unknown corpus 'owner/name'"):
         corpora.load(settings.DataSettings(corpus="short+owner/name", holdout_every=20))
-
-
-def test_the_search_starts_from_the_rates_that_are_given(monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2", "--adamw", "0.01", "0.02"]
-    )
-    arguments = search.command_line()
-    assert (arguments.muon, arguments.adamw) == ([0.1, 0.2], [0.01, 0.02])
-    monkeypatch.setattr(sys, "argv", ["search.py", "tiny.yaml", "--muon", "0.1", "0.2"])
-    with pytest.raises(SystemExit):  # four rates of AdamW against two
-        search.command_line()
-
-
-@pytest.mark.full
-def test_heat_map_trains_at_every_point(tmp_path, monkeypatch):
-    grid = ["--momenta", "0.9", "--rates", "0.01", "0.02", "--batches", "256"]
-    settings = {name: value for name, value in SMALL.items() if name != "tokens_per_step"}
-    small = chain.from_iterable((f"--{name}", str(value)) for name, value in settings.items())
-    out = ["--out", str(tmp_path), "--", *small]
-    monkeypatch.setattr(sys, "argv", ["heat_map.py", "configs/tiny.yaml", *grid, *out])
-    heat_map.main()
-    found = json.loads((tmp_path / "heat_map.json").read_text())["losses"]
-    assert [point["rate"] for point in found] == [0.01, 0.02]
-    for point in found:
-        folder = tmp_path / f"batch256_momentum0.9_lr{point['rate']:g}"
-        result = json.loads((folder / "results.json").read_text())
-        assert point["loss"] == result["final_validation_loss"]
-        assert "momentum=0.9" in result["training_arguments"]["optim_args"]
-    assert (tmp_path / "heat_map.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_a_study_varies_cannot_be_fixed_for_all_its_runs():
-    varied = {"tokens_per_step": "256"}
-    for fixed in ("--tokens_per_step", "--tokens-per-step=512"):
-        with pytest.raises(RecipeError, match="--tokens_per_step"):
-            launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--seed", "1", fixed, "512"])
-    with pytest.raises(RecipeError, match="--output_dir"):
-        launch.Run(Path("out"), "configs/tiny.yaml", varied, ["--output_dir", "elsewhere"])
-    values = ["--token_budget", "512", "--run_name", "tokens_per_step"]
-    assert launch.Run(Path("out"), "configs/tiny.yaml", varied, values)
-
-
-def test_the_best_rate_of_each_batch_and_momentum_is_shown():
-    def loss(batch, momentum, rate):
-        return abs(rate - 0.02) + abs(momentum - 0.95) + batch / 1e4
-
-    points = [
-        heat_map.Point(batch, momentum, rate)
-        for batch in (256, 512)
-        for momentum in (0.9, 0.95)
-        for rate in (0.01, 0.02)
-    ]
-    table = heat_map.best_table({point: loss(*point) for point in points})
-    columns = [list(column.cells) for column in table.columns]
-    assert columns[2] == ["0.02"] * 4
-    assert columns[3] == ["0.076", "0.026", "0.101", "0.051"]
-
-
-def test_tokens_to_reach_a_loss_are_interpolated():
-    def run(losses):
-        curve = [{"tokens": 100 * n, "loss": loss} for n, loss in enumerate(losses)]
-        return {"eval_curve": curve, "tokens": curve[-1]["tokens"]}
-
-    assert search.tokens_to_reach(run([4, 2, 1]), run([4, 3, 1.5])) == 0.75
-    assert search.tokens_to_reach(run([4, 3, 2]), run([4, 3, 1.5])) is None
-
-
-def test_comparing_without_recorded_rates_names_the_search():
-    with pytest.raises(RecipeError, match=r"search\.py .* --record"):
-        compare.best_options(Path("configs/never_searched.yaml"))

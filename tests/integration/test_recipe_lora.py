@@ -258,7 +258,7 @@ def test_trl_trains_a_model_and_a_dataset_by_name(tmp_path, parts):
 @needs_assets
 def test_loraplus_gives_b_its_own_rate(short_minilm, tmp_path):
     options = ["--model", short_minilm, "--optim", "adamw_torch", "--loraplus_ratio", "16"]
-    model, data, args = settings.parse(
+    model, data, args, _ = settings.parse(
         ["configs/minilm_sentiment.yaml", "--output_dir", str(tmp_path), *options]
     )
     trainer = run.TASKS["classification"](model, data, args)[0]
@@ -301,10 +301,10 @@ def test_base_rates_are_those_of_a_constant_answer():
 @needs_assets
 def test_a_study_keeps_its_runs_and_grows(short_minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "FIRST_RATES", dict.fromkeys(compare.METHODS, (1e-3, 2e-3)))
-    monkeypatch.setattr(compare, "beyond_edge", lambda grid: [])
     small = chain.from_iterable((f"--{name}", str(value)) for name, value in SMALL.items())
     extra = ["--", "--model", short_minilm, *small, "--max_steps", "2"]
-    own = ["configs/minilm_sentiment.yaml", "--seeds", "2", "--out", str(tmp_path / "study")]
+    own = ["configs/minilm_sentiment.yaml", "--out", str(tmp_path / "study")]
+    own += ["--seeds", "2", "--budget", "3"]
     report = compare.main([*own, "--methods", "adamw", "factor", "--ranks", "4", "2", *extra])
     assert (tmp_path / "study" / "study.png").read_bytes().startswith(b"\x89PNG")
     of_four = report["ranks"][4]
@@ -320,8 +320,10 @@ def test_a_study_keeps_its_runs_and_grows(short_minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(compare.run, "main", lambda argv: started.append(argv) or done(argv))
     again = compare.main([*own, "--methods", "adamw", "factor", "loraplus", "--ranks", "4", *extra])
     assert again["ranks"][4]["factor"] == of_four["factor"]
-    assert len(started) == 4  # LoRA+ at two rates and two seeds
+    assert len(started) == 5  # LoRA+ at three rates, and two seeds at the best
     assert all("--loraplus_ratio" in argv for argv in started)
+    assert not any("--other_learning_rate" in argv for argv in started)
+    assert (tmp_path / "study" / "study.md").read_text().count("\n| adamw |") == 1
     with pytest.raises(RecipeError, match="had other settings"):
         compare.main([*own, *extra, "--max_tokens", "10"])
 
@@ -331,8 +333,24 @@ def test_a_run_that_diverges_is_lost_but_not_the_study(tmp_path, monkeypatch):
         raise FloatingPointError("gradients hold NaN")
 
     monkeypatch.setattr(compare.run, "main", diverge)
-    study = compare.Study(RECIPE / "configs" / "minilm_sentiment.yaml", tmp_path, [])
-    assert study.loss("factor", 8, 1.0) == float("inf")
+    train = compare.Trainings(RECIPE / "configs" / "minilm_sentiment.yaml", tmp_path, [])
+    one = compare.records.Run("factor", {"rank": 8}, {}, {"learning_rate": 1.0}, 0)
+    assert train(one)["loss"] is None
     monkeypatch.setattr(compare.run, "main", None)
-    assert study.result("factor", 8, 1.0, 0)["lost"] == "gradients hold NaN"
-    assert study.over_seeds("factor", 8, 1.0, 1)["loss"]["mean"] == float("inf")
+    assert train.result(one)["lost"] == "gradients hold NaN"
+    assert compare.lost_is_infinite(train(one)["loss"]) == float("inf")
+
+
+@needs_assets
+def test_a_second_rate_is_that_of_the_head(short_minilm, tmp_path):
+    """Negative control of the first: at another rate another head is trained."""
+    for optim in ("adamw_torch", "muon"):
+        losses = [
+            train("minilm_sentiment", tmp_path / f"{optim}_{number}", "--model", short_minilm,
+                  "--optim", optim, "--learning_rate", "0.002", *second)["validation_loss"]
+            for number, second in enumerate(([], ["--other_learning_rate", "0.002"],
+                                             ["--other_learning_rate", "0.02"]))
+        ]  # fmt: skip
+        # torch's fused kernel of AdamW rounds a little differently from its plain one.
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert losses[2] != pytest.approx(losses[0], rel=1e-3)

@@ -75,7 +75,7 @@ def test_a_mistake_ends_in_one_sentence():
     "config", sorted((RECIPE / "configs").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_configuration_parses(config):
-    model, _, args = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
+    model, _, args, _ = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
     assert args.optim == "muon"
     assert model.task in settings.TASKS
     assert args.output_dir.endswith(f"{config.stem}_muon")

@@ -1,0 +1,121 @@
+"""Optimizers with a rate of their own for matrices, for embeddings and head, and for the rest.
+
+In: a model, three rates, settings; of a recipe, a second rate beside the Trainer's. Out: AdamW or
+Muon. They differ in nothing but what trains the matrices: both have the groups of Muon's routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_muon import MuonConfig, MuonOptimizerFactory, route
+from hf_muon.integrations.names import NAMES as FAMILY
+from shared.arguments import RecipeError
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass
+class RateSettings:
+    """A second learning rate, beside that of the stock arguments."""
+
+    other_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate of embeddings, head and norms, under Muon and AdamW; --learning_rate "
+            "then is that of the hidden matrices. By default there is one rate."
+        },
+    )
+
+
+def set_other_rate(values: dict[str, Any]) -> None:
+    """Hand the second rate to Muon, and refuse it where it would be without effect."""
+    rate, optim = values["other_learning_rate"], values["optim"]
+    optim = getattr(optim, "value", optim)
+    if rate is None or optim in ADAMW:
+        return
+    if optim not in FAMILY:
+        raise RecipeError(
+            f"other_learning_rate={rate:g} needs Muon or AdamW, but optim={optim!r} was asked for."
+        )
+    given = values["optim_args"] or ""
+    if "adamw_lr" in given:
+        raise RecipeError(
+            f"other_learning_rate={rate:g} and optim_args={given!r} both say what AdamW's rate is: "
+            "give one of them."
+        )
+    values["optim_args"] = ",".join(filter(None, (given, f"adamw_lr={rate!r}")))
+
+
+def adamw_of_two_rates(
+    args: TrainingArguments, settings: RateSettings
+) -> tuple[type, dict[str, Any]] | None:
+    """Return what ``Trainer(optimizer_cls_and_kwargs=…)`` takes; None where there is one rate."""
+    other = settings.other_learning_rate
+    if other is None or args.optim not in ADAMW:
+        return None
+    config = MuonConfig(
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adamw_betas=(args.adam_beta1, args.adam_beta2),
+        adamw_eps=args.adam_epsilon,
+    )
+    return AdamWAtRates, {"rates": Rates(args.learning_rate, other, other), "config": config}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates.
+
+    Attributes:
+        matrices: of the hidden matrices, those that Muon trains.
+        embeddings: of embeddings, heads, and whatever else has two dimensions or more.
+        rest: of norms and biases.
+    """
+
+    matrices: float
+    embeddings: float
+    rest: float
+
+
+class AdamWAtRates:
+    """Builds AdamW, in the form of ``Trainer(optimizer_cls_and_kwargs=…)``."""
+
+    def __call__(self, model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.AdamW:
+        """Build the optimizer of a model."""
+        return adamw_at(model, rates, config)
+
+
+def adamw_at(model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.AdamW:
+    """Return torch's AdamW on everything, with the decay, ``adamw_betas`` and eps of ``config``."""
+    groups = [
+        {"params": group["params"], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+        for group in groups_at(model, rates, config)
+    ]
+    betas, eps = config.adamw_betas, config.adamw_eps
+    return torch.optim.AdamW(groups, lr=rates.matrices, betas=betas, eps=eps, fused=True)
+
+
+def muon_at(model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.Optimizer:
+    """Return Muon on the matrices, and AdamW on the others."""
+    return MuonOptimizerFactory(groups_at(model, rates, config), config=config)
+
+
+def groups_at(model: nn.Module, rates: Rates, config: MuonConfig) -> list[dict[str, Any]]:
+    """Return the groups of Muon's routing, cut by the three rates."""
+    groups = []
+    for group in route(model, config).param_groups(config):
+        if group["algorithm"] == "muon":
+            groups.append({**group, "lr": rates.matrices})
+            continue
+        large = [(name, p) for name, p in group["params"] if p.dim() >= 2]
+        small = [(name, p) for name, p in group["params"] if p.dim() < 2]
+        for params, rate in ((large, rates.embeddings), (small, rates.rest)):
+            if params:
+                groups.append({**group, "params": params, "lr": rate})
+    return groups

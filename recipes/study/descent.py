@@ -1,0 +1,69 @@
+"""Coordinate descent on a grid: what a search tries next, from nothing but what it knows.
+
+In: the points that come first, an axis for each coordinate, the losses of what was tried. Out: the
+points to try next; none once no neighbour of the best point is better. One coordinate and a first
+grid make a grid search that grows where its best is at an edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+FACTOR = 2.0
+"""Ratio of neighbouring learning rates."""
+
+Point = tuple[float, ...]
+Axis = float | tuple[float, ...] | None
+"""How a coordinate moves: by a factor, along values in their order, or not at all."""
+
+
+def next_points(
+    losses: Mapping[Point, float], first: Sequence[Point], axes: Sequence[Axis]
+) -> list[Point]:
+    """Return the points to try next.
+
+    They are neighbours of the best point along one axis: one on which the search is under way, so
+    that a line is followed to its end, else the first that is not finished.
+
+    Args:
+        losses: of the points that were tried; infinite where a run diverged.
+        first: points that are tried in any case, before all others.
+        axes: of the coordinates, in the order in which they are searched.
+    """
+    waiting = [point for point in dict.fromkeys(first) if point not in losses]
+    if waiting:
+        return waiting
+    best = best_point(losses)
+    lines = [
+        [(*best[:number], value, *best[number + 1 :]) for value in neighbours(best[number], axis)]
+        for number, axis in enumerate(axes)
+    ]
+    untried = [[point for point in line if point not in losses] for line in lines]
+    under_way = [new for new, line in zip(untried, lines, strict=True) if 0 < len(new) < len(line)]
+    return next(filter(None, [*under_way, *untried]), [])
+
+
+def beyond_edge(grid: Mapping[float, float]) -> list[float]:
+    """Return the rates that are missing beside the best one, in a grid of loss by rate."""
+    losses = {(rate,): loss for rate, loss in grid.items()}
+    return [rate for (rate,) in next_points(losses, [], [FACTOR])]
+
+
+def best_point(losses: Mapping[Point, float]) -> Point:
+    """Return the point of the lowest loss: the first of equal ones, the smallest of diverged ones.
+
+    So a coordinate without effect is not followed, and rates fall where nothing trains.
+    """
+    best = min(losses, key=losses.__getitem__)
+    return best if math.isfinite(losses[best]) else min(losses)
+
+
+def neighbours(value: float, axis: Axis) -> list[float]:
+    """Return the values beside one, as far as there are any; those by a factor without 0."""
+    if axis is None:
+        return []
+    if not isinstance(axis, tuple):
+        return [value / axis, value * axis] if value else []
+    place = axis.index(value)
+    return [axis[beside] for beside in (place - 1, place + 1) if 0 <= beside < len(axis)]

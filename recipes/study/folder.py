@@ -1,0 +1,30 @@
+"""A folder that is one study's own, and a command line that has options for every training.
+
+In: a configuration, and the options behind ``--``. Out: a marked folder.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.arguments import RecipeError
+
+
+def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line at ``--``: our own arguments, and those of every training."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def claim_folder(out: Path, config: Path, extra: Sequence[str]) -> None:
+    """Note what the folder's runs are runs of, and refuse to mix them with others."""
+    mark = out / "settings.txt"
+    content = f"{config.read_text(encoding='utf8')}\n# {shlex.join(extra)}\n"
+    if mark.is_file() and mark.read_text(encoding="utf8") != content:
+        raise RecipeError(
+            f"The runs in {out} had other settings ({mark}). Choose another --out, or delete it."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(content, encoding="utf8")

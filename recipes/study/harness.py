@@ -1,0 +1,192 @@
+"""Search each arm, then train paired seeds: what is missing is always read from the records.
+
+In: arms, a cell, how to train once. Out: records. A study that was stopped goes on with the same
+command, and one that grew trains what is new. Arms without a search come first, then all searches,
+then the seeds, one after the other for all arms, so that what a stop leaves are whole pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any
+
+from study.descent import Axis, Point, best_point, next_points
+from study.records import Line, Records, Run, run_of
+
+Train = Callable[[Run], dict[str, Any]]
+"""Returns plain values, among them ``loss``, None if the run diverged, and ``seconds``."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What competes.
+
+    Attributes:
+        settings: that are fixed.
+        start: where the search begins, by coordinate.
+        axes: how coordinates move, in the order in which they are searched; others stay.
+        first: further points that are tried in any case, by coordinate: a grid to begin with.
+    """
+
+    settings: Mapping[str, Any]
+    start: Mapping[str, Any]
+    axes: Mapping[str, Axis]
+    first: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained of an arm in a cell.
+
+    Attributes:
+        name: of the arm.
+        arm: its settings and its search.
+        cell: what all arms have in common.
+        seeds: that the search does not see.
+        search_seeds: of the search, which takes the mean over them.
+        budget: points that the search may try; it ends there with the best so far.
+    """
+
+    name: str
+    arm: Arm
+    cell: Mapping[str, Any]
+    seeds: Sequence[int] = ()
+    search_seeds: Sequence[int] = (0,)
+    budget: int = 24
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the arm has anything to search."""
+        return any(axis is not None for axis in self.arm.axes.values())
+
+    @property
+    def start(self) -> Point:
+        """The point at which the search begins."""
+        return tuple(self.arm.start[name] for name in self.arm.axes)
+
+    def run(self, point: Point, seed: int) -> Run:
+        """Return the run at a point, whose values are those of the axes in their order."""
+        at = {**self.arm.start, **dict(zip(self.arm.axes, point, strict=True))}
+        return Run(self.name, self.cell, self.arm.settings, at, seed)
+
+    def tried(self, records: Records) -> dict[Point, float]:
+        """Return the mean loss over the seeds of the search at each point that it has tried."""
+        found = {}
+        for line in filter(self.holds, records):
+            point = tuple(line["point"][name] for name in self.arm.axes)
+            runs = [self.run(point, seed) for seed in self.search_seeds]
+            if point not in found and all(run in records for run in runs):
+                found[point] = statistics.fmean(records.loss(run) for run in runs)
+        return found
+
+    def holds(self, line: Line) -> bool:
+        """Return whether a training is one of this arm in this cell, with these settings."""
+        own = Run(self.name, self.cell, self.arm.settings, line["point"], line["seed"])
+        return own.key == run_of(line).key and line["point"].keys() == self.arm.start.keys()
+
+    def untried(self, losses: Mapping[Point, float]) -> list[Point]:
+        """Return what the search would try next, whatever the budget."""
+        first = [tuple(point[name] for name in self.arm.axes) for point in self.arm.first]
+        return next_points(losses, [self.start, *first], tuple(self.arm.axes.values()))
+
+    def best(self, records: Records) -> Point | None:
+        """Return the best point so far."""
+        losses = self.tried(records)
+        return best_point(losses) if losses else None
+
+    def missing(self, records: Records) -> list[tuple[int, Run]]:
+        """Return what is to be trained next, each with its place in the order of the study."""
+        losses = self.tried(records)
+        room = self.budget - len(losses)
+        points = self.untried(losses)[:room] if room > 0 else []
+        if points and self.is_searched:
+            seeds, place = self.search_seeds, 1
+        else:
+            points = points or [best_point(losses)]
+            seeds, place = self.seeds, 2 if self.is_searched else 0
+        runs = [self.run(point, seed) for seed in seeds for point in points]
+        return [(place, run) for run in runs if run not in records]
+
+
+def study(records: Records, plans: Sequence[Plan], train: Train, jobs: int = 1) -> None:
+    """Train what is missing, several at a time; one at a time in this process."""
+    with workers(jobs) as pool:
+        waiting: dict[Future[dict[str, Any]], Run] = {}
+        while True:
+            queued = {run.key for run in waiting.values()}
+            todo = [run for run in in_order(records, plans) if run.key not in queued]
+            for run in todo[: jobs - len(waiting)]:
+                waiting[pool.submit(train, run)] = run
+            if not waiting:
+                return
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                run = waiting.pop(done)
+                records.add(run, done.result())
+                print(told(run, done.result()), flush=True)
+
+
+def in_order(records: Records, plans: Sequence[Plan]) -> list[Run]:
+    """Return what is missing of all plans: the seeds of all arms side by side."""
+    missing = [(number, *one) for number, plan in enumerate(plans) for one in plan.missing(records)]
+
+    def place(entry: tuple[int, int, Run]) -> tuple[int, int, int]:
+        number, stage, run = entry
+        return (stage, run.seed, number) if stage == 2 else (stage, number, run.seed)
+
+    return [run for *_, run in sorted(missing, key=place)]
+
+
+class Here(Executor):
+    """Trains in this process, when it is asked to."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call a function now."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Executor]:
+    """Return processes that end with this one; what waits is dropped after an error."""
+    if count == 1:
+        yield Here()
+        return
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=leave_with_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_with_parent() -> None:
+    """End this process when the one that started it is gone, even if it was killed."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def told(run: Run, found: Mapping[str, Any]) -> str:
+    """Return a line about a training that has finished."""
+    loss = found["loss"]
+    shown = "diverged" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
+    return f"{run.arm} ({named(run.point)}), seed {run.seed}: {shown} ({found['seconds']:.0f} s)"
+
+
+def named(values: Mapping[str, Any]) -> str:
+    """Return values with their names, as in ``rate 0.002, momentum 0.9``."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
