@@ -222,6 +222,76 @@ def without_state(folder, step):
     torch_save_to_dcp(folder / "whole.pt", saved)
 
 
+# A Trainer subclass, accelerate, Lightning
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of the folder, with small batches."""
+    monkeypatch.syspath_prepend(str(ECOSYSTEM))
+
+    def named(name):
+        data = importlib.import_module("bytes_llama")
+        monkeypatch.setattr(data, "LENGTH", 32)
+        monkeypatch.setattr(data, "BATCH", 4)
+        return importlib.import_module(name)
+
+    yield named
+    for name in ("bytes_llama", "layerwise", "accelerate_loop", "lightning_module"):
+        sys.modules.pop(name, None)
+
+
+def test_a_trainer_subclass_with_rates_by_layer(script, tmp_path):
+    layerwise, optimizers = script("layerwise"), []
+
+    class Seen(layerwise.LayerwiseTrainer):
+        def create_optimizer(self, model=None):
+            optimizers.append(super().create_optimizer(model))
+            return optimizers[-1]
+
+    layerwise.LayerwiseTrainer = Seen
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--disable_tqdm", "true"]
+    before, after = layerwise.main([*words, "--max_steps", "12"])
+    assert after < before - 0.5
+    rates = {}
+    for group in optimizers[0].param_groups:
+        for name in group["param_names"]:
+            rates[name] = group["initial_lr"]
+    for name, rate in rates.items():
+        assert rate == pytest.approx(4e-3 if "layers.0." in name else 5e-3), name
+    assert len(trained_by_muon(tmp_path)) == 14
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_module"])
+def test_a_loop_of_another_library_learns_and_resumes_bit_by_bit(name, script, tmp_path):
+    if name == "lightning_module":
+        pytest.importorskip("lightning", reason="pip install lightning")
+    main = script(name).main
+
+    def run(folder, *more):
+        return main(["--steps", "6", "--folder", str(tmp_path / folder), *more])
+
+    before, after = run("whole")
+    assert after < before - 0.3
+    assert run("parts", "--stop_at", "3")[1] != after
+    assert run("parts", "--resume")[1] == after
+
+
+@FULL
+def test_accelerate_on_two_processes_equals_one(tmp_path):
+    def losses(name, launcher):
+        more = options(steps=4, log_every=1, folder=tmp_path / name)
+        done = run(
+            [*launcher, "recipes/ecosystem/accelerate_loop.py", *more], tmp_path, check=False
+        )
+        found = re.findall(r"step \d/4: loss (\S+)", done.stdout)
+        assert len(found) == 4, done.stderr[-3000:]
+        return torch.tensor([float(value) for value in found])
+
+    # bfloat16 makes of a rounding in the averaged gradients a thousand times as much; three digits.
+    assert (losses("two", ON_TWO) - losses("one", ())).abs().max() < 5e-3
+
+
 # axolotl and LLaMA-Factory: neither can be installed beside the tested versions
 
 
