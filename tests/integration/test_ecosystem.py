@@ -22,6 +22,7 @@ import hf_muon
 from hf_muon.config import MuonConfig
 from hf_muon.integrations.names import is_ours
 from tests.distributed.launch import ON_CPU, ON_LOOPBACK, ROOT
+from tests.integration import markdown
 from tests.integration.tiny import TINY, largest_difference
 
 FULL = pytest.mark.full
@@ -350,3 +351,9 @@ def test_the_files_of_both_frameworks_choose_our_optimizer(file, key, tmp_path):
     assert is_ours(args.optim)
     assert MuonConfig.from_optim_args(args.optim_args).lora_update == "tangent"
     assert "use_muon" not in given
+
+
+def test_the_page_on_trainers_says_what_the_files_say():
+    found = [b for b in markdown.blocks(ROOT / "docs" / "trainers.md") if b.language == "yaml"]
+    for block, file in zip(found, ("axolotl", "llamafactory"), strict=True):
+        assert yaml.safe_load(block.code).items() <= settings(file).items()
