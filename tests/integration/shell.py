@@ -105,7 +105,7 @@ def script_options(path):
                 if isinstance(target, ast.AnnAssign)
             }
             options |= {f"--{name}" for name in names}
-    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "run_clm.py")
+    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "layerwise.py", "run_clm.py")
     if path.name in trainers:  # they hand what they do not know on, or are one themselves
         options |= {f"--{item.name}" for item in fields(TrainingArguments)} | {"--"}
     if path.parent.name == "post_training":

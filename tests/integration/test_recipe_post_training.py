@@ -73,9 +73,12 @@ def test_the_rule_of_the_reward():
     assert reward(["7 7", "78", "", chat], answer=["7"] * 4) == [1.0, 0.5, 0.0, 1.0]
 
 
+LARGE = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 80, "train_rows": 400}
+
+
 @FULL
 def test_grpo_learns_to_repeat_the_digit(tmp_path):
-    results = run("grpo", tmp_path, "grpo.yaml", max_steps=60)
+    results = run("grpo", tmp_path, "grpo.yaml", max_steps=50, **LARGE)
     assert results["after"]["reward"] > 3 * results["before"]["reward"]
 
 
