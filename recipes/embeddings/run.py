@@ -22,7 +22,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import TripletEvaluator
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric, TripletLoss
 from shared import compared, hub, tweets
 from shared.arguments import RecipeError, read
 from shared.assets import opened
@@ -56,9 +56,9 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     set_seed(args.seed)
     train, held_out = settings.parts(packaged, PACKAGED)
     model = opened(SentenceTransformer, settings.model, device=str(args.device))
-    trainer = SentenceTransformerTrainer(
-        model=model, args=args, train_dataset=train, loss=MultipleNegativesRankingLoss(model)
-    )
+    # Not a loss that takes the rest of a batch for unlike texts: half of it is of one sentiment.
+    loss = TripletLoss(model, TripletDistanceMetric.COSINE, triplet_margin=0.5)
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=train, loss=loss)
     return compared.train(
         trainer,
         lambda: {"accuracy": accuracy(model, held_out)},
