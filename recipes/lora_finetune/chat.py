@@ -14,10 +14,10 @@ from typing import Any
 import adapters
 import datasets
 import torch
-import tweets
 from classification import by_length
 from peft import get_peft_model
 from settings import DataSettings, ModelSettings
+from shared import tweets
 from shared.arguments import RecipeError
 from torch import Tensor
 from transformers import (
@@ -38,7 +38,7 @@ def build(
     """Return the Trainer, and what is reported of model and rows."""
     tokenizer = adapters.tokenizer_of(model)
     answers = label_tokens(tokenizer)
-    split = tweets.load(data)
+    split = data.split()
     network = adapters.base_model(AutoModelForCausalLM, model, dtype=torch.float32)
     network = get_peft_model(network, adapters.lora_config(model, "CAUSAL_LM"))
     trainer = Trainer(

@@ -11,9 +11,9 @@ from typing import Any
 import adapters
 import datasets
 import numpy as np
-import tweets
 from peft import get_peft_model
 from settings import DataSettings, ModelSettings
+from shared import tweets
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -29,7 +29,7 @@ def build(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Return the Trainer, and what is reported of model and rows."""
     tokenizer = adapters.tokenizer_of(model)
-    split = tweets.load(data)
+    split = data.split()
     network = adapters.base_model(
         AutoModelForSequenceClassification,
         model,

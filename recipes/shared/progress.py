@@ -44,8 +44,8 @@ class LogLines(TrainerCallback):
 
 
 def shown_losses(logs: dict[str, Any]) -> dict[str, str]:
-    """Return the losses of a log under short names."""
-    names = {"loss": "loss", "eval_loss": "validation"}
+    """Return the losses of a log, and the reward of GRPO, under short names."""
+    names = {"loss": "loss", "reward": "reward", "eval_loss": "validation"}
     return {short: f"{float(logs[name]):.3f}" for name, short in names.items() if name in logs}
 
 

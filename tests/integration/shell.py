@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import click
+import trl
 import typer
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from hf_muon.commands.cli import app
 from tests.distributed.launch import ROOT
@@ -95,7 +95,7 @@ def configs(words, folder):
 def script_options(path):
     """The options of a script: what it adds itself, and the fields of what it parses into."""
     options = literals(path)
-    for settings in (path.with_name("settings.py"), path):
+    for settings in (path.with_name("settings.py"), path.with_name("method.py"), path):
         if settings.is_file():
             names = {
                 target.target.id
@@ -107,10 +107,13 @@ def script_options(path):
             options |= {f"--{name}" for name in names}
     if "from study import command" in path.read_text():  # the command line of every study
         options |= literals(ROOT / "recipes" / "study" / "command.py")
-    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "reward.py", "run_clm.py")
+    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "layerwise.py", "run_clm.py")
     if path.name in trainers:  # they hand what they do not know on, or are one themselves
-        stock = [*fields(TrainingArguments), *fields(SFTConfig)]
-        options |= {f"--{item.name}" for item in stock} | {"--"}
+        options |= {f"--{item.name}" for item in fields(TrainingArguments)} | {"--"}
+    if path.parent.name == "post_training":
+        method = "Reward" if path.stem == "reward" else path.stem.upper()
+        stock = fields(getattr(trl, f"{method}Config"))
+        options |= {f"--{item.name}" for item in stock}
     if path.name == "plan.py":  # hands its options on to `hf-muon plan`
         options |= options_of(subcommand("plan"))
     return options

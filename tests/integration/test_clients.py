@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -192,76 +191,6 @@ def test_factors_of_rank_one_have_their_own_sentence():
         create_muon_optimizer(peft.get_peft_model(tiny_llama(), config), lr=0.1)
 
 
-# --- sentence-transformers ----------------------------------------------------------------------
-
-
-class SoftmaxLoss(nn.Module):
-    """A loss with a classifier, which holds the model that it is for."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.classifier = nn.Linear(32, 3)
-
-    def forward(self, inputs):
-        hidden = self.model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, -1]
-        return nn.functional.cross_entropy(self.classifier(hidden), inputs["labels"][:, 0] % 3)
-
-
-class SentenceTransformerTrainer(Trainer):
-    """What sentence-transformers' trainer does with optimizers and losses (as of version 5)."""
-
-    def __init__(self, model, **settings):
-        super().__init__(model=model, **settings)
-        self.mapping = {}
-        self.loss = SoftmaxLoss(model)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = self.loss(inputs)
-        return (loss, {}) if return_outputs else loss
-
-    def get_optimizer_cls_and_kwargs(self, args, model=None):
-        cls, settings = super().get_optimizer_cls_and_kwargs(args, self.loss)
-        decayed = self.get_decay_parameter_names(self.loss)
-        named = {n: p for n, p in self.loss.named_parameters() if p.requires_grad}
-        groups = [
-            {"params": [p for n, p in named.items() if (n in decayed) == which],
-             "weight_decay": args.weight_decay if which else 0.0}
-            for which in (True, False)
-        ]  # fmt: skip
-        for pattern, lr in self.mapping.items():
-            matching = [p for n, p in named.items() if re.search(pattern, n)]
-            for group in groups:
-                group["params"] = [p for p in group["params"] if all(p is not m for m in matching)]
-            groups.append({"params": matching, "lr": lr, "weight_decay": args.weight_decay})
-        return cls, {**settings, "optimizer_dict": groups}
-
-
-def test_losses_with_parameters_are_trained_by_adamw(tmp_path):
-    trainer = built(SentenceTransformerTrainer, tmp_path)
-    trainer.mapping = {r"layers\.1\..*proj": 3e-4, "classifier": 5e-3}
-    before = trainer.loss.classifier.weight.detach().clone()
-    trainer.train()
-    assert not torch.equal(before, trainer.loss.classifier.weight)
-    found = by_name(find_muon(trainer.optimizer), "initial_lr", "weight_decay")
-    assert found["classifier.weight"] == ("adamw", 5e-3, 0.1)
-    assert found["model.model.embed_tokens.weight"] == ("adamw", 1e-2, 0.1)
-    assert found["model.model.norm.weight"] == ("adamw", 1e-2, 0.0)
-    assert found["model.model.layers.1.mlp.up_proj.weight"] == ("muon", 3e-4, 0.1)
-    assert found["model.model.layers.0.mlp.up_proj.weight"] == ("muon", 1e-2, 0.1)
-    assert len(found) == len(list(trainer.loss.parameters()))
-
-
-def test_a_factory_that_cannot_see_the_losses_says_so(caplog):
-    model = tiny_llama()
-    MuonOptimizerFactory()(model, lr=0.1)
-    assert "sentence-transformers" not in caplog.text
-    kind = type("Model", (type(model),), {"__module__": "sentence_transformers.base.model"})
-    model.__class__ = kind
-    MuonOptimizerFactory()(model, lr=0.1)
-    assert "Choose optim='muon'" in caplog.text
-
-
 # --- once ---------------------------------------------------------------------------------------
 
 
@@ -309,11 +238,10 @@ def test_what_changed_since_the_trainer_was_built_is_read_again(tmp_path, calls,
 
 def test_no_plan_outlives_the_making_of_the_optimizer(tmp_path):
     # Under FSDP2 its parameters are the unsharded ones.
-    for kind in (Trainer, SentenceTransformerTrainer):
-        trainer = built(kind, tmp_path)
-        assert our_arguments._prepared[trainer.model] is not None
-        trainer.create_optimizer()
-        assert our_arguments._prepared[trainer.model] is None
+    trainer = trainer_of(tmp_path)
+    assert our_arguments._prepared[trainer.model] is not None
+    trainer.create_optimizer()
+    assert our_arguments._prepared[trainer.model] is None
 
 
 # --- what is not trained, and what begins anew --------------------------------------------------

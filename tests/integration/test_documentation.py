@@ -7,6 +7,7 @@ names that a page takes for granted; dots, as in ``Trainer(..., callbacks=…)``
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from urllib.parse import urlparse
 
 import pytest
@@ -44,7 +45,51 @@ args = tiny_arguments("out")
 gradients = [torch.randn(4, 6) for _ in range(5)]
 """,
 }
+MORE["docs/trainers.md"] = """
+from datasets import Dataset
+from transformers import (
+    BertForMaskedLM, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration,
+)
+from hf_muon import Muon
+from tests.integration.tiny_text import pairs as rows, saved_bert, sentences, word_tokenizer
+
+made, make = [], Muon.__init__
+
+
+def made_too(self, *args, **kwargs):
+    make(self, *args, **kwargs)
+    made.append(self)
+
+
+Muon.__init__ = made_too
+tokenizer = word_tokenizer()
+tokenizer.eos_token = "[SEP]"
+tokenizer.save_pretrained("causal")
+tiny_llama(vocab_size=len(tokenizer)).save_pretrained("causal")
+small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+config = T5Config(vocab_size=128, decoder_start_token_id=0, **small)
+T5ForConditionalGeneration(config).save_pretrained("t5")
+saved_bert("encoder", BertModel)
+saved_bert("masked", BertForMaskedLM)
+saved_bert("ranker", BertForSequenceClassification, num_labels=1)
+texts = [text for _, text in sentences(8)]
+conversations = Dataset.from_dict({"prompt": texts, "completion": texts[::-1]})
+preferences = Dataset.from_dict({"prompt": texts, "chosen": texts[::-1], "rejected": texts})
+prompts = Dataset.from_dict({"prompt": texts})
+scored = Dataset.from_dict(rows(8))
+pairs = scored.remove_columns("label")
+labelled = Dataset.from_dict({"text": texts, "label": [0, 1] * 4})
+"""
 SMALLER = {
+    "docs/trainers.md": [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "causal"),
+        ('Config("out",', 'Config("out", use_cpu=True,'),
+        ("google-t5/t5-small", "t5"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "encoder"),
+        ("naver/splade-v3", "masked"),
+        ("cross-encoder/ms-marco-MiniLM-L6-v2", "ranker"),
+        ("max_steps=20", "max_steps=2"),
+    ],
     "docs/diagnostics.md": [
         ("batches(200)", "batches(5)"),
         ("batches(128)", "batches(8)"),
@@ -73,9 +118,11 @@ AFTERWARDS = {
     "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
     "docs/robust.md": "assert RobustAggregation('median').settings.method == 'median'",
     "docs/routing.md": "assert plan.muon",
+    "docs/trainers.md": "assert len(made) == 14\nassert all(one.state for one in made)",
     "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",
 }
-SLOW = {"docs/deepspeed.md", "docs/diagnostics.md"}
+SLOW = {"docs/deepspeed.md", "docs/diagnostics.md", "docs/trainers.md"}
+NEEDS = {"docs/trainers.md": ("trl", "sentence_transformers", "setfit", "lightning")}
 
 
 def name(page):
@@ -123,6 +170,9 @@ def run(code, folder):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, tmp_path):
+    for package in NEEDS.get(name(page), ()):
+        if find_spec(package) is None:
+            pytest.skip(f"pip install {package}")
     done = run(script(page), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 

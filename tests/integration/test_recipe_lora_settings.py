@@ -9,7 +9,7 @@ import pytest
 from tests.integration.test_recipe_lora import (
     RECIPE,
     RecipeError,
-    adapters,
+    assets,
     needs_assets,
     run,
     settings,
@@ -23,7 +23,6 @@ from tests.integration.test_recipe_lora import (
         (["--task", "clasification"], r"Unknown task 'clasification'. Did you mean 'classif"),
         (["--r", "0"], r"r=0 must be at least 1"),
         (["--loraplus_ratio", "16"], r"optim='muon' was asked for. Use --optim adamw_torch"),
-        (["--dataset", "owner/name"], r"dataset='owner/name' is for the task sft"),
         (["--resume_from_checkpoint", "last", "--output_dir", "nowhere"], "no whole checkpoint in"),
     ],
 )
@@ -40,27 +39,27 @@ def test_unknown_names_are_refused_with_the_nearest_one(tmp_path):
     wrong.write_text("- task")
     with pytest.raises(RecipeError, match=r"wrong.yaml holds a list"):
         settings.parse([str(wrong)])
-    with pytest.raises(RecipeError, match=r"No configuration file 'configs/big.yaml'.*llama"):
+    with pytest.raises(RecipeError, match=r"No configuration file 'configs/big.yaml'.*smollm2_s"):
         settings.parse(["configs/big.yaml"])
     with pytest.raises(RecipeError, match=r"Unknown model 'minillm'. Did you mean 'minilm'"):
-        adapters.source("minillm")
+        assets.source("minillm")
 
 
 @needs_assets
 def test_more_rows_than_there_are_tweets_are_refused():
     with pytest.raises(RecipeError, match=r"too few for 1,000 validation rows and 90,000"):
-        tweets.load(settings.DataSettings(train_rows=90_000))
+        tweets.load(train_rows=90_000)
 
 
 def test_missing_assets_name_the_command_that_installs_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MUON_CACHE", str(tmp_path))
     with pytest.raises(RecipeError, match=r"prepare_assets\.py --only smollm2"):
-        adapters.source("smollm2")
+        assets.source("smollm2")
     monkeypatch.setattr("shared.assets.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"prepare_assets\.py --only minilm"):
-        adapters.source("minilm")
+        assets.source("minilm")
     with pytest.raises(RecipeError, match=r"prepare_assets\.py --only tweets"):
-        tweets.load(settings.DataSettings())
+        tweets.load()
 
 
 def test_a_mistake_ends_in_one_sentence():

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import datasets
-from settings import DataSettings
+
 from shared.arguments import RecipeError
 from shared.assets import package_folder
 
@@ -29,7 +29,9 @@ class Split(NamedTuple):
     validation: datasets.Dataset
 
 
-def load(data: DataSettings) -> Split:
+def load(
+    *, min_confidence: float = 0.7, train_rows: int | None = None, validation_rows: int = 1000
+) -> Split:
     """Return the graded tweets, split.
 
     Tweets are put in the order of a hash of their words; the first ``validation_rows`` are held out
@@ -39,16 +41,16 @@ def load(data: DataSettings) -> Split:
     Raises:
         RecipeError: the tweets are not installed, or there are not enough of them.
     """
-    rows = distinct(graded(data.min_confidence))
-    most = len(rows) - data.validation_rows
-    if data.validation_rows < 1 or most < max(1, data.train_rows or 1):
+    rows = distinct(graded(min_confidence))
+    most = len(rows) - validation_rows
+    if validation_rows < 1 or most < max(1, train_rows or 1):
         raise RecipeError(
-            f"{len(rows):,} tweets have a confidence of {data.min_confidence:g} or more, too few "
-            f"for {data.validation_rows:,} validation rows and {data.train_rows or 1:,} to train "
+            f"{len(rows):,} tweets have a confidence of {min_confidence:g} or more, too few "
+            f"for {validation_rows:,} validation rows and {train_rows or 1:,} to train "
             "on. Lower --validation_rows, --train_rows or --min_confidence."
         )
-    end = len(rows) if data.train_rows is None else data.validation_rows + data.train_rows
-    return Split(table(rows[data.validation_rows : end]), table(rows[: data.validation_rows]))
+    end = len(rows) if train_rows is None else validation_rows + train_rows
+    return Split(table(rows[validation_rows:end]), table(rows[:validation_rows]))
 
 
 def graded(min_confidence: float) -> list[tuple[str, int]]:
