@@ -3,7 +3,7 @@
 In: the :class:`Method` of a script in this folder, and ``[config.yaml] [--name value ...]``, which
 are ``Settings`` and TRL's own configuration. Out: in ``--output_dir`` the model (or its adapter),
 ``results.json`` with the held-out measures before and after, and ``muon_report.json``; on the
-screen both measures and three samples.
+screen both measures and samples.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Method:
         trainer: TRL's trainer.
         packaged: Makes the packaged rows, from how many to train on and how many to hold out.
         measures: Name of a measure in ``results.json``, and TRL's name of it.
-        samples: From the trained model and held-out rows to three lines that show what it does.
+        samples: From the trained model and held-out rows to lines that show what it does.
         task: PEFT's name of the task.
         more: Further arguments of the trainer, from the model and whether adapters train.
     """

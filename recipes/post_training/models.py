@@ -6,7 +6,7 @@ of adapters that TRL puts into the model. Samples: what a model writes after som
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -88,19 +88,21 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, **options: int) -> LlamaConfi
 
 @torch.no_grad()
 def written(trainer: Trainer, rows: datasets.Dataset, tokens: int = 24) -> list[str]:
-    """Return what the model writes after the prompts of the first three rows.
+    """Return what the model writes after the first three different prompts of some rows.
 
     A prompt is a text, or a conversation that the model's template turns into one.
     """
     tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    lines = []
-    for row in rows.select(range(min(3, len(rows)))):
+
+    def text_of(row: dict[str, Any]) -> str:
         prompt = row.get("prompt") or row.get("messages", [{"content": ""}])[:1]
-        if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
+        if isinstance(prompt, str):
+            return prompt
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    lines = []
+    for prompt in list(dict.fromkeys(map(text_of, rows)))[:3]:
         given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
         told = model.generate(**given, max_new_tokens=tokens, do_sample=False)
         answer = tokenizer.decode(told[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
