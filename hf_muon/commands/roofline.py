@@ -28,7 +28,7 @@ from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.owners import polar_cost
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.step import polar_function
-from hf_muon.polar import Workspace, apply_together, batched
+from hf_muon.polar import Watch, Workspace, apply_together, batched
 from hf_muon.rules import MAPS
 from hf_muon.stages import WholeMap
 
@@ -212,7 +212,8 @@ def _of_polar_factors(bucket: Bucket, config: MuonConfig, wire: torch.dtype) -> 
 def _mapping(config: MuonConfig) -> tuple[Callable[[Tensor], object], bool]:
     """What replaces matrices by what the map makes of them, and whether it takes batches."""
     whole, settings = config.rule.whole, config.muon_group()
-    polar = polar_function(settings, Workspace())
+    # As in a step, which looks at each polar factor in half precision.
+    polar = partial(polar_function(settings, Workspace()), outliers=Watch([]))
     if whole.replaces and config.polar_method != "svd":
         return lambda X: whole.run(X, partial(polar, out=X), settings), True
     return lambda X: X.copy_(whole.run(X, polar, settings)), whole.replaces

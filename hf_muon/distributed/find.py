@@ -69,7 +69,7 @@ def sent_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
     From memory that is not pinned, a copy to a CUDA device waits.
     """
     pin = device.type == "cuda" and torch.cuda.is_available()
-    here = torch.tensor(numbers, dtype=torch.int32, pin_memory=pin)
+    here = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pin)
     return here.to(device, non_blocking=True)
 
 

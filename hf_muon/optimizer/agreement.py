@@ -202,7 +202,8 @@ def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
     return ValueError(
         f"The ranks do not train the same: {'; '.join(list(found.values())[:4])}{more}. Give "
         "every rank the same model and settings; where the wire dtype differs, name a "
-        "polar_dtype, since 'auto' follows the hardware. No parameter and no state was changed."
+        "polar_dtype, and where the products do, a polar_kernel: 'auto' follows the hardware. No "
+        "parameter and no state was changed."
     )
 
 

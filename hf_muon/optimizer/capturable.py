@@ -71,8 +71,6 @@ def _reason_of(plan: Plan, entries: Sequence[Entry]) -> str | None:
     if asking is not None:
         return f"with {asking} the host takes part in every step"
     for held in plan.held(entries):
-        if not held.bucket.is_alone:
-            return "matrices travel between ranks"
         if held.device.type not in KINDS or held.device != held.bucket.device:
             return f"matrices are on {held.device}, and a CUDA device is needed"
     if plan.has_schedule and plan.momenta(0) != plan.momenta(1):

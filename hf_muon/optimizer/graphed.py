@@ -38,9 +38,15 @@ class Graphed:
         self._given_up: str | None = None
         self._said: set[str] = set()
 
-    def step(self, chosen: Chosen, workspace: Workspace) -> bool:
-        """Do what a step does to matrices; False, and nothing is done, where that must be plain."""
+    def step(self, chosen: Chosen, workspace: Workspace, *, is_alone: bool) -> bool:
+        """Do what a step does to matrices; False, and nothing is done, where that must be plain.
+
+        ``is_alone`` says that no other rank trains the same weights: one that cannot capture, and
+        steps plainly, would round them otherwise.
+        """
         reason = self._given_up or (why_not(chosen) if chosen else None)
+        if reason is None and not is_alone:
+            reason = "several ranks train together"
         if reason is not None:
             self._say(reason)
         if reason is not None or not chosen or is_due(chosen):
@@ -50,6 +56,9 @@ class Graphed:
         key = _key(chosen)
         if self._captured is None or self._captured.key != key:
             self._note_change(key)
+            self._captured = None  # before there are other places for gradients
+            if self._given_up is not None:
+                return False
             self._captured = _Captured(key, chosen, workspace)
         try:
             self._captured.run(chosen)

@@ -87,7 +87,7 @@ class Held:
         parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
         views = self.views(gradients)
         lists = [part.portion.of(views) for part in parts]
-        sums = yield from self._sums(step, Stage(_no_run, needs=NORMS), NORMS, parts, lists)
+        sums = yield from self._sums(step, _MEASURED, NORMS, parts, lists)
         units = self.bucket.units
         # A rank may have a gradient where its copies have none.
         norms = torch.cat([sums[unit] for unit in units])
@@ -378,3 +378,7 @@ def _guarded(
 
 def _no_run(*_: Any) -> list[Tensor]:
     raise NotImplementedError
+
+
+_MEASURED = Stage(_no_run, needs=NORMS)
+"""For norms that no stage asks for."""

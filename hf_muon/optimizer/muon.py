@@ -224,7 +224,9 @@ class Muon(Optimizer):
     ) -> None:
         """One step of the Muon groups: all of it, or, where a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
-        if not (self.config.cuda_graph and self._graphed.step(chosen, self._workspace)):
+        is_alone = all(ranks.size == 1 for ranks in members)
+        captures = self.config.cuda_graph
+        if not (captures and self._graphed.step(chosen, self._workspace, is_alone=is_alone)):
             self._train_plainly(chosen, members)
         for plan, entries in chosen:
             plan.count(entries)

@@ -2,7 +2,7 @@
 
 In: what the maps of a step flagged. Out: the same maps, in float32 for what was flagged before. The
 flags are on their way to the host while the next step is prepared, so that nothing waits for them;
-until then a flagged matrix has an update of zero.
+in the step that flags it, its polar factor counts as zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Unit
-from hf_muon.polar import devices
+from hf_muon.polar import Watch, devices
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,11 @@ class Outliers:
         self._sent: list[_Sent] = []
 
     def watched(
-        self, replace: Callable[[Tensor, Polar], None], polar: Polar, units: Iterable[Unit]
+        self,
+        replace: Callable[[Tensor, Polar], None],
+        polar: Polar,
+        units: Iterable[Unit],
+        back: torch.dtype | None,
     ) -> Callable[[Tensor], None]:
         """A function that replaces matrices, and takes note of what is flagged in them.
 
@@ -53,6 +57,8 @@ class Outliers:
                 factor.
             polar: that polar factor.
             units: what the function will be called for, in that order.
+            back: the dtype that results travel in, which all of them have to fit, also on the rank
+                that need not send them.
         """
         coming = iter(units)
 
@@ -61,30 +67,24 @@ class Outliers:
             own = list(islice(coming, len(matrices)))
             again = [(x, x.clone()) for unit, x in zip(own, matrices, strict=True) if unit in known]
             flags: list[Tensor] = []
-            replace(X, partial(polar, outliers=flags))
+            replace(X, partial(polar, outliers=Watch(flags, min(own[0].shape))))
             if not devices.is_fake(X):  # a map of one's own may ask for other polar factors, too
                 self.found += [(own, of_all) for of_all in flags if len(of_all) == len(own)]
             for x, copy in again:
-                replace(copy, partial(polar, dtype="float32"))
-                x.copy_(copy)
+                # By products that need no check, which might fail here, on one rank alone.
+                replace(copy, partial(polar, dtype="float32", kernel="torch"))
+                x.copy_(copy.to(back or x.dtype))
 
         known = self.known
         return run
 
     def send(self) -> None:
         """Send the flags of a step to the host, without waiting."""
-        if not self.found:
-            return
-        units = [unit for own, _ in self.found for unit in own]
-        flags = torch.cat([flags for _, flags in self.found])
-        arrived = None
-        if flags.device.type == "cuda":
-            arrived = torch.Event(flags.device)
-            stream = torch.cuda.current_stream(flags.device)
-            flags = flags.to("cpu", non_blocking=True)
-            arrived.record(stream)
+        for device in dict.fromkeys(flags.device for _, flags in self.found):
+            there = [(own, flags) for own, flags in self.found if flags.device == device]
+            units = [unit for own, _ in there for unit in own]
+            self._sent.append(_sent(units, torch.cat([flags for _, flags in there])))
         self.found.clear()
-        self._sent.append(_Sent(units, flags, arrived))
 
     def read(self, name_of: Callable[[Unit], str]) -> None:
         """Read the flags that have arrived, and say once of which matrices they are."""
@@ -96,7 +96,17 @@ class Outliers:
                 if unit not in self.known:
                     logger.warning(
                         "The polar factor of %s is not finite or too large in half precision: it "
-                        "was not updated in that step, and is computed in float32 from now on.",
+                        "counted as zero in that step, and is computed in float32 from now on.",
                         name_of(unit),
                     )
                 self.known.add(unit)
+
+
+def _sent(units: list[Unit], flags: Tensor) -> _Sent:
+    if flags.device.type != "cuda":
+        return _Sent(units, flags, None)
+    arrived = torch.Event(flags.device)
+    stream = torch.cuda.current_stream(flags.device)
+    flags = flags.to("cpu", non_blocking=True)
+    arrived.record(stream)
+    return _Sent(units, flags, arrived)

@@ -140,7 +140,7 @@ def _replacing(bucket: Bucket, step: Step) -> Callable[[Tensor], None]:
 
     if devices.is_cpu(bucket.device):
         return replace
-    return step.outliers.watched(replace, usual, chain(*bucket.batches))
+    return step.outliers.watched(replace, usual, chain(*bucket.batches), bucket.back)
 
 
 def _check_mapped(found: Tensor, X: Tensor) -> None:

@@ -8,6 +8,7 @@ from . import devices
 from .coefficients import FAMILIES, check_steps, register_coefficients
 from .factor import METHODS, cheapest_iteration, orthogonalize, polar_factor
 from .kernels import check_kernel, products_for
+from .outliers import Watch
 from .precision import COMPUTE_DTYPES, compute_dtype, in_own_dtype
 from .together import alike, apply_together, batched, batched_alike
 from .workspace import Workspace
@@ -16,6 +17,7 @@ __all__ = [
     "COMPUTE_DTYPES",
     "FAMILIES",
     "METHODS",
+    "Watch",
     "Workspace",
     "alike",
     "apply_together",

@@ -22,7 +22,7 @@ from .exact import svd_polar
 from .gram import HALF_PRECISION, gram_newton_schulz, run_lengths
 from .kernels import TORCH, Products, check_kernel, products_for
 from .newton_schulz import newton_schulz
-from .outliers import zero_outliers_
+from .outliers import Watch, zero_outliers_
 from .precision import check_name, compute_dtype, in_own_dtype, svd_dtype
 from .scale import STARTS, prescale
 from .together import aligned
@@ -109,7 +109,7 @@ def orthogonalize(
     compile: bool = False,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
-    outliers: list[Tensor] | None = None,
+    outliers: Watch | None = None,
 ) -> Tensor:  # (…, m, n) -> (…, m, n)
     """Return the polar factor of each matrix, in the compute dtype; no gradient is recorded.
 
@@ -166,7 +166,7 @@ def orthogonalize(
         squares = 0 if compile else SQUARES[name]
         _iterate(into if out is x else x.reshape(flat), into, run, squares, empty)
         if outliers is not None and target in HALF_PRECISION and not devices.is_cpu(x.device):
-            outliers.append(zero_outliers_(into, triples))
+            outliers.flags.append(zero_outliers_(into, triples, outliers.side))
     return result
 
 

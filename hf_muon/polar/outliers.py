@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +22,32 @@ MARGIN = 1.1
 """Of the largest norm without rounding. What rounding adds is 0.02 at most (docs/polar.md)."""
 
 
-def zero_outliers_(factors: Tensor, triples: Sequence[Triple]) -> Tensor:  # (…, m, n) -> (k,)
+class Watch(NamedTuple):
+    """What finds the outliers among some factors.
+
+    Attributes:
+        flags: gets a tensor (k,) of each iteration: the matrices whose factor was replaced by zero.
+        side: the shorter side of the matrices, where there are zeros around them.
+    """
+
+    flags: list[Tensor]
+    side: int | None = None
+
+
+def zero_outliers_(
+    factors: Tensor, triples: Sequence[Triple], side: int | None = None
+) -> Tensor:  # (…, m, n) -> (k,)
     """Replace by zero each factor that is not finite, or longer than any that the triples make.
 
     Args:
         factors: what the iteration has made of k matrices, (m, n) or (k, m, n).
         triples: its coefficients.
+        side: the shorter side of the matrices. Default: that of the factors.
 
     Returns:
         Which ones were replaced.
     """
-    bound = _longest(tuple(triples)) * math.sqrt(min(factors.shape[-2:]))
+    bound = _longest(tuple(triples)) * math.sqrt(side or min(factors.shape[-2:]))
     norms = torch.linalg.vector_norm(factors, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     flags: Tensor = norms.le(bound).logical_not_()  # NaN is not less than anything
     factors.masked_fill_(flags, 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_muon import Muon, MuonConfig
+from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer import agreement, capturable, graphed
 from hf_muon.polar import devices
 from tests.unit.optimizer.recorded import OnOneDevice, recording
@@ -306,3 +307,26 @@ def test_captured_work_leaves_the_device_for_nothing(settings, monkeypatch):
     assert counted[0] > 20
     with pytest.raises(RuntimeError, match=r"in captured work, on \{'cpu'\}"), OnOneDevice("meta"):
         torch.zeros(2, device="cpu")
+
+
+def test_with_other_ranks_steps_are_plain(recorders, monkeypatch):
+    """One that could not capture would round the same weights otherwise."""
+    optimizer = build(cuda_graph=True)
+    both = Ranks((0, 1))
+    monkeypatch.setattr(Muon, "_members", lambda self, groups: [both])
+    monkeypatch.setattr(agreement, "agreed", lambda flags, members: flags)
+    with pytest.warns(UserWarning, match="several ranks train together"):
+        train(optimizer, steps=graphed.WARM_UP + 2)
+    assert not recorders
+
+
+def test_what_is_given_up_holds_no_gradients():
+    optimizer = build(cuda_graph=True)
+
+    def change(optimizer, step):
+        for group in optimizer.param_groups[:2]:
+            group["weight_decay"] = 0.1 / (step + 1)
+
+    with pytest.warns(UserWarning, match="weight_decay changed"):
+        train(optimizer, steps=graphed.IN_VAIN + 3, change=change)
+    assert optimizer._graphed._captured is None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from hf_muon import Muon
+from hf_muon.distributed.buckets import Unit
 from hf_muon.optimizer import capturable, graphed
+from hf_muon.optimizer.outliers import Outliers
 from hf_muon.polar import devices, factor, orthogonalize
 from hf_muon.polar.coefficients import FAMILIES, coefficients
 from hf_muon.polar.outliers import zero_outliers_
@@ -87,6 +91,47 @@ def test_a_matrix_is_left_alone_once_and_computed_in_float32_from_then_on(matrix
     torch.testing.assert_close(weights[1].detach(), -2 * exact.float(), rtol=0.02, atol=1e-3)
     for number in (0, 2):  # the others go on in bfloat16, as in the first step
         torch.testing.assert_close(weights[number].detach(), 3 * before[number])
+
+
+def test_zeros_around_matrices_do_not_move_the_bound():
+    """65 × 65 in a batch that is filled up to 128: 1.4 times as long would still be short there."""
+    triples = coefficients("tight", 5)
+    factors = torch.zeros(2, 128, 128)
+    factors[:, range(65), range(65)] = torch.tensor([1.0, 1.35])[:, None]
+    assert zero_outliers_(factors.clone(), triples).tolist() == [False, False]
+    assert zero_outliers_(factors, triples, side=65).tolist() == [False, True]
+    assert not factors[1].any()
+    assert factors[0].any()
+
+
+@pytest.mark.usefixtures("diverging")
+def test_flags_of_several_devices_are_read(monkeypatch):
+    """Each arrives by itself; a device that stands in for another one computes nothing."""
+    found = Outliers()
+    sent = [torch.tensor([False, True]), torch.empty(1, dtype=torch.bool, device="meta")]
+    found.found = [(["a", "b"], sent[0]), (["c"], sent[1])]
+    found.send()
+    assert [one.units for one in found._sent] == [["a", "b"], ["c"]]
+    found._sent.pop()
+    found.read(str)
+    assert found.known == {"b"}
+
+
+@pytest.mark.usefixtures("diverging")
+def test_what_is_computed_again_fits_what_travels_back():
+    """Else the owner would apply digits that no other rank gets."""
+    weights = with_gradients()
+    for back in (torch.bfloat16, None):
+        outliers = Outliers()
+        unit = Unit(0, 0, (9, 6), ())
+        outliers.known.add(unit)
+        polar = partial(orthogonalize, method="newton_schulz", coefficients="tight", steps=4,
+                        dtype="bfloat16")  # fmt: skip
+        run = outliers.watched(lambda X, polar: polar(X, out=X), polar, [unit], back)
+        X = weights[1].grad.clone()
+        run(X)
+        assert X.any()
+        assert torch.equal(X, X.bfloat16().float()) is (back is not None)
 
 
 def test_on_a_cpu_nothing_is_checked(monkeypatch):
