@@ -32,6 +32,7 @@ def main(kind, out):
     register()
     layouts.MATRICES = without_interleaved()
     layouts.CASES = ELEMENTWISE | (WHOLE if kind == "ddp" else {})
+    layouts.IN_FLOAT16 = {}
     if kind == "fsdp":
         refused = None
         try:
