@@ -131,11 +131,11 @@ def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
 def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
     """Each matrix in its memory, row by row whichever way it lies."""
     places = zip(chain(*bucket.batches), chain(*batches), strict=True)
-    return {unit: _shaped(place, unit.shape) for unit, place in places}
-
-
-def _shaped(place: Tensor, shape: tuple[int, int]) -> Tensor:
-    return place if place.shape == shape else place.view(shape)  # a call for the device's library
+    # A view is a call of the library, which costs a step on small matrices more than the question.
+    return {
+        unit: place if place.shape == unit.shape else place.view(unit.shape)
+        for unit, place in places
+    }
 
 
 def _gather(
