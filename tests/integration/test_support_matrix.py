@@ -61,6 +61,14 @@ ROWS = {
         ECOSYSTEM + "test_the_plugin_registers_before_axolotl_makes_its_arguments",
         ECOSYSTEM + "test_the_files_of_both_frameworks_choose_our_optimizer",
     ],
+    "TRL (SFT, DPO, reward, GRPO)": [
+        "integration/test_recipe_post_training.py::test_a_method_trains_with_muon_and_learns",
+        "integration/test_recipe_clients.py::test_an_encoder_decoder",
+        "integration/test_sentence_transformers.py::"
+        "test_all_tensors_of_model_and_loss_are_trained_and_something_is_learned",
+        "integration/test_sentence_transformers.py::test_setfit",
+        ECOSYSTEM + "test_a_loop_of_another_library_learns_and_resumes_bit_by_bit",
+    ],
     "LoRA, rsLoRA, PiSSA, DoRA": [
         ADAPTERS + "test_factors_are_trained_by_muon_in_pairs",
         ADAPTERS + "test_a_saved_adapter_computes_what_was_trained",
