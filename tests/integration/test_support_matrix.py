@@ -55,7 +55,6 @@ ROWS = {
     "an unmodified script through `hf_muon.run`": [
         ECOSYSTEM + "test_muon_trains_a_script_that_does_not_know_it",
         ECOSYSTEM + "test_two_processes_of_the_script_equal_one",
-        ECOSYSTEM + "test_trl_trains_a_reward_model",
         ECOSYSTEM + "test_the_loop_on_two_processes_equals_one",
         ECOSYSTEM + "test_the_loop_goes_on_from_its_checkpoint",
         ECOSYSTEM + "test_the_plugin_registers_before_axolotl_makes_its_arguments",
