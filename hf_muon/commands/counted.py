@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_muon.optimizer.adamw import is_dense
+
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 ALLOCATION = 512
 """Bytes: what the caching allocator rounds each allocation up to."""
@@ -335,22 +337,12 @@ def _of_lists(name: str, args: Sequence[Any], kwargs: Any) -> int:
     alike = alike and len({t.device for one in lists for t in one}) == 1
     rows = zip(*lists, strict=True)
     alike = alike and all(len({(t.shape, t.stride()) for t in row}) == 1 for row in rows)
-    if not (alike and all(map(_is_dense, lists[0]))):
+    if not (alike and all(map(is_dense, lists[0]))):
         return len(lists[0])
     is_norm = name == "_foreach_norm"  # which adds up what it finds of chunks, from zeros
     depth = len(lists) + (not name.endswith("_") and not is_norm)
     sizes = [tensor.numel() for tensor in lists[0]]
     return launches_of(sizes, depth, with_scalars=bool(scalars)) + 2 * is_norm
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its entries fill their memory, in any order of dimensions."""
-    dense = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != dense:
-            return False
-        dense *= size
-    return True
 
 
 def launches_of(sizes: Sequence[int], lists: int, *, with_scalars: bool = False) -> int:

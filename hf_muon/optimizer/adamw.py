@@ -58,7 +58,7 @@ def _may_fuse(p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
         return False
     if not all(x.is_contiguous() for x in (first, *others)):
         strides = _strides(first)
-        if not _is_dense(first) or any(_strides(x) != strides for x in others):
+        if not is_dense(first) or any(_strides(x) != strides for x in others):
             return False
     devices = _get_fused_kernels_supported_devices()
     return first.is_floating_point() and first.device.type in devices
@@ -70,7 +70,7 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride for stride, size in pairs if size != 1]
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether its entries fill their memory, in any order of dimensions."""
     dense = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
