@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Product(Protocol):
-    """A way to compute beta·C + alpha·AB, or alpha·AB where C is None."""
+    """A way to compute beta·C + alpha·AB, or AB where C is None."""
 
     def __call__(
         self,
@@ -28,14 +28,14 @@ class Product(Protocol):
         alpha: float = 1.0,
         out: Tensor,
     ) -> Tensor:
-        """Return beta·C + alpha·AB.
+        """Return beta·C + alpha·AB, or AB.
 
         Args:
             A: shape (…, m, k).
             B: shape (…, k, n).
-            C: shape (…, m, n).
+            C: shape (…, m, n); None for AB alone, without factors.
             beta: factor of C.
-            alpha: factor of the product.
+            alpha: factor of the product that is added to it.
             out: the result, (…, m, n); shares no memory with the others.
         """
 
@@ -78,7 +78,7 @@ def multiply(
     alpha: float = 1.0,
     out: Tensor,
 ) -> Tensor:
-    """The :class:`Product` of torch; without C, alpha is one."""
+    """The :class:`Product` of torch."""
     if C is None:
         return torch.mm(A, B, out=out) if A.ndim == 2 else torch.bmm(A, B, out=out)
     fused = torch.addmm if A.ndim == 2 else torch.baddbmm

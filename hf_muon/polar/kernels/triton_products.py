@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +124,7 @@ _define(
 _define("chunk_sums(Tensor X, bool of_squares, Tensor(a!) out) -> ()", _launch_sums)
 
 
-def multiply(
+def _product(
     A: Tensor,
     B: Tensor,
     C: Tensor | None = None,
@@ -132,23 +132,10 @@ def multiply(
     beta: float = 0.0,
     alpha: float = 1.0,
     out: Tensor,
+    symmetric: bool = False,
 ) -> Tensor:
-    """The :class:`~hf_muon.polar.kernels.products.Product` of any matrices."""
-    torch.ops.hf_muon.product(A, B, C, beta, alpha, False, out)
-    return out
-
-
-def symmetric_product(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None = None,
-    *,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-    out: Tensor,
-) -> Tensor:
-    """The same of a symmetric result, which is exactly symmetric: half of it is computed."""
-    torch.ops.hf_muon.product(A, B, C, beta, alpha, True, out)
+    """The ``Product``; of a symmetric one half is computed, and it is exactly symmetric."""
+    torch.ops.hf_muon.product(A, B, C, beta, alpha, symmetric, out)
     return out
 
 
@@ -165,5 +152,5 @@ def norm(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)
     return sums.sqrt_().to(dtype).view(shape)
 
 
-TRITON = Products("triton", multiply, symmetric_product, norm, is_fixed=True)
+TRITON = Products("triton", _product, partial(_product, symmetric=True), norm, is_fixed=True)
 """Products and norms by Triton."""
