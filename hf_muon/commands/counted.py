@@ -191,7 +191,8 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _answer(args[0]) if constant is None else func(constant)
         if any(one.is_meta and not isinstance(one, FakeTensor) for one in given):
             if name == "_to_copy" and _to_host(kwargs.get("device")):
-                return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.ones(args[0].shape, dtype=dtype, device="cpu")
             if name == "copy_" and _to_host(args[0].device):
                 return args[0].fill_(1)
         return func(*args, **kwargs)

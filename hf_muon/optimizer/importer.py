@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_muon.optimizer.buffers import step_count
 from hf_muon.optimizer.muon import Muon
 from hf_muon.rules import FILTERS, rule_of
 
@@ -107,9 +107,9 @@ def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tenso
     moonlight = "adamw_betas" in group
     if "momentum_buffer" in state:
         share = 1 - group["momentum"] if moonlight else 1.0
-        return {"step": torch.zeros(()), "exp_avg": state["momentum_buffer"] * share}
+        return {"step": step_count(0), "exp_avg": state["momentum_buffer"] * share}
     if moonlight and state.keys() >= {"moment1", "moment2", "step"}:
-        step = torch.tensor(float(state["step"]))
+        step = step_count(state["step"])
         moments = {"exp_avg": state["moment1"].clone(), "exp_avg_sq": state["moment2"].clone()}
         return {"step": step, **moments}
     raise ValueError(
