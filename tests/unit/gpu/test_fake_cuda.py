@@ -14,6 +14,7 @@ import pytest
 
 from hf_muon.config import MuonConfig
 from hf_muon.optimizer import Muon
+from hf_muon.rules import _OF_PACKAGE as OF_PACKAGE
 from hf_muon.rules import FILTERS, MAPS, PAIR_MAPS, PREFILTERS, RESCALES, WRITES
 from scripts.scaling_table import MODELS
 from tests.distributed.launch import ROOT
@@ -68,14 +69,16 @@ CONTROLS = {
 }
 SMALL = [(48, 48), (48, 48), (96, 48), (48, 130), (7, 5), (5, 7), (1, 9), (3, 3000)]
 PAIRS = [(8, 48), (96, 8), (8, 48), (48, 8), (8, 96), (48, 8)]
+# Tests elsewhere may have registered their own.
+FILTERS, MAPS, RESCALES = (OF_PACKAGE.intersection(table) for table in (FILTERS, MAPS, RESCALES))
 CHOICES = {
     "order": ["pre_polar", "post_polar", "polar_only"],
     "prefilter": list(PREFILTERS),
-    "filter": list(FILTERS),
+    "filter": sorted(FILTERS),
     "momentum": [[0.9, 0.98], "auto"],
     "nesterov": [False],
-    "matrix_map": list(MAPS),
-    "rescale": list(RESCALES),
+    "matrix_map": sorted(MAPS),
+    "rescale": sorted(RESCALES),
     "match_update_rms": [True],
     "step_rule": [name for name in WRITES if name != "change"],
     "cautious_weight_decay": [True],
