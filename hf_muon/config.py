@@ -29,6 +29,7 @@ Prefilter = Literal["none", "clip", "norm"]
 StepRule = Literal["additive", "hyperball", "relative"]
 LoraUpdate = Literal["factor", "product", "tangent"]
 Distribute = Literal["auto", "owner", "redundant"]
+Conv = Literal["adamw", "flatten"]
 
 Plain = str | int | float | bool | None | tuple[Any, ...]
 
@@ -99,6 +100,8 @@ class MuonConfig:
             each entry, and a float32 for each block of up to 2048 entries of a row.
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
+        conv: Who trains kernels of convolutions: ``adamw``, or ``flatten``, Muon, as matrices
+            (out, in · window), one for each group; depthwise kernels are vectors and stay AdamW's.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
         split_heads: Treat query, key and value projections, fused or not, as one matrix per
             attention head, where the architecture declares heads. Adapters stay whole.
@@ -160,6 +163,7 @@ class MuonConfig:
     momentum_dtype: MomentumDtype | None = None
     muon_params: tuple[str, ...] = ()
     adamw_params: tuple[str, ...] = ()
+    conv: Conv = "adamw"
     split_fused: bool = False
     split_heads: bool = False
     lora_update: LoraUpdate = "factor"

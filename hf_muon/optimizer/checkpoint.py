@@ -201,8 +201,8 @@ def _routing_message(
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f"The checkpoint was routed otherwise: {listed}{more}. Load it with the muon_params, "
-        "adamw_params, split_fused and split_heads it was trained with (its muon_report.json has "
-        "them), or start the optimizer afresh."
+        "adamw_params, conv, split_fused and split_heads it was trained with (its muon_report.json "
+        "has them), or start the optimizer afresh."
     )
 
 

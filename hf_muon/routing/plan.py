@@ -138,7 +138,10 @@ class RoutePlan:
         if any(OF_RANK_ONE in route.reason for route in self.routes):
             hint = "Rank-1 factors are vectors, which have no polar factor: use r ≥ 2."
         elif "conv" in kinds:
-            hint = "muon_params names kernels that Muon should train, flattened."
+            hint = (
+                "muon_params names kernels that Muon should train, flattened; conv='flatten' gives "
+                "it all of them."
+            )
         else:
             hint = "Use a stock AdamW, or name matrices through muon_params."
         raise ValueError(
@@ -187,8 +190,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
 
     Args:
         model: Any module; wrapped by DDP, ``torch.compile`` or PEFT as well.
-        config: Gives ``muon_params``, ``adamw_params``, ``split_fused`` and ``split_heads``.
-            Default: none.
+        config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused`` and
+            ``split_heads``. Default: none.
 
     Returns:
         The plan. It may have an empty Muon half; :meth:`RoutePlan.param_groups` refuses that.
@@ -202,9 +205,9 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         muon=_matched("muon_params", config.muon_params, facts),
         adamw=_matched("adamw_params", config.adamw_params, facts),
     )
-    splits = (config.split_fused, config.split_heads)
+    asked = (config.split_fused, config.split_heads, config.conv)
     decisions = [
-        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *splits))
+        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *asked))
         for c in facts.candidates
     ]
     names = {
