@@ -119,7 +119,7 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
         raise ValueError(
             "The checkpoint has the same parameters in other groups or in another order, and "
             "state is loaded by position. Build the optimizer from the same model code and with "
-            "the same settings."
+            "the same settings, lr_multipliers among them (its muon_report.json has them)."
             if named
             else f"The checkpoint has groups of {theirs} parameters and this optimizer of {mine}, "
             "and state is loaded by position where parameters have no names. Build the optimizer "
@@ -220,6 +220,8 @@ def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
     _check_order(own, loaded)
     if "momentum" in loaded and "momentum_weights" not in loaded:  # of an older version
         own = {key: value for key, value in own.items() if key != "momentum_weights"}
+    if "lr_multiplier" not in loaded:  # its rate is that of the run
+        own = {key: value for key, value in own.items() if key != "lr_multiplier"}
     known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
     if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
         known["lr"] = 0.0  # a schedule that ends at zero has rounded

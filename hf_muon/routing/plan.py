@@ -190,8 +190,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
 
     Args:
         model: Any module; wrapped by DDP, ``torch.compile`` or PEFT as well.
-        config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused`` and
-            ``split_heads``. Default: none.
+        config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused``,
+            ``split_heads`` and ``lr_multipliers``. Default: none.
 
     Returns:
         The plan. It may have an empty Muon half; :meth:`RoutePlan.param_groups` refuses that.
@@ -215,7 +215,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         for candidate, decision in zip(facts.candidates, decisions, strict=True)
         if decision.algorithm == "muon"
     }
-    decayed = _decayed_names(model)
+    decayed, factors = _decayed_names(model), _lr_factors(config.lr_factors, facts)
 
     def finished(candidate: Candidate, decision: Decision) -> Route:
         made = Route(
@@ -225,6 +225,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
             reason=decision.reason,
             matrices=decision.matrices,
             decay=candidate.raw_name in decayed,
+            lr_multiplier=factors.get(candidate.name, 1.0),
         )
         adapter = of_adapters.get(id(candidate.parameter))
         if adapter is None or adapter.factor is None or decision.algorithm != "muon":
@@ -238,6 +239,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
             "model. Attach an adapter of rank 2 or more before the optimizer is made, or use "
             "lora_update='factor'."
         )
+    _check_rates_of_pairs(routes)
     return RoutePlan(
         routes=routes,
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
@@ -310,6 +312,32 @@ def _matched(field_name: str, patterns: Iterable[str], facts: Survey) -> dict[st
         for name in matches:
             found.setdefault(name, pattern)
     return found
+
+
+def _lr_factors(by_pattern: dict[str, float], facts: Survey) -> dict[str, float]:
+    """What multiplies the learning rate, by name of a parameter: the first pattern counts."""
+    found = _matched("lr_multipliers", by_pattern, facts)
+    for pattern in by_pattern:
+        if pattern in found.values():
+            continue
+        raise ValueError(
+            f"lr_multipliers holds {pattern!r}, and patterns before it match every parameter that "
+            "it does; the first that matches counts. Put it before them, or leave it out."
+        )
+    return {name: by_pattern[pattern] for name, pattern in found.items()}
+
+
+def _check_rates_of_pairs(routes: Iterable[Route]) -> None:
+    """A and B that move together have one rate."""
+    factors = {one.name: one.lr_multiplier for one in routes}
+    for one in routes:
+        moved = one.pair is not None and one.lora_update != "factor"
+        if moved and one.pair is not None and factors[one.pair] != one.lr_multiplier:
+            raise ValueError(
+                f"lr_multipliers gives {one.name} the factor {one.lr_multiplier:g} and {one.pair} "
+                f"{factors[one.pair]:g}, and lora_update={one.lora_update!r} moves both together: "
+                "match both, or use lora_update='factor'."
+            )
 
 
 def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str, str]) -> str:
