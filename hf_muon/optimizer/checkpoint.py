@@ -7,6 +7,7 @@ checked before anything is changed. :mod:`~hf_muon.optimizer.buffers` looks at t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,6 +109,8 @@ def _all(values: Any, kind: Any) -> bool:
 def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
     """The saved groups in the order of the optimizer's own."""
     named = all("param_names" in group for group in (*own, *saved))
+    if named:
+        own, saved = _without_wrappers(own), _without_wrappers(saved)
     mine, theirs = ([_identity(group, named) for group in side] for side in (own, saved))
     if named:
         _compare_routes(_routes(own), _routes(saved))
@@ -129,6 +132,21 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
         labels = list(map(_labels, range(len(own)), own, saved))
         _compare_routes(_routes(own, labels), _routes(saved, labels))
     return saved
+
+
+def _without_wrappers(groups: Sequence[Group]) -> list[Group]:
+    """Groups whose names are those inside ``torch.compile``, DDP and DataParallel.
+
+    Only ``module.`` before every name is a wrapper's for sure.
+    """
+    names = [[_COMPILED.sub("", name) for name in group["param_names"]] for group in groups]
+    while any(names) and all(name.startswith("module.") for of_group in names for name in of_group):
+        names = [[name.removeprefix("module.") for name in of_group] for of_group in names]
+    pairs = zip(groups, names, strict=True)
+    return [{**group, "param_names": of_group} for group, of_group in pairs]
+
+
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
 
 def _identity(group: Group, named: bool) -> Any:
@@ -210,8 +228,8 @@ def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
     """A group of the checkpoint with its own settings, and this optimizer's structure."""
     structure = {key: own[key] for key in STRUCTURE & own.keys()}
     settings = _loaded_settings(own, loaded, f"Group {number}")
-    if len(loaded.get("param_names", ())) == len(loaded["params"]):  # torch takes them over too
-        structure["param_names"] = list(loaded["param_names"])
+    if "param_names" not in own and len(loaded.get("param_names", ())) == len(loaded["params"]):
+        structure["param_names"] = list(loaded["param_names"])  # torch takes them over too
     return {**structure, **settings, "params": list(loaded["params"])}
 
 

@@ -7,6 +7,7 @@ two routings apart, and makes the optimizer's param groups.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
 from hf_muon.routing.route import Route, param_groups
 from hf_muon.routing.rules import Context, Decision, Overrides, decide
-from hf_muon.routing.survey import Candidate, Survey, survey, trainable
+from hf_muon.routing.survey import WRAPPERS, Candidate, Survey, survey, trainable
 from hf_muon.routing.table import render
 from hf_muon.rules import kept_by
 from hf_muon.values import near
@@ -345,8 +346,15 @@ def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str
     for alias, name in aliases.items():
         if re.search(pattern, alias):
             return f"{message} {alias} is tied: the tensor is trained as {name}."
+    bare = re.sub(_IN_WRAPPERS, "", pattern)
+    with contextlib.suppress(re.error):
+        if bare != pattern and any(re.search(bare, name) for name in names):
+            return f"{message} Names are those without wrappers: write {bare!r}."
     words = {step for name in names for step in name.split(".")} | set(names)
     return message + near(pattern.strip("^$."), words)
+
+
+_IN_WRAPPERS = re.compile(rf"(?:{'|'.join(sorted(set(WRAPPERS.values())))})\\?\.")
 
 
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
