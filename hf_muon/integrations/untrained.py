@@ -1,8 +1,8 @@
 """Parameters that need a gradient and that the optimizer does not hold.
 
 In: the steps of an optimizer, and the model that it was made for. Out: one warning for each
-parameter that was unfrozen, added or replaced since, by name, at the first step that could train
-it. A warning, because such runs go on with any optimizer, and a callback may add the group later.
+parameter that was unfrozen, added or replaced since, by name, within ten steps. A warning, because
+such runs go on with any optimizer, and a callback may add the group later.
 """
 
 from __future__ import annotations
