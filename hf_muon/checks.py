@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_muon.polar import FAMILIES, check_steps
 from hf_muon.rules import FILTERS, MAPS, RESCALES, asks_the_host
-from hf_muon.values import check_pattern, near, shown
+from hf_muon.values import check_pattern, near, shown, with_factor
 
 
 def check_settings(config: Any) -> None:
@@ -65,6 +65,22 @@ def _check_ranges(config: Any) -> None:
     for name in ("muon_params", "adamw_params"):
         for pattern in getattr(config, name):
             check_pattern(name, pattern)
+    _check_factors(config.lr_multipliers)
+
+
+def _check_factors(items: tuple[str, ...]) -> None:
+    patterns: set[str] = set()
+    for item in items:
+        pattern, factor = with_factor("lr_multipliers", item)
+        if pattern in patterns:
+            raise ValueError(f"lr_multipliers gives {shown(pattern)} twice.")
+        patterns.add(pattern)
+        check_pattern("lr_multipliers", pattern)
+        if not 0 <= factor < _RANGES["lr"][1]:
+            raise ValueError(
+                f"lr_multipliers holds {shown(item)}, which is out of range: 0 ≤ factor < "
+                f"{_RANGES['lr'][1]:g} is allowed."
+            )
 
 
 # The settings whose values are the names in a table, to which users may add theirs.

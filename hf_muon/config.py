@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 from hf_muon.checks import check_settings
 from hf_muon.rules import rule_of
 from hf_muon.stages import Momentum, Rule
-from hf_muon.values import parsed, read_json, require_known, shown, typed
+from hf_muon.values import parsed, read_json, require_known, shown, typed, with_factor
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
 PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
@@ -29,6 +29,7 @@ Prefilter = Literal["none", "clip", "norm"]
 StepRule = Literal["additive", "hyperball", "relative"]
 LoraUpdate = Literal["factor", "product", "tangent"]
 Distribute = Literal["auto", "owner", "redundant"]
+Conv = Literal["adamw", "flatten"]
 
 Plain = str | int | float | bool | None | tuple[Any, ...]
 
@@ -82,6 +83,8 @@ class MuonConfig:
         lr: Learning rate of the matrices.
         adamw_lr: Learning rate of the AdamW half; None takes ``lr``, which only
             ``match_rms_adamw`` allows.
+        lr_multipliers: ``PATTERN:FACTOR``, a regex of parameter names and what multiplies their
+            rate, in either half; a mapping of them is taken, too. The first that matches counts.
         weight_decay: Decoupled decay λ of the matrices: W ← (1 − lr·λ)W.
         adamw_weight_decay: The same for the AdamW half; None takes ``weight_decay``.
         cautious_weight_decay: Decay a matrix entry only where the update points the same way.
@@ -99,6 +102,8 @@ class MuonConfig:
             each entry, and a float32 for each block of up to 2048 entries of a row.
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
+        conv: Who trains kernels of convolutions: ``adamw``, or ``flatten``, Muon, as matrices
+            (out, in · window), one for each group; depthwise kernels are vectors and stay AdamW's.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
         split_heads: Treat query, key and value projections, fused or not, as one matrix per
             attention head, where the architecture declares heads. Adapters stay whole.
@@ -145,6 +150,7 @@ class MuonConfig:
     adjust_lr: AdjustLr = "match_rms_adamw"
     lr: float | None = None
     adamw_lr: float | None = None
+    lr_multipliers: tuple[str, ...] = ()
     weight_decay: float = 0.0
     adamw_weight_decay: float | None = None
     cautious_weight_decay: bool = False
@@ -160,6 +166,7 @@ class MuonConfig:
     momentum_dtype: MomentumDtype | None = None
     muon_params: tuple[str, ...] = ()
     adamw_params: tuple[str, ...] = ()
+    conv: Conv = "adamw"
     split_fused: bool = False
     split_heads: bool = False
     lora_update: LoraUpdate = "factor"
@@ -180,6 +187,9 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         """Bring every value to its declared type, then check ranges and combinations."""
+        if isinstance(self.lr_multipliers, Mapping):
+            listed = [f"{pattern}:{factor}" for pattern, factor in self.lr_multipliers.items()]
+            object.__setattr__(self, "lr_multipliers", tuple(listed))
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         if isinstance(self.momentum, tuple) and len(self.momentum) == 1:
@@ -191,8 +201,8 @@ class MuonConfig:
         """Read the Trainer's ``optim_args``: ``key=value`` pairs separated by commas.
 
         Number lists are separated by ``:`` (``adamw_betas=0.9:0.95``), lists of regexes by ``|``
-        outside brackets (``adamw_params=score|gate``). ``config=muon.json`` reads a file, whose
-        values the other pairs override.
+        outside brackets (``adamw_params=score|gate``, ``lr_multipliers=embed:0.5|score:2``).
+        ``config=muon.json`` reads a file, whose values the other pairs override.
 
         Args:
             optim_args: The string, as the Trainer takes it; spaces around names and values do not
@@ -236,6 +246,11 @@ class MuonConfig:
     def rule(self) -> Rule:
         """The update rule that the settings ask for."""
         return rule_of(vars(self))
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """The factors of ``lr_multipliers`` by pattern, in their order."""
+        return dict(with_factor("lr_multipliers", item) for item in self.lr_multipliers)
 
     def to_dict(self) -> dict[str, Plain]:
         """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""

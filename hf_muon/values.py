@@ -266,6 +266,17 @@ def check_pattern(name: str, pattern: str) -> None:
         )
 
 
+def with_factor(name: str, item: str) -> tuple[str, float]:
+    """``PATTERN:FACTOR`` as its parts; a pattern may hold colons, a factor holds none."""
+    pattern, _, text = item.rpartition(":")
+    if not (pattern and _NUMBER.fullmatch(text)):
+        raise ValueError(
+            f"{name} holds {shown(item)}, where PATTERN:FACTOR is expected (optim_args: "
+            f"{name}=embed_tokens:0.5|layers:0.1)."
+        )
+    return pattern, _from_string(name, text, float)
+
+
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[a-zA-Z:=!<>#-]*|.", re.DOTALL)
 _TWICE = re.compile(r"(\\?.)[*+]\1[*+]", re.DOTALL)
 

@@ -22,9 +22,9 @@ from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.report import find_muon, write_report
+from hf_muon.integrations.untrained import watch
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.auto_momentum import momenta_in_use
-from hf_muon.routing.survey import trainable
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ class MuonCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.adamw_lr: float | None = None
-        self.said: set[str] = set()  # names of parameters that were warned of
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,8 +52,7 @@ class MuonCallback(TrainerCallback):
         """Write the report, or say that another optimizer trains than the one that was named."""
         if find_muon(kwargs.get("optimizer")) is not None:
             self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or "."))
-            self.said = set()
-            self._look_for_untrained(state, kwargs)
+            self._look_for_untrained(kwargs, begins=True)
         elif is_ours(args.optim):
             logger.warning(
                 "optim=%r was asked for, but the Trainer was given another optimizer: %s trains.",
@@ -88,7 +86,7 @@ class MuonCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look for parameters that have become trainable."""
-        self._look_for_untrained(state, kwargs)
+        self._look_for_untrained(kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,25 +125,17 @@ class MuonCallback(TrainerCallback):
         if values:
             logs.update(values)
             state.log_history[-1].update(values)
-        self._look_for_untrained(state, kwargs)
+        self._look_for_untrained(kwargs)
 
-    def _look_for_untrained(self, state: TrainerState, of_trainer: dict[str, Any]) -> None:
-        """Warn once of each parameter that needs a gradient and that no group holds."""
+    @staticmethod
+    def _look_for_untrained(of_trainer: dict[str, Any], begins: bool = False) -> None:
+        """Warn of parameters that need a gradient and that no group holds."""
         model, optimizer = of_trainer.get("model"), find_muon(of_trainer.get("optimizer"))
-        if not isinstance(model, nn.Module) or optimizer is None:
-            return
-        names = [name for name in untrained(model, optimizer) if name not in self.said]
-        self.said.update(names)
-        if names and state.is_local_process_zero:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            logger.warning(
-                "The optimizer does not train %s%s: since it was made they were added, replaced "
-                "or set to require a gradient. Do that before the Trainer makes the optimizer; "
-                "between two calls of train(), set trainer.optimizer = None, so that it makes "
-                "another one.",
-                ", ".join(names[:5]),
-                more,
-            )
+        if isinstance(model, nn.Module) and optimizer is not None:
+            watched = watch(optimizer, model)
+            if begins:
+                watched.begin(model)
+            watched.look(optimizer)
 
     @staticmethod
     def _write_report(wrapped: object, state: TrainerState, folder: Path) -> None:
@@ -163,16 +153,3 @@ def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:
         return {}
     shown = {"min": found[0], "median": found[len(found) // 2], "max": found[-1]}
     return {f"momentum/{name}": beta for name, beta in shown.items()}
-
-
-def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
-    """Names of the parameters that need a gradient and are in no group."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    if all(id(p) in held for p in wanted):
-        return []
-    if any(id(p) in held for p in wanted):
-        return [name for name, p in trainable(model) if id(p) not in held]
-    # DeepSpeed has put flat tensors into the groups; the names are still there.
-    named = {name for group in optimizer.param_groups for name in group.get("param_names", [])}
-    return [name for name, _ in trainable(model) if name not in named] if named else []

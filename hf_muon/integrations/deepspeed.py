@@ -38,14 +38,26 @@ def check_config(config: Config, run: MuonConfig | None = None) -> None:
     """
     problems = [f"{setting}: {remedy}" for setting, is_set, remedy in _REFUSED if is_set(config)]
     schedule = _at(config, "scheduler", "type")
-    if schedule in _ABSOLUTE and run is not None and run.adamw_lr not in (None, run.lr):
+    for name, value in _rates_of_their_own(run) if schedule in _ABSOLUTE else ():
         problems.append(
-            f"scheduler: {schedule} gives all parameters the same rates, and adamw_lr="
-            f"{run.adamw_lr!r} would be lost. Remove the section and set lr_scheduler_type, which "
-            "scales both rates, or leave adamw_lr out."
+            f"scheduler: {schedule} gives all parameters the same rates, and {name}={value!r} "
+            "would be lost. Remove the section and set lr_scheduler_type, which scales all rates, "
+            f"or leave {name} out."
         )
     if problems:
         raise ValueError("The DeepSpeed config does not let Muon train.\n" + "\n".join(problems))
+
+
+def _rates_of_their_own(run: MuonConfig | None) -> list[tuple[str, object]]:
+    """The settings that give some parameters another rate than the others."""
+    if run is None:
+        return []
+    lost: list[tuple[str, object]] = []
+    if run.adamw_lr not in (None, run.lr):
+        lost.append(("adamw_lr", run.adamw_lr))
+    if run.lr_multipliers:
+        lost.append(("lr_multipliers", run.lr_multipliers))
+    return lost
 
 
 # Schedules that write rates; WarmupCosineLR scales those of the groups (DeepSpeed 0.19).

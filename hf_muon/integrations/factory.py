@@ -19,6 +19,7 @@ from hf_muon.config import MuonConfig
 from hf_muon.integrations.arguments import forget, model_of
 from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.model_card import describe_in_model_cards
+from hf_muon.integrations.untrained import untrained, watch
 from hf_muon.optimizer import Muon
 from hf_muon.routing import RoutePlan, route
 from hf_muon.routing.route import as_groups
@@ -58,10 +59,11 @@ def create_muon_optimizer(
         config = MuonConfig(**overrides)
     elif overrides:
         config = dataclasses.replace(config, **overrides)
-    return _optimizer(route(model, config), config, groups, replicate_group)
+    return _optimizer(model, route(model, config), config, groups, replicate_group)
 
 
 def _optimizer(
+    model: nn.Module | None,
     plan: RoutePlan,
     config: MuonConfig,
     given: Iterable[Any] | None,
@@ -72,6 +74,10 @@ def _optimizer(
     if given is not None:
         plan = plan.only({name for group in groups for name, _ in group["params"]})
     optimizer.routes = plan.to_dict()
+    if model is not None:
+        watched = watch(optimizer, model)
+        if given is not None:  # what they leave out, another optimizer may train
+            watched.begin(model, untrained(model, optimizer))
     totals = plan.totals()
     logger.info(
         "Muon trains %d matrices (%d parameters), AdamW %d tensors (%d parameters).",
@@ -138,9 +144,10 @@ def _built(model: nn.Module | None, given: Iterable[Any] | None, settings: dict[
         if any("algorithm" in group for group in given):
             return Muon(given, replicate_group="world", config=config)
     if plan is None:
-        plan = route(model or _model_of(given), config)
+        model = model or _model_of(given)
+        plan = route(model, config)
     # A Trainer's plain tensors are copies on all ranks: it wraps them in DDP.
-    return _optimizer(plan, config, given, "world")
+    return _optimizer(model, plan, config, given, "world")
 
 
 def _config(settings: dict[str, Any]) -> MuonConfig:

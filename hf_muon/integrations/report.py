@@ -119,6 +119,9 @@ def describe(optimizer: Muon) -> str:
         beta1, beta2 = adamw["betas"]
         text += f"; AdamW with betas=({beta1:g}, {beta2:g}), eps={adamw['eps']:g}"
         text += f", lr={_rate(adamw):g} for all other parameters"
+    factors = sorted({g["lr_multiplier"] for g in optimizer.param_groups if "lr_multiplier" in g})
+    if factors:
+        text += f"; rates times {_joined(factors, ', ')} for what lr_multipliers names"
     return text
 
 

@@ -7,6 +7,7 @@ checked before anything is changed. :mod:`~hf_muon.optimizer.buffers` looks at t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,6 +109,8 @@ def _all(values: Any, kind: Any) -> bool:
 def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
     """The saved groups in the order of the optimizer's own."""
     named = all("param_names" in group for group in (*own, *saved))
+    if named:
+        own, saved = _without_wrappers(own), _without_wrappers(saved)
     mine, theirs = ([_identity(group, named) for group in side] for side in (own, saved))
     if named:
         _compare_routes(_routes(own), _routes(saved))
@@ -119,7 +122,7 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
         raise ValueError(
             "The checkpoint has the same parameters in other groups or in another order, and "
             "state is loaded by position. Build the optimizer from the same model code and with "
-            "the same settings."
+            "the same settings, lr_multipliers among them (its muon_report.json has them)."
             if named
             else f"The checkpoint has groups of {theirs} parameters and this optimizer of {mine}, "
             "and state is loaded by position where parameters have no names. Build the optimizer "
@@ -129,6 +132,21 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
         labels = list(map(_labels, range(len(own)), own, saved))
         _compare_routes(_routes(own, labels), _routes(saved, labels))
     return saved
+
+
+def _without_wrappers(groups: Sequence[Group]) -> list[Group]:
+    """Groups whose names are those inside ``torch.compile``, DDP and DataParallel.
+
+    Only ``module.`` before every name is a wrapper's for sure.
+    """
+    names = [[_COMPILED.sub("", name) for name in group["param_names"]] for group in groups]
+    while any(names) and all(name.startswith("module.") for of_group in names for name in of_group):
+        names = [[name.removeprefix("module.") for name in of_group] for of_group in names]
+    pairs = zip(groups, names, strict=True)
+    return [{**group, "param_names": of_group} for group, of_group in pairs]
+
+
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
 
 def _identity(group: Group, named: bool) -> Any:
@@ -201,8 +219,8 @@ def _routing_message(
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
     return (
         f"The checkpoint was routed otherwise: {listed}{more}. Load it with the muon_params, "
-        "adamw_params, split_fused and split_heads it was trained with (its muon_report.json has "
-        "them), or start the optimizer afresh."
+        "adamw_params, conv, split_fused and split_heads it was trained with (its muon_report.json "
+        "has them), or start the optimizer afresh."
     )
 
 
@@ -210,8 +228,8 @@ def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
     """A group of the checkpoint with its own settings, and this optimizer's structure."""
     structure = {key: own[key] for key in STRUCTURE & own.keys()}
     settings = _loaded_settings(own, loaded, f"Group {number}")
-    if len(loaded.get("param_names", ())) == len(loaded["params"]):  # torch takes them over too
-        structure["param_names"] = list(loaded["param_names"])
+    if "param_names" not in own and len(loaded.get("param_names", ())) == len(loaded["params"]):
+        structure["param_names"] = list(loaded["param_names"])  # torch takes them over too
     return {**structure, **settings, "params": list(loaded["params"])}
 
 
@@ -220,6 +238,8 @@ def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
     _check_order(own, loaded)
     if "momentum" in loaded and "momentum_weights" not in loaded:  # of an older version
         own = {key: value for key, value in own.items() if key != "momentum_weights"}
+    if "lr_multiplier" not in loaded:  # its rate is that of the run
+        own = {key: value for key, value in own.items() if key != "lr_multiplier"}
     known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
     if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
         known["lr"] = 0.0  # a schedule that ends at zero has rounded

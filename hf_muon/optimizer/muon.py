@@ -128,6 +128,11 @@ class Muon(Optimizer):
         self._graphed = Graphed()
         self._is_checked = False  # whether a step has looked at state that others may have left
 
+    @property
+    def is_flattened(self) -> bool:
+        """Whether DeepSpeed's flat tensors are in the groups, of which a step may get one."""
+        return self._origins.are_flattened
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the settings, which ``add_param_group`` needs."""
         kept: dict[str, Any] = {"config": self.config, "routes": self.routes}

@@ -7,6 +7,7 @@ two routings apart, and makes the optimizer's param groups.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
 from hf_muon.routing.route import Route, param_groups
 from hf_muon.routing.rules import Context, Decision, Overrides, decide
-from hf_muon.routing.survey import Candidate, Survey, survey, trainable
+from hf_muon.routing.survey import WRAPPERS, Candidate, Survey, survey, trainable
 from hf_muon.routing.table import render
 from hf_muon.rules import kept_by
 from hf_muon.values import near
@@ -138,7 +139,10 @@ class RoutePlan:
         if any(OF_RANK_ONE in route.reason for route in self.routes):
             hint = "Rank-1 factors are vectors, which have no polar factor: use r ≥ 2."
         elif "conv" in kinds:
-            hint = "muon_params names kernels that Muon should train, flattened."
+            hint = (
+                "muon_params names kernels that Muon should train, flattened; conv='flatten' gives "
+                "it all of them."
+            )
         else:
             hint = "Use a stock AdamW, or name matrices through muon_params."
         raise ValueError(
@@ -187,8 +191,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
 
     Args:
         model: Any module; wrapped by DDP, ``torch.compile`` or PEFT as well.
-        config: Gives ``muon_params``, ``adamw_params``, ``split_fused`` and ``split_heads``.
-            Default: none.
+        config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused``,
+            ``split_heads`` and ``lr_multipliers``. Default: none.
 
     Returns:
         The plan. It may have an empty Muon half; :meth:`RoutePlan.param_groups` refuses that.
@@ -202,9 +206,9 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         muon=_matched("muon_params", config.muon_params, facts),
         adamw=_matched("adamw_params", config.adamw_params, facts),
     )
-    splits = (config.split_fused, config.split_heads)
+    asked = (config.split_fused, config.split_heads, config.conv)
     decisions = [
-        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *splits))
+        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *asked))
         for c in facts.candidates
     ]
     names = {
@@ -212,7 +216,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         for candidate, decision in zip(facts.candidates, decisions, strict=True)
         if decision.algorithm == "muon"
     }
-    decayed = _decayed_names(model)
+    decayed, factors = _decayed_names(model), _lr_factors(config.lr_factors, facts)
 
     def finished(candidate: Candidate, decision: Decision) -> Route:
         made = Route(
@@ -222,6 +226,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
             reason=decision.reason,
             matrices=decision.matrices,
             decay=candidate.raw_name in decayed,
+            lr_multiplier=factors.get(candidate.name, 1.0),
         )
         adapter = of_adapters.get(id(candidate.parameter))
         if adapter is None or adapter.factor is None or decision.algorithm != "muon":
@@ -235,6 +240,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
             "model. Attach an adapter of rank 2 or more before the optimizer is made, or use "
             "lora_update='factor'."
         )
+    _check_rates_of_pairs(routes)
     return RoutePlan(
         routes=routes,
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
@@ -309,13 +315,46 @@ def _matched(field_name: str, patterns: Iterable[str], facts: Survey) -> dict[st
     return found
 
 
+def _lr_factors(by_pattern: dict[str, float], facts: Survey) -> dict[str, float]:
+    """What multiplies the learning rate, by name of a parameter: the first pattern counts."""
+    found = _matched("lr_multipliers", by_pattern, facts)
+    for pattern in by_pattern:
+        if pattern in found.values():
+            continue
+        raise ValueError(
+            f"lr_multipliers holds {pattern!r}, and patterns before it match every parameter that "
+            "it does; the first that matches counts. Put it before them, or leave it out."
+        )
+    return {name: by_pattern[pattern] for name, pattern in found.items()}
+
+
+def _check_rates_of_pairs(routes: Iterable[Route]) -> None:
+    """A and B that move together have one rate."""
+    factors = {one.name: one.lr_multiplier for one in routes}
+    for one in routes:
+        moved = one.pair is not None and one.lora_update != "factor"
+        if moved and one.pair is not None and factors[one.pair] != one.lr_multiplier:
+            raise ValueError(
+                f"lr_multipliers gives {one.name} the factor {one.lr_multiplier:g} and {one.pair} "
+                f"{factors[one.pair]:g}, and lora_update={one.lora_update!r} moves both together: "
+                "match both, or use lora_update='factor'."
+            )
+
+
 def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str, str]) -> str:
     message = f"{field_name} holds {pattern!r}, which matches no trainable parameter."
     for alias, name in aliases.items():
         if re.search(pattern, alias):
             return f"{message} {alias} is tied: the tensor is trained as {name}."
+    bare = re.sub(_IN_WRAPPERS, "", pattern)
+    with contextlib.suppress(re.error):
+        if bare != pattern and any(re.search(bare, name) for name in names):
+            return f"{message} Names are those without wrappers: write {bare!r}."
     words = {step for name in names for step in name.split(".")} | set(names)
     return message + near(pattern.strip("^$."), words)
+
+
+_IN_WRAPPERS = re.compile(rf"(?:{'|'.join(sorted(set(WRAPPERS.values())))})\\?\.")
 
 
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:

@@ -32,6 +32,7 @@ class Route:
         reason: Why; the part before the first colon or comma is the kind.
         matrices: What Muon orthogonalizes; empty under AdamW.
         decay: Whether weight decay applies, by the Trainer's own rule.
+        lr_multiplier: What multiplies the learning rate.
         pair: Name of the partner, for a LoRA factor whose partner is trained by Muon as well.
         scaling: c of W₀ + cBA, for a LoRA factor.
         factor: ``A`` or ``B``, for a LoRA factor.
@@ -44,6 +45,7 @@ class Route:
     reason: str
     matrices: tuple[Matrix, ...] = ()
     decay: bool = True
+    lr_multiplier: float = 1.0
     pair: str | None = None
     scaling: float | None = None
     factor: Factor | None = None
@@ -134,12 +136,21 @@ def _split(
     ]
 
 
-def _kind(route: Route) -> tuple[bool, bool, bool]:
+def _kind(route: Route) -> tuple[bool, bool, bool, bool, float]:
     """What the members of a group share; it sorts them as groups are ordered."""
-    return route.algorithm != "muon", not route.decay, route.lora_update in ("product", "tangent")
+    in_pairs, factor = route.lora_update in ("product", "tangent"), route.lr_multiplier
+    return route.algorithm != "muon", not route.decay, in_pairs, factor != 1, factor
 
 
 def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the half, what the group has of its own, and the rate times its factor."""
+    settings, factor = _of_half(route, config, own), route.lr_multiplier
+    if factor == 1:
+        return settings
+    return {**settings, "lr": settings["lr"] * factor, "lr_multiplier": factor}
+
+
+def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
     if route.algorithm == "muon":
         own = {key: value for key, value in own.items() if key not in ("betas", "eps")}
         lora_update = route.lora_update or "factor"

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import nn
 
+from hf_muon.config import Conv
 from hf_muon.routing import fused, heads, matrices
 from hf_muon.routing.adapters import Adapter
 from hf_muon.routing.matrices import Matrices
@@ -55,6 +56,7 @@ class Context:
     overrides: Overrides
     split_fused: bool = False
     split_heads: bool = False
+    conv: Conv = "adamw"
 
     @property
     def owner(self) -> nn.Module:
@@ -70,6 +72,12 @@ class Context:
     def is_vector(self) -> bool:
         """Whether the trailing matrix has a single row or column, or there is none."""
         return len(self.shape) < 2 or min(self.shape[-2:]) <= 1
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether the parameter is a kernel that the user wants as a matrix."""
+        is_kernel = self.candidate.leaf == "weight" and isinstance(self.owner, CONVOLUTIONS)
+        return self.conv == "flatten" and is_kernel
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,13 @@ def embedding_or_head(context: Context) -> Decision | None:
 
 def vector(context: Context) -> Decision | None:
     """Norms, biases, one-row gates: the polar factor of a vector is plain normalisation."""
-    return adamw("vector") if context.is_vector else None
+    return adamw("vector") if context.is_vector and not context.is_flattened else None
 
 
 def convolution(context: Context) -> Decision | None:
     """A kernel is not one linear map; flattening it is a choice for the user."""
     if isinstance(context.owner, CONVOLUTIONS):
-        return adamw("conv")
+        return None if context.is_flattened else adamw("conv")
     if isinstance(context.owner, nn.utils.parametrize.ParametrizationList):
         return adamw("parametrized module")
     return None
@@ -153,7 +161,8 @@ def head(context: Context) -> Decision | None:
         return None
     if id(context.owner) in survey.outside_backbone:
         return adamw("head: outside the backbone")
-    if isinstance(context.owner, nn.Linear) and context.shape[0] in survey.label_rows:
+    rows = getattr(context.owner, "out_channels", context.shape[0])
+    if isinstance(context.owner, (nn.Linear, *CONVOLUTIONS)) and rows in survey.label_rows:
         return adamw("head: one row per token or label")
     return None
 
@@ -194,6 +203,17 @@ def linear(context: Context) -> Decision | None:
     return hidden(context, kind)
 
 
+def kernel(context: Context) -> Decision | None:
+    """A kernel that the user wants flattened; one filter for each channel is a list of vectors."""
+    if not context.is_flattened:
+        return None
+    found = matrices.flattened_kernel(context.owner, context.shape)
+    return Decision("muon", "conv, flattened", found) if found else adamw(_NO_MATRIX)
+
+
+_NO_MATRIX = "conv, a vector for each group"  # depthwise: one filter for each channel
+
+
 def experts(context: Context) -> Decision | None:
     """A stack of linear maps."""
     if len(context.shape) != 3 or not EXPERT_CLASS.search(type(context.owner).__name__):
@@ -216,6 +236,7 @@ RULES: tuple[Rule, ...] = (
     router,
     bias_stack,
     linear,
+    kernel,
     experts,
     unknown,
 )

@@ -37,13 +37,15 @@ def render(
 def _routes(routes: Sequence[Route], *, compact: bool) -> Table:
     adapted = any(route.factor for route in routes)
     of_adapters = ("partner", "rank", "scaling") if adapted else ()
-    table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, "decay", "reason")
+    scaled = any(route.lr_multiplier != 1 for route in routes)
+    rates = ("decay", "rate") if scaled else ("decay",)
+    table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, *rates, "reason")
 
     def cells(route: Route) -> tuple[str, ...]:
         matrices = _matrices(route)
         adapter = _adapter(route) if adapted else ()
-        decay = "yes" if route.decay else "no"
-        return _shape(route), route.algorithm, matrices, *adapter, decay, route.reason
+        rates = ("yes" if route.decay else "no", f"x {route.lr_multiplier:g}")[: 1 + scaled]
+        return _shape(route), route.algorithm, matrices, *adapter, *rates, route.reason
 
     if not compact:
         for route in routes:

@@ -10,7 +10,12 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_utils import HPSearchBackend
 
 import hf_muon.auto  # noqa: F401
@@ -346,3 +351,37 @@ def test_target_modules_need_the_model(tmp_path):
     args = arguments(tmp_path, optim_target_modules=["lm_head"])
     with pytest.raises(ValueError, match="names modules of a model that is not known"):
         Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def test_a_resnet_by_name(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 16, 16, generator=generator)
+    data = [{"pixel_values": image, "labels": n % 2} for n, image in enumerate(images)]
+    settings = {
+        "optim_args": "conv=flatten", "max_steps": 6, "per_device_train_batch_size": 16,
+        "save_strategy": "steps", "save_steps": 3,
+    }  # fmt: skip
+
+    def built(**more):
+        torch.manual_seed(0)
+        config = ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+        )
+        model = ResNetForImageClassification(config)
+        return trainer_of(tmp_path, model, data, **{**settings, **more})
+
+    trainer = built()
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    kernels = {name for name in after if after[name].ndim == 4}
+    assert all(not torch.equal(after[name], before[name]) for name in kernels)
+    muon = [g for g in find_muon(trainer.optimizer).param_groups if g["algorithm"] == "muon"]
+    assert {name for group in muon for name in group["param_names"]} == kernels
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    resumed = built()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert largest_difference(weights(resumed), after) == 0
+    with pytest.raises(ValueError, match=r"Nothing to train with Muon.*conv='flatten'"):
+        built(optim_args=None).train()
