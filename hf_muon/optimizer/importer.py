@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.muon import Muon
 from hf_muon.rules import FILTERS, rule_of
 
@@ -43,7 +44,7 @@ def import_state(
     """
     own = _own_parameters(optimizer)
     group = optimizer.param_groups[0]
-    if rule_of(group).before != (FILTERS["ema"],):
+    if not filters_by_one_average(group):
         names = ("order", "filter", "momentum", "prefilter")
         given = ", ".join(f"{name}={group[name]!r}" for name in names)
         raise ValueError(
@@ -66,6 +67,11 @@ def import_state(
     ours["state"].update({index[name]: state for name, state in found.items()})
     optimizer.load_state_dict(ours)
     return list(found)
+
+
+def filters_by_one_average(group: Group) -> bool:
+    """Whether all that a group does before the polar factor is M ← βM + (1−β)G, with one β."""
+    return rule_of(group).before == (FILTERS["ema"],)
 
 
 def _own_parameters(optimizer: Muon) -> dict[str, tuple[Tensor, str]]:
