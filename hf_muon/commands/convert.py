@@ -95,11 +95,19 @@ def _read(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {sentence(error)}") from error
-    if not isinstance(found, dict) or (
-        path.name == OPTIMIZER and not ({"state", "param_groups"} <= found.keys())
-    ):
+    if not isinstance(found, dict) or (path.name == OPTIMIZER and not _has_groups(found)):
         raise ValueError(f"{str(path)!r} is damaged: it holds no state dict.")
     return found
+
+
+def _has_groups(found: dict[str, Any]) -> bool:
+    groups = found.get("param_groups")
+    return (
+        isinstance(found.get("state"), dict)
+        and isinstance(groups, list)
+        and bool(groups)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    )
 
 
 def _planned(
@@ -129,6 +137,12 @@ def _planned(
 def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """What AdamW trained with, or else what Muon did."""
     of_adamw = [group for group in groups if group.get("algorithm", "adamw") == "adamw"]
+    if not all({"betas", "eps", "lr", "weight_decay"} <= group.keys() for group in of_adamw):
+        raise ValueError(
+            f"The optimizer's groups hold {sorted(map(str, groups[0]))}; those of AdamW, with "
+            "betas and eps, or of Muon are expected. Other optimizers cannot be converted: start a new "
+            "run from the weights."
+        )
     first = (of_adamw or groups)[0]
     settings: dict[str, Any] = {
         "lr": first.get("initial_lr", first["lr"]),
@@ -136,7 +150,7 @@ def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if of_adamw:
         return {**settings, "adamw_betas": first["betas"], "adamw_eps": first["eps"]}
-    if first["adjust_lr"] != "match_rms_adamw":
+    if first.get("adjust_lr") != "match_rms_adamw":
         settings["lr"] = None
     return settings
 

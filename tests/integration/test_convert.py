@@ -240,6 +240,16 @@ def test_what_need_not_or_cannot_be_converted_is_said(by_adamw, by_muon, tmp_pat
     assert "do not train the same parameters: model.layers.2." in found
 
 
+def test_other_optimizers_are_refused(by_adamw, tmp_path):
+    copy = copied(by_adamw, tmp_path)
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.9)
+    torch.save(optimizer.state_dict(), copy / "optimizer.pt")
+    assert "those of AdamW, with betas and eps, or of Muon are expected" in refused(copy)
+    for groups in ([], [1], {"params": []}):
+        torch.save({"state": {}, "param_groups": groups}, copy / "optimizer.pt")
+        assert "is damaged: it holds no state dict" in refused(copy)
+
+
 def test_rates_of_another_scale_are_asked_for(by_muon, tmp_path):
     copy = copied(by_muon[0], tmp_path)
     state = state_of(copy)
