@@ -49,7 +49,8 @@ def convert(
 ) -> None:
     """Let another optimizer go on from a checkpoint: AdamW → Muon, or back. Keeps the schedule."""
     require_known(to, TARGETS, "to")
-    target = out or checkpoint.with_name(f"{to.partition('_')[0]}-{checkpoint.resolve().name}")
+    source = checkpoint.resolve()
+    target = out or source.with_name(f"{to.partition('_')[0]}-{source.name}")
     _check_folders(checkpoint, target)
     before, schedule = _read(checkpoint / OPTIMIZER), _read(checkpoint / SCHEDULE)
     plan, config = _planned(before, model or str(checkpoint), auto, optim_args, to)
@@ -140,8 +141,8 @@ def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
     if not all({"betas", "eps", "lr", "weight_decay"} <= group.keys() for group in of_adamw):
         raise ValueError(
             f"The optimizer's groups hold {sorted(map(str, groups[0]))}; those of AdamW, with "
-            "betas and eps, or of Muon are expected. Other optimizers cannot be converted: start a new "
-            "run from the weights."
+            "betas and eps, or of Muon are expected. Other optimizers cannot be converted: start a "
+            "new run from the weights."
         )
     first = (of_adamw or groups)[0]
     settings: dict[str, Any] = {

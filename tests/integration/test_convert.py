@@ -216,6 +216,12 @@ def test_what_is_no_checkpoint_is_said(by_adamw, tmp_path):
     assert not list(tmp_path.glob("**/muon-*"))
 
 
+def test_the_folder_that_one_stands_in_can_be_converted(by_adamw, tmp_path, monkeypatch):
+    monkeypatch.chdir(copied(by_adamw, tmp_path))
+    assert convert(".").exit_code == 0
+    assert (tmp_path / "muon-copy" / "optimizer.pt").is_file()
+
+
 @pytest.mark.parametrize("name", ["optimizer_0", "optimizer.bin", "global_step3", "latest"])
 def test_sharded_checkpoints_are_told_from_damaged_ones(name, tmp_path):
     (tmp_path / name).touch()
