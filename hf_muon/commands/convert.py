@@ -210,12 +210,12 @@ def _summary(
     """
     tensors = sum(len(group["params"]) for group in of_muon if group["algorithm"] == "muon")
     others = sum(len(group["params"]) for group in groups) - tensors
-    if to != "muon":
-        begins = "begin AdamW anew, as at its first step"
-    elif keeps_average(groups[0]):
+    if not keeps_average(of_muon[0]):
+        begins = "begin anew, as the rule keeps no average of gradients"
+    elif to == "muon":
         begins = "begin with AdamW's first moment as momentum"
     else:
-        begins = "begin with a momentum of zero, as their rule keeps something else"
+        begins = "begin with moments that follow from Muon's momentum"
     rate, decay = groups[0]["initial_lr"], max(group["weight_decay"] for group in groups)
     optim_args = f', optim_args="{given}"' if to == "muon" and given else ""
     return (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_muon.config import MuonConfig
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.buffers import buffer_dtype, buffers_of, new_state
 from hf_muon.optimizer.entries import Entry, Group
@@ -22,6 +23,9 @@ Named = Sequence[tuple[str, Tensor]]  # parameters; they may be on the meta devi
 State = dict[str, Tensor]
 
 _OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+_DEFAULTS = MuonConfig(lr=0.0).muon_group()
+_TYPICAL = 0.2  # root mean square of AdamW's updates, which match_rms_adamw gives Muon's
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def to_muon(
@@ -66,9 +70,8 @@ def to_adamw(
 ) -> dict[str, Any]:
     """The state dict of an AdamW of the Trainer that goes on where Muon stopped.
 
-    What AdamW trains in both keeps its state. A matrix begins as at AdamW's first step, with both
-    moments and the step count zero: Muon does not know its mean squares, and AdamW has one count
-    for both moments, so that a first moment that was kept would be corrected by the wrong factor.
+    What AdamW trains in both keeps its state. A matrix begins as :func:`as_after_a_window` says
+    where Muon kept one average of its gradients, and else as at AdamW's first step.
 
     Args:
         state_dict: Muon's.
@@ -83,14 +86,45 @@ def to_adamw(
     for members, own in zip(parameters, settings, strict=True):
         groups.append({**own, "params": list(range(index, index + len(members)))})
         for name, parameter in members:
-            algorithm, given = found[name]
-            if algorithm == "adamw" and given:
+            group, given = found[name]
+            state[index] = new_adamw_state(torch.empty_like(parameter, device="cpu"))
+            if given and group["algorithm"] == "adamw":
                 _check(name, given, parameter)
                 state[index] = {key: given[key] for key in _OF_ADAMW}
-            else:
-                state[index] = new_adamw_state(torch.empty_like(parameter, device="cpu"))
+            elif given and keeps_average(group) and given["step"] > 0:
+                begun = as_after_a_window(given, group["momentum"], own["betas"])
+                state[index] |= {key: value.to(parameter.dtype) for key, value in begun.items()}
+                state[index]["step"] = begun["step"]
             index += 1
     return {"state": state, "param_groups": groups}
+
+
+def as_after_a_window(
+    state: Mapping[str, Tensor], beta: float, betas: tuple[float, float]
+) -> dict[str, Tensor]:
+    """AdamW's state of a matrix as if it had seen the gradients in Muon's window.
+
+    They had the mean M̂ = M/(1−βᵗ). Their mean squares V̂ are not known: those of M̂, as products of
+    a row's and a column's mean (Adafactor, arXiv 1804.04235), are divided by 0.2², the square of
+    the typical size of AdamW's updates M̂/√V̂ (arXiv 2502.16982, eq. 4). With s = min(t, 1/(1−β))
+    steps, both moments are what bias correction turns into M̂ and V̂, and V̂ soon counts for little.
+
+    Args:
+        state: Muon's, with M as ``exp_avg`` after t > 0 ``step``.
+        beta: Its β.
+        betas: AdamW's β₁ and β₂.
+    """
+    t = float(state["step"])
+    s = min(t, round(1 / (1 - beta)))
+    mean = state["exp_avg"].float() / (1 - beta**t)
+    squares = mean.flatten(1).square() if mean.ndim > 3 else mean.square()  # (…, m, n)
+    rows, cols = squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
+    both = rows / squares.mean((-2, -1), keepdim=True).clamp_min(_TINY) * cols
+    return {
+        "step": torch.tensor(s),
+        "exp_avg": (1 - betas[0] ** s) * mean,
+        "exp_avg_sq": (1 - betas[1] ** s) * both.view_as(mean) / _TYPICAL**2,
+    }
 
 
 def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
@@ -135,6 +169,7 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
 
 def keeps_average(group: Group) -> bool:
     """Whether a group keeps one average of gradients, in numbers that can be copied."""
+    group = {**_DEFAULTS, **group}  # an older version may have written it
     return filters_by_one_average(group) and group["momentum_dtype"] != "int8"
 
 
@@ -187,8 +222,8 @@ def _check(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
 
 def _states_of_muon(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
-) -> dict[str, tuple[str, Mapping[str, Tensor]]]:
-    """(algorithm, state) of each parameter by name."""
+) -> dict[str, tuple[Group, Mapping[str, Tensor]]]:
+    """The group and the state of each parameter by name."""
     groups = state_dict["param_groups"]
     if any("param_names" not in group for group in groups):
         raise ValueError(
@@ -196,7 +231,7 @@ def _states_of_muon(
             "what create_muon_optimizer has built, as the Trainer's, can be converted."
         )
     found = {
-        name: (group["algorithm"], state_dict["state"].get(index, {}))
+        name: (group, state_dict["state"].get(index, {}))
         for group in groups
         for name, index in zip(group["param_names"], group["params"], strict=True)
     }

@@ -7,7 +7,7 @@ from transformers import SchedulerType, get_scheduler
 
 from hf_muon import Muon
 from hf_muon.config import MuonConfig
-from hf_muon.optimizer.conversion import reschedule, to_adamw, to_muon
+from hf_muon.optimizer.conversion import as_after_a_window, reschedule, to_adamw, to_muon
 
 SHAPES = {"matrix": (6, 4), "vector": (5,)}
 BETA = 0.9  # AdamW's β₁
@@ -101,20 +101,61 @@ def test_rules_that_keep_more_take_the_average():
     assert converted(momentum_dtype="bfloat16")["state"][0]["exp_avg"].dtype == torch.bfloat16
 
 
-def test_back_to_adamw_matrices_begin_as_at_its_first_step():
+def back(steps, lr=0.0, **settings):
+    """The parameters and an AdamW that goes on after some steps of Muon, and Muon's state."""
     params = parameters()
-    before = fed(muon(params, lr=1e-3), params).state_dict()
-    target = adamw(params, lr=1e-2)
-    settings = [{**g, "weight_decay": 0.0} for g in target.state_dict()["param_groups"]]
-    target.load_state_dict(to_adamw(before, listed(params), settings))
-    for key, value in before["state"][1].items():
+    before = fed(muon(params, **settings), params, steps).state_dict()
+    target = adamw(params, lr)
+    own = [{**group, "weight_decay": 0.0} for group in target.state_dict()["param_groups"]]
+    target.load_state_dict(to_adamw(before, listed(params), own))
+    return params, target, before["state"]
+
+
+def test_back_to_adamw_the_other_half_is_kept():
+    params, target, before = back(5)
+    for key, value in before[1].items():
         assert torch.equal(target.state[params["vector"]][key], value)
-    kept = {name: p.detach().clone() for name, p in params.items()}
-    fed(target, params, steps=1)
-    moved = (params["matrix"] - kept["matrix"]).abs()
-    # G/(|G| + ε): both moments are corrected as they should be.
-    assert torch.allclose(moved, torch.full_like(moved, 1e-2), rtol=1e-4)
-    assert (params["vector"] - kept["vector"]).abs().max() < 0.9e-2
+
+
+@pytest.mark.parametrize("steps", [1, 5, 60])
+def test_back_to_adamw_bias_correction_gives_the_mean_of_the_gradients(steps):
+    params, target, before = back(steps)
+    state, beta = target.state[params["matrix"]], 0.95
+    step = float(state["step"])
+    assert step == pytest.approx(min(steps, 20))
+    mean = before[0]["exp_avg"] / (1 - beta**steps)
+    # Products and quotients in float32.
+    assert torch.allclose(state["exp_avg"] / (1 - BETA**step), mean, rtol=1e-5)
+    squares = state["exp_avg_sq"] / (1 - 0.999**step)
+    for dim in (0, 1):  # what a product of means of rows and of columns keeps
+        assert torch.allclose(squares.mean(dim), mean.square().mean(dim) / 0.04, rtol=1e-4)
+
+
+def test_back_to_adamw_the_first_steps_have_the_size_of_its_own():
+    def size(params, optimizer):
+        kept = params["matrix"].detach().clone()
+        fed(params=params, optimizer=optimizer, steps=1)
+        return float((params["matrix"].detach() - kept).square().mean().sqrt()) / 1e-2
+
+    params = parameters()
+    optimizer = fed(adamw(params), params, 400)
+    for group in optimizer.param_groups:
+        group.update(lr=1e-2, weight_decay=0.0)
+    own, found = size(params, optimizer), size(*back(400, lr=1e-2)[:2])
+    afresh = size(*back(400, lr=1e-2, order="post_polar")[:2])
+    assert found == pytest.approx(own, rel=0.5)
+    assert afresh == pytest.approx(1.0, rel=1e-3)  # G/(|G| + ε)
+    assert afresh > 3 * own
+
+
+def test_back_to_adamw_stacks_kernels_and_zeros_are_finite():
+    for shape in [(2, 3, 4), (4, 3, 2, 2), (3, 1)]:
+        for mean in (torch.randn(shape), 1e-12 * torch.randn(shape), torch.zeros(shape)):
+            state = {"step": torch.tensor(7.0), "exp_avg": mean}
+            found = as_after_a_window(state, 0.95, (0.9, 0.999))
+            assert found["exp_avg_sq"].shape == torch.Size(shape)
+            assert found["exp_avg_sq"].isfinite().all()
+            assert found["exp_avg_sq"].any() == mean.any()
 
 
 def test_state_of_other_optimizers_and_models_is_refused():
