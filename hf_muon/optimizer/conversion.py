@@ -6,6 +6,7 @@ the state dicts with which the other optimizer goes on. Nothing that is given is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ def to_adamw(
                 _check(name, given, parameter)
                 state[index] = {key: given[key] for key in _OF_ADAMW}
             elif given and keeps_average(group) and given["step"] > 0:
+                _check_shapes(name, given, parameter)
                 begun = as_after_a_window(given, group["momentum"], own["betas"])
                 state[index] |= {key: value.to(parameter.dtype) for key, value in begun.items()}
                 state[index]["step"] = begun["step"]
@@ -150,7 +152,7 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
         )
     known = [(rate, base) for rate, base in zip(rates, bases, strict=True) if base]
     rate, base = known[0] if known else (0.0, 1.0)
-    same = all(abs(r * base - rate * b) <= 1e-9 * abs(rate * b) for r, b in known)
+    same = all(math.isclose(r * base, rate * b, rel_tol=1e-9, abs_tol=1e-18) for r, b in known)
     if not same or any(factor != factors[0] for factor in factors):
         raise ValueError(
             f"The groups of the checkpoint follow different schedules: rates {rates} of {bases}. "
@@ -211,7 +213,11 @@ def _check(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
             "exp_avg_sq are expected. 8-bit and other optimizers cannot be converted: start a new "
             "run from the weights."
         )
-    for key in _OF_ADAMW[1:]:
+    _check_shapes(name, state, parameter)
+
+
+def _check_shapes(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
+    for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
         if state[key].shape != parameter.shape:
             raise ValueError(
                 f"{key!r} in the state of {name[:90]} has shape {tuple(state[key].shape)} and the "

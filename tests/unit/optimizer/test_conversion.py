@@ -167,6 +167,8 @@ def test_state_of_other_optimizers_and_models_is_refused():
     other = {**parameters(), "matrix": torch.ones(4, 6)}
     with pytest.raises(ValueError, match=r"shape \(6, 4\) and the parameter \(4, 6\).*--model"):
         to_muon(before, listed(other), optimizer)
+    with pytest.raises(ValueError, match=r"shape \(6, 4\) and the parameter \(4, 6\)"):
+        to_adamw(fed(muon(params), params).state_dict(), listed(other), [{}] * 2)
     before["state"][0] = {"state1": torch.ones(1), "state2": torch.ones(1)}
     with pytest.raises(ValueError, match=r"matrix holds \['state1', 'state2'\]; AdamW's step"):
         to_muon(before, listed(params), optimizer)
