@@ -137,6 +137,8 @@ def test_a_change_of_optimizer_is_measured_both_ways(tmp_path, monkeypatch):
     switch = importlib.import_module("switch")
     for name, value in {"AT": 4, "AFTER": 3, "WARMUP": 1, "WIDTH": 16}.items():
         monkeypatch.setattr(switch, name, value)
+    text = torch.randint(256, (4000,), dtype=torch.uint8).numpy()
+    monkeypatch.setattr(switch, "texts", lambda corpus: (text, text))
     found = switch.measured(tmp_path, seed=0)
     ways = [f"{way}: {begin}" for way in ("AdamW → Muon", "Muon → AdamW")
             for begin in ("no change", "converted", "empty state")]  # fmt: skip
