@@ -19,7 +19,13 @@ import torch
 from byte_llama import LENGTH, sequences, texts
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 import hf_muon.auto  # noqa: F401 - for the name
@@ -65,6 +71,7 @@ class Switch:
             use_cpu=True,
         )
         trainer = Trainer(model=model, args=args, train_dataset=self.data)
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(begin) if begin else None)
         return [e["loss"] for e in trainer.state.log_history if "loss" in e][AT:]
 
