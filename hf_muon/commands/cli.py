@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_muon.commands.blueprint import require_matrices, routed
+from hf_muon.commands.convert import convert
 from hf_muon.commands.observe import show
 from hf_muon.commands.plan import Auto, OptimArgs, plan
 from hf_muon.commands.probe import probe
@@ -84,5 +85,5 @@ def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (route, plan, probe, report):
+for _command in (route, plan, probe, report, convert):
     app.command()(_in_a_sentence(_command))

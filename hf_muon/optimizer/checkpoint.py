@@ -83,10 +83,11 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
         )
     if any("algorithm" not in group for group in groups):
         raise ValueError(
-            "The checkpoint holds the state of another optimizer. Start afresh (from the Trainer: "
-            "delete optimizer.pt in the checkpoint; the schedule begins anew too, unless a "
-            "callback keeps it, as docs/troubleshooting.md shows), or take over the momentum of "
-            "torch.optim.Muon or Moonlight with hf_muon.optimizer.import_state."
+            "The checkpoint holds the state of another optimizer. If that is the Trainer's AdamW, "
+            "run `hf-muon convert CHECKPOINT` and resume from what that writes. Else start afresh "
+            "(from the Trainer: delete optimizer.pt in the checkpoint; the schedule begins anew "
+            "too, unless a callback keeps it, as docs/troubleshooting.md shows), or take over the "
+            "state of another Muon with hf_muon.optimizer.import_state."
         )
     return list(groups)
 

@@ -1,7 +1,7 @@
 """Continue from the state of another Muon.
 
-In: a state dict of torch.optim.Muon or of Moonlight's Muon. Out: the same momentum in ours, where
-it is called ``exp_avg``.
+In: a state dict of the Muon of torch, Moonlight, DeepSpeed, Keller Jordan or dion. Out: the same
+momentum in ours, where it is called ``exp_avg``, and the moments of what AdamW trains.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_muon.optimizer.buffers import step_count
+from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.muon import Muon
 from hf_muon.rules import FILTERS, rule_of
 
@@ -19,31 +20,34 @@ from hf_muon.rules import FILTERS, rule_of
 def import_state(
     optimizer: Muon, state_dict: dict[str, Any], names: Sequence[str] | None = None
 ) -> list[str]:
-    """Load the state of ``torch.optim.Muon`` or of Moonlight's ``Muon`` into ours.
+    """Load the state of another Muon, or of the AdamW beside it, into ours.
 
-    torch's buffer is the average M ← βM + (1−β)G that ours is, and is copied. Moonlight's is the
-    sum M ← βM + G, and is multiplied by 1−β; its AdamW moments are copied as well. Parameters that
-    the state dict does not hold start afresh.
+    The buffer of torch, DeepSpeed and Keller Jordan is the average M ← βM + (1−β)G that ours is,
+    and is copied. That of Moonlight and dion is the sum M ← βM + G, and is multiplied by 1−β.
+    AdamW's moments and step count are copied, those of ``torch.optim.AdamW`` too. Parameters that
+    the state dict does not hold keep what they have here, or start afresh.
 
     Args:
         optimizer: Ours, with named parameters, as :func:`hf_muon.create_muon_optimizer` builds it.
-        state_dict: What ``optimizer.state_dict()`` of the other one returned.
-        names: Names of the other optimizer's parameters, in its order; None where its groups hold
-            ``param_names``.
+        state_dict: What ``optimizer.state_dict()`` of the other one returned, without ZeRO.
+        names: Names of the other optimizer's parameters, in the order of its ``param_groups``;
+            None where these hold ``param_names``.
 
     Returns:
         The names whose state was loaded.
 
     Raises:
         ValueError: The rule keeps something other than one average of gradients; names are
-            missing, unknown, or too few; or a shape or an algorithm differs.
+            missing, unknown, or too few; a shape or an algorithm differs; or the state is of
+            none of these.
 
     References:
-        torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py.
+        torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py;
+        deepspeed/runtime/zero/muon (0.19); https://github.com/microsoft/dion, dion/muon.py.
     """
     own = _own_parameters(optimizer)
     group = optimizer.param_groups[0]
-    if rule_of(group).before != (FILTERS["ema"],):
+    if not filters_by_one_average(group):
         names = ("order", "filter", "momentum", "prefilter")
         given = ", ".join(f"{name}={group[name]!r}" for name in names)
         raise ValueError(
@@ -68,6 +72,11 @@ def import_state(
     return list(found)
 
 
+def filters_by_one_average(group: Group) -> bool:
+    """Whether all that a group does before the polar factor is M ← βM + (1−β)G, with one β."""
+    return rule_of(group).before == (FILTERS["ema"],)
+
+
 def _own_parameters(optimizer: Muon) -> dict[str, tuple[Tensor, str]]:
     if any("param_names" not in group for group in optimizer.param_groups):
         raise ValueError(
@@ -90,8 +99,8 @@ def _named_states(
         groups = state_dict["param_groups"]
         if any("param_names" not in group for group in groups):
             raise ValueError(
-                "The state dict does not name its parameters: pass names=[…], in the order in "
-                "which the other optimizer got them."
+                "The state dict does not name its parameters: pass names=[…], in the order of the "
+                "other optimizer's param_groups."
             )
         names = [name for group in groups for name in group["param_names"]]
     if len(names) != len(places):
@@ -102,19 +111,32 @@ def _named_states(
     ]
 
 
+# First and second moment and step count of an AdamW half: torch's, DeepSpeed's and Keller Jordan's;
+# Moonlight's; dion's.
+_MOMENTS = (
+    ("exp_avg", "exp_avg_sq", "step"),
+    ("moment1", "moment2", "step"),
+    ("momentum", "variance", "step_dev"),
+)
+
+
 def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
     """A state of the other optimizer in our terms."""
-    moonlight = "adamw_betas" in group
-    if "momentum_buffer" in state:
-        share = 1 - group["momentum"] if moonlight else 1.0
-        return {"step": step_count(0), "exp_avg": state["momentum_buffer"] * share}
-    if moonlight and state.keys() >= {"moment1", "moment2", "step"}:
-        step = step_count(state["step"])
-        moments = {"exp_avg": state["moment1"].clone(), "exp_avg_sq": state["moment2"].clone()}
-        return {"step": step, **moments}
+    of_dion = group.get("algorithm") == "muon" and "mu" in group
+    buffer = state.get("momentum" if of_dion else "momentum_buffer")
+    if buffer is not None and "dampening" not in group:  # which torch.optim.SGD has
+        is_sum = of_dion or "adamw_betas" in group  # Moonlight's
+        share = 1 - float(group["mu" if of_dion else "momentum"]) if is_sum else 1.0
+        return {"step": step_count(0), "exp_avg": buffer * share}
+    for first, second, count in _MOMENTS:
+        step = state.get(count, group.get("step"))  # some count once for a group
+        if state.keys() >= {first, second} and step is not None:
+            moments = {"exp_avg": state[first].clone(), "exp_avg_sq": state[second].clone()}
+            return {"step": step_count(step), **moments}
     raise ValueError(
-        f"A state holds {sorted(state)}; 'momentum_buffer' (torch.optim.Muon, Moonlight) or "
-        "'moment1' and 'moment2' (Moonlight) are expected."
+        f"A state holds {sorted(state)}, and its group {sorted(group)}; the 'momentum_buffer' of a "
+        "Muon of torch, DeepSpeed, Keller Jordan or Moonlight, the 'momentum' of dion's, or the "
+        "two moments and 'step' of the AdamW beside it are expected."
     )
 
 

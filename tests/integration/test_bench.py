@@ -129,3 +129,19 @@ def test_a_contender_that_fails_says_why(peers, monkeypatch):
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit, match=r"no contender ran.*ValueError"):
         peers.main()
+
+
+@pytest.mark.full
+def test_a_change_of_optimizer_is_measured_both_ways(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    switch = importlib.import_module("switch")
+    for name, value in {"AT": 4, "AFTER": 3, "WARMUP": 1, "WIDTH": 16}.items():
+        monkeypatch.setattr(switch, name, value)
+    text = torch.randint(256, (4000,), dtype=torch.uint8).numpy()
+    monkeypatch.setattr(switch, "texts", lambda corpus: (text, text))
+    found = switch.measured(tmp_path, seed=0)
+    ways = [f"{way}: {begin}" for way in ("AdamW → Muon", "Muon → AdamW")
+            for begin in ("no change", "converted", "empty state")]  # fmt: skip
+    assert list(found) == ways
+    assert all(len(losses) == 3 for losses in found.values())
+    assert len({losses[-1] for losses in found.values()}) == 6

@@ -1,0 +1,226 @@
+"""``hf-muon convert CHECKPOINT``: go on with another optimizer in the middle of a training.
+
+In: a checkpoint folder of the Trainer, of one process or DDP, that AdamW or Muon has trained. Out:
+another folder with which the other optimizer goes on at the same step of the same schedule. The
+model is built without weights; the folder that is read stays as it is.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hf_muon.commands.blueprint import build
+from hf_muon.commands.plan import Auto, OptimArgs
+from hf_muon.config import MuonConfig
+from hf_muon.optimizer import Muon
+from hf_muon.optimizer.conversion import Named, keeps_average, reschedule, to_adamw, to_muon
+from hf_muon.routing import RoutePlan, route
+from hf_muon.values import require_known, sentence
+
+TARGETS = ("muon", "adamw_torch", "adamw_torch_fused")
+OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
+_REWRITTEN = (OPTIMIZER, SCHEDULE, "muon_report.json")
+# What other launchers write in place of optimizer.pt (accelerate 1.x, DeepSpeed 0.19).
+_SHARDED = ("optimizer.bin", "optimizer_[0-9]*", "pytorch_model_fsdp_*", "latest", "global_step*")
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of the Trainer.")],
+    to: Annotated[
+        str, typer.Option(help=f"The optimizer to go on with: {', '.join(TARGETS)}.")
+    ] = "muon",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A config.json, a folder, or a model id. Default: the checkpoint's own."),
+    ] = None,
+    optim_args: OptimArgs = "",
+    auto: Auto = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write. Default: muon-checkpoint-N beside checkpoint-N."),
+    ] = None,
+) -> None:
+    """Let another optimizer go on from a checkpoint: AdamW → Muon, or back. Keeps the schedule."""
+    require_known(to, TARGETS, "to")
+    source = checkpoint.resolve()
+    target = out or source.with_name(f"{to.partition('_')[0]}-{source.name}")
+    _check_folders(checkpoint, target)
+    before, schedule = _read(checkpoint / OPTIMIZER), _read(checkpoint / SCHEDULE)
+    plan, config = _planned(before, model or str(checkpoint), auto, optim_args, to)
+    decayed, others = parameters = _as_the_trainer_lists(plan)
+    if to == "muon":
+        optimizer = Muon(plan.param_groups(config), config=config)
+        after = to_muon(before, parameters, optimizer)
+    else:
+        after = to_adamw(before, parameters, _settings_of_adamw(decayed, others, config, to))
+    schedule = reschedule(schedule, after["param_groups"])
+    _write(checkpoint, target, after, schedule)
+    groups = after["param_groups"]
+    of_muon = groups if to == "muon" else before["param_groups"]
+    typer.echo(_summary(target, to, groups, of_muon, optim_args))
+
+
+def _check_folders(checkpoint: Path, target: Path) -> None:
+    if not checkpoint.is_dir():
+        raise ValueError(f"{str(checkpoint)!r} is no folder.")
+    if found := [path.name for name in _SHARDED for path in sorted(checkpoint.glob(name))]:
+        raise ValueError(
+            f"{str(checkpoint)!r} was written by FSDP or DeepSpeed ({found[0]}), and the state of "
+            "its optimizer lies in pieces. Checkpoints of one process or DDP can be converted; "
+            "of others merge the weights (zero_to_fp32.py, accelerate merge-weights) into a "
+            "folder with config.json and trainer_state.json, and resume from that with the "
+            "callback KeepSchedule of docs/troubleshooting.md. Momentum begins at zero then."
+        )
+    for name in (OPTIMIZER, SCHEDULE, "trainer_state.json"):
+        if not (checkpoint / name).is_file():
+            raise ValueError(
+                f"{str(checkpoint)!r} holds no {name}: a checkpoint folder of the Trainer is "
+                "expected, such as out/checkpoint-500, saved without save_only_model."
+            )
+    if target.exists():
+        raise ValueError(f"{str(target)!r} exists already: name another folder with --out.")
+    if checkpoint.resolve() in target.resolve().parents:
+        raise ValueError(f"{str(target)!r} is inside the checkpoint, which stays as it is.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A state dict. The file is data: nothing in it is executed."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {sentence(error)}") from error
+    if not isinstance(found, dict) or (path.name == OPTIMIZER and not _has_groups(found)):
+        raise ValueError(f"{str(path)!r} is damaged: it holds no state dict.")
+    return found
+
+
+def _has_groups(found: dict[str, Any]) -> bool:
+    groups = found.get("param_groups")
+    return (
+        isinstance(found.get("state"), dict)
+        and isinstance(groups, list)
+        and bool(groups)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    )
+
+
+def _planned(
+    before: dict[str, Any], source: str, auto: str | None, optim_args: str, to: str
+) -> tuple[RoutePlan, MuonConfig]:
+    """The routes of the model and the settings to go on with; those of the run, if not given."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    groups = before["param_groups"]
+    is_muon = any("algorithm" in group for group in groups)
+    if is_muon == (to == "muon"):
+        other = "adamw_torch" if is_muon else "muon"
+        raise ValueError(
+            f"The checkpoint is {'Muon' if is_muon else 'AdamW'}'s already: nothing to convert to "
+            f"{to!r}. Resume from it as it is, or go on with --to {other}."
+        )
+    config = MuonConfig.from_optim_args(optim_args or None, **_settings_of_run(groups))
+    if config.lr is None:
+        raise ValueError(
+            "The rate of matrices is of another scale than AdamW's, and no other is known: give "
+            '--optim-args "lr=3e-4".'
+        )
+    return route(build(source, auto), config), config
+
+
+def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """What AdamW trained with, or else what Muon did."""
+    of_adamw = [group for group in groups if group.get("algorithm", "adamw") == "adamw"]
+    if not all({"betas", "eps", "lr", "weight_decay"} <= group.keys() for group in of_adamw):
+        raise ValueError(
+            f"The optimizer's groups hold {sorted(map(str, groups[0]))}; those of AdamW, with "
+            "betas and eps, or of Muon are expected. Other optimizers cannot be converted: start a "
+            "new run from the weights."
+        )
+    first = (of_adamw or groups)[0]
+    settings: dict[str, Any] = {
+        "lr": first.get("initial_lr", first["lr"]),
+        "weight_decay": _decay(of_adamw) or _decay(groups),
+    }
+    if of_adamw:
+        return {**settings, "adamw_betas": first["betas"], "adamw_eps": first["eps"]}
+    if first.get("adjust_lr") != "match_rms_adamw":
+        settings["lr"] = None
+    return settings
+
+
+def _decay(groups: list[dict[str, Any]]) -> float:
+    """That of the decayed groups."""
+    return max((float(group["weight_decay"]) for group in groups), default=0.0)
+
+
+def _as_the_trainer_lists(plan: RoutePlan) -> tuple[Named, Named]:
+    """The trainable parameters that the Trainer decays, and the others; in the model's order."""
+    both = list(zip(plan.routes, plan.parameters, strict=True))
+    return (
+        [(one.name, parameter) for one, parameter in both if one.decay],
+        [(one.name, parameter) for one, parameter in both if not one.decay],
+    )
+
+
+def _settings_of_adamw(
+    decayed: Named, others: Named, config: MuonConfig, to: str
+) -> list[dict[str, Any]]:
+    """Settings of the Trainer's two groups, as its AdamW saves them."""
+    groups = [
+        {"params": [p for _, p in members], **config.adamw_group(decay)}
+        for members, decay in ((decayed, True), (others, False))
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    return [
+        {k: v for k, v in group.items() if k != "algorithm"} | {"fused": to.endswith("fused")}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+
+
+def _write(checkpoint: Path, target: Path, after: dict[str, Any], schedule: dict[str, Any]) -> None:
+    """The new folder, which appears when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
+        folder = Path(temporary, target.name)
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*_REWRITTEN))
+        torch.save(after, folder / OPTIMIZER)
+        torch.save(schedule, folder / SCHEDULE)
+        folder.rename(target)
+
+
+def _summary(
+    target: Path, to: str, groups: list[dict[str, Any]], of_muon: list[dict[str, Any]], given: str
+) -> str:
+    """What was kept, and how to go on.
+
+    Args:
+        target: The new folder.
+        to: The optimizer to go on with.
+        groups: Its groups.
+        of_muon: Those of Muon, before or after.
+        given: The options that it was made with.
+    """
+    tensors = sum(len(group["params"]) for group in of_muon if group["algorithm"] == "muon")
+    others = sum(len(group["params"]) for group in groups) - tensors
+    if not keeps_average(of_muon[0]):
+        begins = "begin anew, as the rule keeps no average of gradients"
+    elif to == "muon":
+        begins = "begin with AdamW's first moment as momentum"
+    else:
+        begins = "begin with moments that follow from Muon's momentum"
+    rate, decay = groups[0]["initial_lr"], max(group["weight_decay"] for group in groups)
+    optim_args = f', optim_args="{given}"' if to == "muon" and given else ""
+    return (
+        f"{tensors} tensors of matrices {begins}; AdamW's state of {others} others is kept. The "
+        f"next rate is {groups[0]['lr']:.6g}, of {rate:g}.\n"
+        f'Go on with optim="{to}", learning_rate={rate!r}, weight_decay={decay!r}{optim_args}\n'
+        f"and train(resume_from_checkpoint={str(target)!r})."
+    )

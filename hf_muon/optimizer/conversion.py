@@ -1,0 +1,251 @@
+"""From the state of the Trainer's AdamW to Muon's, and back.
+
+In: the state dicts of an optimizer and of its schedule, and the model's parameters by name. Out:
+the state dicts with which the other optimizer goes on. Nothing that is given is changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_muon.config import MuonConfig
+from hf_muon.optimizer.adamw import new_state as new_adamw_state
+from hf_muon.optimizer.buffers import buffer_dtype, buffers_of, new_state, step_count
+from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.optimizer.importer import filters_by_one_average
+from hf_muon.optimizer.muon import Muon
+
+Named = Sequence[tuple[str, Tensor]]  # parameters; they may be on the meta device
+State = dict[str, Tensor]
+
+_OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+_DEFAULTS = MuonConfig(lr=0.0).muon_group()
+_TYPICAL = 0.2  # root mean square of AdamW's updates, which match_rms_adamw gives Muon's
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def to_muon(
+    state_dict: Mapping[str, Any], parameters: Sequence[Named], optimizer: Muon
+) -> dict[str, Any]:
+    """The state dict of a Muon that goes on where the Trainer's AdamW stopped.
+
+    What AdamW trains in both keeps its state. A matrix begins with AdamW's first moment where the
+    rule filters gradients by one average: it is the same M ← βM + (1−β)G, with AdamW's β₁. All else
+    that the rule keeps begins with zeros, and the step count of a matrix at zero.
+
+    Args:
+        state_dict: AdamW's.
+        parameters: Those that the Trainer decays, and the others; each in the model's order.
+        optimizer: The one to go on with, built for the same model, on any device.
+
+    Raises:
+        ValueError: The state is not that of the Trainer's AdamW for this model.
+    """
+    found = _states_of_adamw(state_dict, parameters)
+    result = optimizer.state_dict()
+    for group, saved in zip(optimizer.param_groups, result["param_groups"], strict=True):
+        takes_average = group["algorithm"] == "muon" and keeps_average(group)
+        for position, (name, index) in enumerate(
+            zip(group["param_names"], saved["params"], strict=True)
+        ):
+            entry = _entry(group, position)
+            state, given = new_state(entry), found.get(name)
+            if given is not None and group["algorithm"] == "adamw":
+                state = {key: given[key] for key in _OF_ADAMW}
+            elif given is not None and takes_average:
+                (buffer,) = (one for one in buffers_of(group) if one.name == "exp_avg")
+                state["exp_avg"] = given["exp_avg"].to(buffer_dtype(group, entry.tensor, buffer))
+            result["state"][index] = state
+    return result
+
+
+def to_adamw(
+    state_dict: Mapping[str, Any],
+    parameters: Sequence[Named],
+    settings: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The state dict of an AdamW of the Trainer that goes on where Muon stopped.
+
+    What AdamW trains in both keeps its state. A matrix begins as :func:`as_after_a_window` says
+    where Muon kept one average of its gradients, and else as at AdamW's first step.
+
+    Args:
+        state_dict: Muon's.
+        parameters: As in :func:`to_muon`; each list is a group.
+        settings: Of each group, as ``torch.optim.AdamW`` takes them.
+
+    Raises:
+        ValueError: The state is not that of Muon for this model.
+    """
+    found = _states_of_muon(state_dict, parameters)
+    state, groups, index = {}, [], 0
+    for members, own in zip(parameters, settings, strict=True):
+        groups.append({**own, "params": list(range(index, index + len(members)))})
+        for name, parameter in members:
+            group, given = found[name]
+            state[index] = new_adamw_state(torch.empty_like(parameter, device="cpu"))
+            if given and group["algorithm"] == "adamw":
+                _check(name, given, parameter)
+                state[index] = {key: given[key] for key in _OF_ADAMW}
+            elif given and keeps_average(group) and given["step"] > 0:
+                _check_shapes(name, given, parameter)
+                begun = as_after_a_window(given, group["momentum"], own["betas"])
+                state[index] |= {key: value.to(parameter.dtype) for key, value in begun.items()}
+                state[index]["step"] = begun["step"]
+            index += 1
+    return {"state": state, "param_groups": groups}
+
+
+def as_after_a_window(
+    state: Mapping[str, Tensor], beta: float, betas: tuple[float, float]
+) -> dict[str, Tensor]:
+    """AdamW's state of a matrix as if it had seen the gradients in Muon's window.
+
+    They had the mean M̂ = M/(1−βᵗ). Their mean squares V̂ are not known: those of M̂, as products of
+    a row's and a column's mean (Adafactor, arXiv 1804.04235), are divided by 0.2², the square of
+    the typical size of AdamW's updates M̂/√V̂ (arXiv 2502.16982, eq. 4). With s = min(t, 1/(1−β))
+    steps, both moments are what bias correction turns into M̂ and V̂, and V̂ soon counts for little.
+
+    Args:
+        state: Muon's, with M as ``exp_avg`` after t > 0 ``step``.
+        beta: Its β.
+        betas: AdamW's β₁ and β₂.
+    """
+    t = float(state["step"])
+    s = min(t, round(1 / (1 - beta)))
+    mean = state["exp_avg"].float() / (1 - beta**t)
+    squares = mean.flatten(1).square() if mean.ndim > 3 else mean.square()  # (…, m, n)
+    rows, cols = squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
+    both = rows / squares.mean((-2, -1), keepdim=True).clamp_min(_TINY) * cols
+    return {
+        "step": step_count(s),
+        "exp_avg": (1 - betas[0] ** s) * mean,
+        "exp_avg_sq": (1 - betas[1] ** s) * both.view_as(mean) / _TYPICAL**2,
+    }
+
+
+def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
+    """The state of a schedule for other groups, each at the same share of its own rate.
+
+    Args:
+        schedule: State of a ``LambdaLR``, as all schedules of transformers are but those that
+            follow the loss.
+        groups: The new groups, whose ``lr`` is that before any schedule; it is kept as
+            ``initial_lr``, and ``lr`` becomes the scheduled one.
+
+    Raises:
+        ValueError: The schedule does not multiply all rates by one factor.
+    """
+    bases, rates = schedule.get("base_lrs"), schedule.get("_last_lr")
+    factors = schedule.get("lr_lambdas")
+    if not (bases and rates and factors) or not len(bases) == len(rates) == len(factors):
+        raise ValueError(
+            "scheduler.pt does not hold a schedule that multiplies each group's own rate, as "
+            "LambdaLR and all of transformers do that do not follow the loss; it holds "
+            f"{sorted(map(str, schedule))}. Start a new run from the weights, with a schedule of "
+            "its own."
+        )
+    known = [(rate, base) for rate, base in zip(rates, bases, strict=True) if base]
+    rate, base = known[0] if known else (0.0, 1.0)
+    same = all(math.isclose(r * base, rate * b, rel_tol=1e-9, abs_tol=1e-18) for r, b in known)
+    if not same or any(factor != factors[0] for factor in factors):
+        raise ValueError(
+            f"The groups of the checkpoint follow different schedules: rates {rates} of {bases}. "
+            "Which of them the new groups follow is not known: start a new run from the weights."
+        )
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        group["lr"] = rate * (group["initial_lr"] / base)
+    return {
+        **schedule,
+        "base_lrs": [group["initial_lr"] for group in groups],
+        "_last_lr": [group["lr"] for group in groups],
+        "lr_lambdas": [factors[0]] * len(groups),
+    }
+
+
+def keeps_average(group: Group) -> bool:
+    """Whether a group keeps one average of gradients, in numbers that can be copied."""
+    group = {**_DEFAULTS, **group}  # an older version may have written it
+    return filters_by_one_average(group) and group["momentum_dtype"] != "int8"
+
+
+def _entry(group: Group, position: int) -> Entry:
+    """A parameter of a group, in memory that is not touched before it is written."""
+    return Entry(group, torch.empty_like(group["params"][position], device="cpu"), (position,))
+
+
+def _states_of_adamw(
+    state_dict: Mapping[str, Any], parameters: Sequence[Named]
+) -> dict[str, State]:
+    """The state of each parameter by name; the Trainer's AdamW has none in its groups."""
+    groups = state_dict["param_groups"]
+    sizes, expected = ([len(one) for one in kind] for kind in (_params(groups), parameters))
+    if sizes != expected:
+        raise ValueError(
+            f"The optimizer's groups have {sizes} parameters; the Trainer's AdamW has {expected} "
+            "for this model, decayed ones and others. Parameters that were frozen, groups of a "
+            "Trainer of your own and other models cannot be told apart: start a new run from the "
+            "weights."
+        )
+    found = {}
+    for members, indices in zip(parameters, _params(groups), strict=True):
+        for (name, parameter), index in zip(members, indices, strict=True):
+            if state := state_dict["state"].get(index):
+                _check(name, state, parameter)
+                found[name] = state
+    return found
+
+
+def _params(groups: Sequence[Group]) -> list[list[Any]]:
+    return [group["params"] for group in groups]
+
+
+def _check(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
+    if not all(isinstance(state.get(key), Tensor) for key in _OF_ADAMW):
+        raise ValueError(
+            f"The state of {name[:90]} holds {sorted(map(str, state))}; AdamW's step, exp_avg and "
+            "exp_avg_sq are expected. 8-bit and other optimizers cannot be converted: start a new "
+            "run from the weights."
+        )
+    _check_shapes(name, state, parameter)
+
+
+def _check_shapes(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
+    for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
+        if state[key].shape != parameter.shape:
+            raise ValueError(
+                f"{key!r} in the state of {name[:90]} has shape {tuple(state[key].shape)} and the "
+                f"parameter {tuple(parameter.shape)}: the checkpoint is of another model. Name "
+                "its own with --model."
+            )
+
+
+def _states_of_muon(
+    state_dict: Mapping[str, Any], parameters: Sequence[Named]
+) -> dict[str, tuple[Group, Mapping[str, Tensor]]]:
+    """The group and the state of each parameter by name."""
+    groups = state_dict["param_groups"]
+    if any("param_names" not in group for group in groups):
+        raise ValueError(
+            "The checkpoint does not name its parameters, so that they cannot be matched. Only "
+            "what create_muon_optimizer has built, as the Trainer's, can be converted."
+        )
+    found = {
+        name: (group, state_dict["state"].get(index, {}))
+        for group in groups
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
+    wanted = {name for members in parameters for name, _ in members}
+    if differing := sorted(wanted ^ found.keys()):
+        raise ValueError(
+            f"The checkpoint and the model do not train the same parameters: {differing[0][:90]} "
+            f"is in one of them only, as {len(differing) - 1} more. Name the model it was trained "
+            "with by --model."
+        )
+    return found
