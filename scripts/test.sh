@@ -26,4 +26,5 @@ get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "${select[@]}" "$@"
+# Two files at a time: most of a test is one process that waits for nothing, or ranks that do.
+.venv/bin/python -m pytest -n 2 --dist loadfile "${select[@]}" "$@"
