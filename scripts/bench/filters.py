@@ -21,9 +21,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
 
-from byte_llama import LENGTH, train
 from filter_report import report
 from study import command
+from study.byte_llama import sizes, train
 from study.harness import Arm, Plan, study
 from study.records import Records
 from study.tables import rows
@@ -107,20 +107,6 @@ def resolved(arm: Arm, steps: int) -> Arm:
     checked = {name: value for name, value in settings.items() if name != "optimizer"}
     MuonConfig(lr=arm.start["rate"], **checked)
     return Arm(settings, arm.start, arm.axes)
-
-
-def sizes(name: str) -> tuple[int, int]:
-    """Return the tokens of a step and the steps of a cell such as ``128x512``."""
-    tokens, _, steps = name.partition("x")
-    try:
-        found = int(tokens), int(steps)
-    except ValueError:
-        raise SystemExit(
-            f"error: --cells {name}: tokens x steps are expected, as 128x512."
-        ) from None
-    if found[0] % LENGTH or min(found) < 1:
-        raise SystemExit(f"error: --cells {name}: tokens come in multiples of {LENGTH}.")
-    return found
 
 
 def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:

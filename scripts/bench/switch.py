@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from byte_llama import LENGTH, sequences, texts
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -27,6 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 from typer.testing import CliRunner
+
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
+
+from study.byte_llama import LENGTH, sequences, texts
 
 import hf_muon.auto  # noqa: F401 - for the name
 from hf_muon.commands.cli import app

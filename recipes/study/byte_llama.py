@@ -1,8 +1,8 @@
 """One training of a tiny byte-level LLaMA: a rule's settings, a rate, a seed.
 
-In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, noise to
-signal of the gradients, state bytes. The model is written out in functions: at this size the
-passes of a library's modules take longer than their arithmetic.
+In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, readings of the
+gradients, state bytes. The model is written out in functions: at this size the passes of a
+library's modules take longer than their arithmetic.
 
 Rates warm up linearly for 5 % of the steps and then fall linearly to zero. Embeddings, head and
 norms are trained by AdamW at one rate, whatever trains the matrices.
@@ -21,16 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from shared.measure import state_bytes
 from torch import Tensor
-from turns import state_bytes_per_parameter
-
-sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
-
-from study.records import Run
 
 import hf_muon
+from study.readings import Watch
+from study.records import Run
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[1]
 
 BYTES, WIDTH, INNER, LAYERS, HEADS, LENGTH = 256, 64, 170, 2, 4, 64
 MATRICES = {
@@ -42,12 +40,24 @@ ADAMW = {"betas": (0.9, 0.99), "eps": 1e-10}
 WARMUP = 0.05
 HELD_OUT = 512
 """Sequences of the held-out loss, evenly spread."""
-PROBES, MICRO_BATCHES = (0.1, 0.5, 0.9), 16
-"""Shares of the run at which noise to signal is measured, and gradients that it is measured on."""
 FREEDOM, SPIKE = 1.5, 1000.0
 """Degrees of freedom of heavy-tailed noise; how much too large one gradient is."""
 
 Weights = dict[str, Tensor]
+
+
+def sizes(name: str) -> tuple[int, int]:
+    """Return the tokens of a step and the steps of a cell such as ``128x512``."""
+    tokens, _, steps = name.partition("x")
+    try:
+        found = int(tokens), int(steps)
+    except ValueError:
+        raise SystemExit(
+            f"error: --cells {name}: tokens x steps are expected, as 128x512."
+        ) from None
+    if found[0] % LENGTH or min(found) < 1:
+        raise SystemExit(f"error: --cells {name}: tokens come in multiples of {LENGTH}.")
+    return found
 
 
 @lru_cache
@@ -148,34 +158,18 @@ def held_out_loss(weights: Weights, text: np.ndarray) -> float:
     return float(torch.stack([loss_of(weights, part) for part in rows.split(64)]).mean())
 
 
-def noise_to_signal(
-    weights: Weights, matrices: list[Tensor], text: np.ndarray, rows: int
-) -> float | None:
-    """Return tr Σ/‖G‖² of a step's gradient over the matrices; None where no signal is left.
-
-    Both without bias: of k gradients g at the same weights, ‖Σg‖² − Σ‖g‖² is k(k−1)‖G‖².
-    """
-    generator = np.random.default_rng(77)
-    total, squares = torch.zeros(sum(w.numel() for w in matrices)), 0.0
-    for _ in range(MICRO_BATCHES):
-        gradients = torch.autograd.grad(loss_of(weights, drawn(text, rows, generator)), matrices)
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        total += flat
-        squares += float(flat.square().sum())
-    signal = (float(total.square().sum()) - squares) / (MICRO_BATCHES * (MICRO_BATCHES - 1))
-    return round((squares / MICRO_BATCHES - signal) / signal, 2) if signal > 0 else None
-
-
 class Optimizer:
     """Muon or AdamW on the matrices, AdamW on the others, at rates that a factor scales."""
 
     def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
-        rate, rate_of_others = run.point["rate"], run.cell["adamw_rate"]
-        settings = {"polar_dtype": "float32", **run.settings}
+        searched = dict(run.point)
+        rate = searched.pop("rate")
+        rate_of_others = searched.pop("adamw_rate", run.cell.get("adamw_rate"))
+        settings = {"polar_dtype": "float32", **run.settings, **searched}
         if settings.pop("optimizer") == "adamw":
-            self.of_matrices: torch.optim.Optimizer = torch.optim.AdamW(
-                matrices, lr=rate, weight_decay=0.0, fused=True, **ADAMW
-            )
+            betas = (settings.pop("momentum", ADAMW["betas"][0]), ADAMW["betas"][1])
+            own = {**ADAMW, "betas": betas, "weight_decay": 0.0, "fused": True}
+            self.of_matrices: torch.optim.Optimizer = torch.optim.AdamW(matrices, lr=rate, **own)
         else:
             self.of_matrices = hf_muon.Muon(matrices, lr=rate, **settings)
         rest = {"lr": rate_of_others, "weight_decay": 0.0, "fused": True}
@@ -210,6 +204,18 @@ def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[in
     return disturb
 
 
+def white_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[int], None]:
+    """Return what adds normal noise to the gradients, of ``scale`` times each one's norm."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_: int) -> None:
+        for matrix in matrices:
+            drawn = torch.randn(matrix.shape, generator=generator)
+            matrix.grad.add_(drawn, alpha=scale * float(matrix.grad.square().mean().sqrt()))
+
+    return disturb
+
+
 def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
     """Return what makes the gradients of one step far too large."""
 
@@ -220,11 +226,14 @@ def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
     return disturb
 
 
+ADDED = {"heavy": heavy_noise, "white": white_noise}
+
+
 def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
     """Return what a run does to its gradients before each step."""
     noise = run.cell["noise"]
-    if noise == "heavy":
-        return heavy_noise(matrices, run.cell["noise_scale"], run.seed)
+    if noise in ADDED:
+        return ADDED[noise](matrices, run.cell["noise_scale"], run.seed)
     return spike(matrices, run.cell["steps"] // 2 if noise == "spike" else -1)
 
 
@@ -233,18 +242,21 @@ def train(run: Run) -> dict[str, Any]:
 
     Args:
         run: its settings are fields of ``MuonConfig``, and ``optimizer``, of the matrices ``muon``
-            or ``adamw``; its point has their peak ``rate``. Its cell has
+            or ``adamw`` (of whose β₁ ``momentum`` is the name); its point has their peak ``rate``
+            and further settings. Its cell has
 
             * ``tokens`` of a step, a multiple of the sequence length, and ``steps``,
-            * ``adamw_rate``, the peak rate of everything else,
+            * ``adamw_rate``, the peak rate of everything else, unless it stands in the point,
             * ``noise`` of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
-              degrees of freedom in every step; ``spike``, one gradient of 1000 times its size,
-            * ``noise_scale`` of ``heavy``, in root mean squares of each gradient,
+              degrees of freedom in every step; ``white``, a normal one; ``spike``, one gradient of
+              1000 times its size,
+            * ``noise_scale`` of ``heavy`` and ``white``, in root mean squares of each gradient,
             * ``corpus``, as the pretraining recipe names it.
 
     Returns:
-        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` by the share of the
-        run, and ``state_bytes`` for each entry of the matrices.
+        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` and ``readings`` by
+        the share of the run (see :mod:`study.readings`), and ``state_bytes`` for each entry of the
+        matrices.
     """
     torch.set_num_threads(1)
     text, held_out = texts(run.cell["corpus"])
@@ -253,15 +265,18 @@ def train(run: Run) -> dict[str, Any]:
     matrices, others = halves(weights)
     optimizer = Optimizer(run, matrices, others)
     disturb, order = disturbance(run, matrices), np.random.default_rng(run.seed)
-    steps, rows, nsr = run.cell["steps"], run.cell["tokens"] // LENGTH, {}
-    probes = {max(1, round(share * steps)): str(share) for share in PROBES}
-    loss = math.inf
+    steps, rows = run.cell["steps"], run.cell["tokens"] // LENGTH
+    watch, others_order = Watch(steps), np.random.default_rng(77)
+
+    def again() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss_of(weights, drawn(text, rows, others_order)), matrices)
+
+    entries, loss = sum(matrix.numel() for matrix in matrices), math.inf
     try:
         for step in range(steps):
-            if step in probes:
-                nsr[probes[step]] = noise_to_signal(weights, matrices, text, rows)
             loss_of(weights, drawn(text, rows, order)).backward()
             disturb(step)
+            watch.see(step, [matrix.grad for matrix in matrices], again)
             optimizer.step(rate_factor(step, steps))
         loss = held_out_loss(weights, held_out)
     except FloatingPointError:  # how hf_muon reports gradients with NaN
@@ -269,6 +284,7 @@ def train(run: Run) -> dict[str, Any]:
     return {
         "loss": loss if math.isfinite(loss) else None,
         "seconds": round(time.process_time() - started, 2),
-        "nsr": nsr,
-        "state_bytes": round(state_bytes_per_parameter(optimizer.of_matrices), 3),
+        "nsr": watch.noise_to_signal,
+        "readings": watch.found,
+        "state_bytes": round(state_bytes(optimizer.of_matrices) / entries, 3),
     }

@@ -1,0 +1,159 @@
+"""When does filtering first pay: orders over batch, length of the run and noise, all tuned.
+
+In: names of arms and cells. Out: a JSONL file with a line for each training, Markdown tables, and a
+figure of the gap between the orders against the noise that was measured. Each arm searches the rate
+of the matrices, its momentum β and the rate of everything else, on seed 0; what is reported are
+seeds that the search has not seen, paired. It may be stopped, and goes on with the same command.
+
+    python horizons.py run --out runs/horizons.jsonl --jobs 2
+    python horizons.py run --out runs/horizons.jsonl --cells 512x512 2048x128 --noise-scale 3
+    python horizons.py report --out runs/horizons.jsonl --figure runs/horizons.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
+
+import matplotlib.pyplot as plt
+from shared.style import COLOURS, MUTED, tidy
+from study import command
+from study.byte_llama import sizes, train
+from study.descent import Axis
+from study.harness import Arm, Plan, study
+from study.paired import Estimate, difference
+from study.records import Records
+from study.tables import Row, rows
+
+BETAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
+RATES = {"rate": 2.0, "adamw_rate": 2.0}
+ALL = {"rate": 2.0, "momentum": BETAS, "adamw_rate": 2.0}
+
+
+def muon(rate: float, axes: Mapping[str, Axis] = ALL, **settings: Any) -> Arm:
+    """Return an arm of Muon, without Nesterov by default; its search begins at β = 0.9."""
+    point = {"rate": rate, "momentum": 0.9, "adamw_rate": 8e-3}
+    start = {name: value for name, value in point.items() if name in axes}
+    return Arm({"optimizer": "muon", "nesterov": False, **settings}, start, axes)
+
+
+REFERENCE, OTHERS = "pre_polar", ("post_polar", "polar_only")
+ARMS = {
+    REFERENCE: muon(4e-3),
+    "post_polar": muon(3.2e-2, order="post_polar"),
+    "polar_only": muon(1.6e-2, RATES, order="polar_only"),
+    "pre_0.95": muon(4e-3, RATES, momentum=0.95),
+    "nesterov": muon(4e-3, nesterov=True),
+    "adamw": Arm({"optimizer": "adamw"}, {"rate": 1e-3, "momentum": 0.9, "adamw_rate": 8e-3}, ALL),
+    "untrained": muon(0.0, RATES),  # the control: matrices as they began
+}
+CELLS = ("128x128", "128x512", "512x128", "512x512", "2048x128", "128x2048", "2048x512")
+"""Tokens of a step x steps."""
+BUDGET = 24
+"""Points that the search of an arm may try."""
+
+
+def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what all arms have in common, for each of the cells."""
+    noise, corpus = "white" if arguments.noise_scale else "none", arguments.corpus
+    kept = {"noise": noise, "noise_scale": arguments.noise_scale, "corpus": corpus}
+    return [
+        {"tokens": tokens, "steps": steps, **kept} for tokens, steps in map(sizes, arguments.cells)
+    ]
+
+
+def gap(cell: Sequence[Row]) -> Estimate | None:
+    """Return how much filtering first gains over the better of the other orders, paired by seed.
+
+    The better one is that of the search, which has not seen these seeds.
+    """
+    by_name = {row.plan.name: row for row in cell}
+    others = [by_name[name] for name in OTHERS if name in by_name]
+    if REFERENCE not in by_name or len(others) < len(OTHERS):
+        return None
+    best = min(others, key=lambda row: min(row.searched.values()))
+    return difference(best.losses, by_name[REFERENCE].losses)
+
+
+def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> float | None:
+    """Return the median of a reading over the fresh seeds of an arm at its best point."""
+    row = next(row for row in cell if row.plan.name == arm)
+    at_best = row.plan.run(row.best, 0).point
+    lines = [one["found"] for one in row.lines if one["point"] == at_best and one["seed"]]
+    found = [
+        one["nsr"].get(place) if name == "nsr" else one["readings"].get(place, {}).get(name)
+        for one in lines
+    ]
+    values = [value for value in found if value is not None]
+    return statistics.median(values) if values else None
+
+
+def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
+    """Draw the gap of each cell against two readings."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), dpi=130, layout="constrained")
+    shown = [(cell, one) for cell in found if (one := gap(cell)) is not None]
+    steps = sorted({cell[0].plan.cell["steps"] for cell, _ in shown})
+    of_panels = (
+        (REFERENCE, "nsr", "noise to signal of a step's gradient, half way"),
+        ("polar_only", "last", "how far the last update of polar_only descends, half way"),
+    )
+    for axes, (arm, name, label) in zip(panels, of_panels, strict=True):
+        for cell, estimate in shown:
+            x, at = reading(cell, arm, name), cell[0].plan.cell
+            if x is None:
+                continue
+            bar = 2 * estimate.error if estimate.error else None
+            colour = COLOURS[steps.index(at["steps"]) % len(COLOURS)]
+            axes.errorbar(x, estimate.mean, yerr=bar, fmt="o", color=colour, capsize=3)
+            text = f"{at['tokens']}×{at['steps']}" + f", noise {at['noise_scale']:g}" * bool(
+                at["noise_scale"]
+            )
+            axes.annotate(text, (x, estimate.mean), (5, 4), textcoords="offset points", fontsize=7)
+        axes.axhline(0, color=MUTED, lw=1, ls="--")
+        tidy(axes, label, "", "what pre_polar gains, nats ± 2 standard errors")
+    panels[0].set_xscale("log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser, running, _ = command.parsers(__doc__, list(ARMS), BUDGET)
+    running.add_argument("--cells", nargs="+", default=CELLS, help="tokens of a step x steps")
+    running.add_argument(
+        "--noise-scale", type=float, default=0.0, help="normal noise, in norms of each gradient"
+    )
+    running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, or print the tables."""
+    arguments = parsed(argv)
+
+    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
+        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
+        budget = arguments.budget
+        return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
+
+    records = Records(arguments.out)
+    if arguments.command == "report":
+        figure, arguments.figure = arguments.figure, None
+        print(command.report(arguments, plans_of, REFERENCE))
+        if figure:
+            draw([rows(records, plans_of(cell)) for cell in command.cells_of(records)], figure)
+        return
+    command.check_seeds(arguments)
+    plans = [plan for cell in cells(arguments) for plan in plans_of(cell)]
+    study(records, plans, train, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
