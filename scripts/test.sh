@@ -13,7 +13,7 @@ if [[ ${1:-} == --full ]]; then
 fi
 
 scripts/setup.sh dev
-.venv/bin/python scripts/prepare_assets.py --only shakespeare tweets minilm smollm2
+.venv/bin/python scripts/prepare_assets.py --only shakespeare tweets minilm smollm2 mnist vowels movielens
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # DeepSpeed builds its communication extension with g++ when ranks first meet. Once and for all here,
