@@ -29,7 +29,7 @@ from study.descent import Axis
 from study.harness import Arm, Plan, study
 from study.paired import Estimate, difference
 from study.records import Records
-from study.tables import Row, rows
+from study.tables import Row
 
 BETAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 RATES = {"rate": 2.0, "adamw_rate": 2.0}
@@ -118,7 +118,6 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
         axes.axhline(0, color=MUTED, lw=1, ls="--")
         tidy(axes, label, "", "what pre_polar gains, nats ± 2 standard errors")
     panels[0].set_xscale("log")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
@@ -143,16 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         budget = arguments.budget
         return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
 
-    records = Records(arguments.out)
     if arguments.command == "report":
-        figure, arguments.figure = arguments.figure, None
-        print(command.report(arguments, plans_of, REFERENCE))
-        if figure:
-            draw([rows(records, plans_of(cell)) for cell in command.cells_of(records)], figure)
+        print(command.report(arguments, plans_of, REFERENCE, figure=draw))
         return
     command.check_seeds(arguments)
     plans = [plan for cell in cells(arguments) for plan in plans_of(cell)]
-    study(records, plans, train, arguments.jobs)
+    study(Records(arguments.out), plans, train, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,8 @@ from study.records import Run
 
 RECIPES = Path(__file__).parents[1]
 
-BYTES, WIDTH, INNER, LAYERS, HEADS, LENGTH = 256, 64, 170, 2, 4, 64
-MATRICES = {
-    **dict.fromkeys(("query", "key", "value", "out"), (WIDTH, WIDTH)),
-    **dict.fromkeys(("gate", "up"), (INNER, WIDTH)),
-    "down": (WIDTH, INNER),
-}
+BYTES, WIDTH, HEAD, LAYERS, LENGTH = 256, 64, 16, 2, 64
+MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 ADAMW = {"betas": (0.9, 0.99), "eps": 1e-10}
 WARMUP = 0.05
 HELD_OUT = 512
@@ -87,20 +83,22 @@ def drawn(text: np.ndarray, rows: int, generator: np.random.Generator) -> Tensor
     return sequences(text, generator.integers(0, len(text) - LENGTH - 1, rows))
 
 
-def new_weights(seed: int) -> Weights:
+def new_weights(seed: int, width: int = WIDTH) -> Weights:
     """Draw the weights: normal with a deviation of 0.02, norms of one."""
     generator = torch.Generator().manual_seed(seed)
+    inner = 8 * width // 3
+    shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
 
     def normal(*shape: int) -> Tensor:
         return (0.02 * torch.randn(shape, generator=generator)).requires_grad_()
 
-    weights = {"embedding": normal(BYTES, WIDTH), "head": normal(BYTES, WIDTH)}
-    weights["norm"] = torch.ones(WIDTH, requires_grad=True)
+    weights = {"embedding": normal(BYTES, width), "head": normal(BYTES, width)}
+    weights["norm"] = torch.ones(width, requires_grad=True)
     for layer in range(LAYERS):
         for norm in ("attention_norm", "mlp_norm"):
-            weights[f"{layer}.{norm}"] = torch.ones(WIDTH, requires_grad=True)
-        for name, shape in MATRICES.items():
-            weights[f"{layer}.{name}"] = normal(*shape)
+            weights[f"{layer}.{norm}"] = torch.ones(width, requires_grad=True)
+        for name in MATRICES:
+            weights[f"{layer}.{name}"] = normal(*shapes.get(name, (width, width)))
     return weights
 
 
@@ -112,7 +110,7 @@ def halves(weights: Weights) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _angles() -> tuple[Tensor, Tensor]:
-    half = WIDTH // HEADS // 2
+    half = HEAD // 2
     angles = torch.outer(torch.arange(LENGTH), 10_000.0 ** -(torch.arange(half) / half))
     return angles.cos(), angles.sin()
 
@@ -128,23 +126,24 @@ def rotated(x: Tensor) -> Tensor:
 
 def loss_of(weights: Weights, rows: Tensor) -> Tensor:
     """Return the mean loss of the next byte, in nats."""
-    x = F.embedding(rows[:, :-1], weights["embedding"])  # (b, LENGTH, WIDTH)
+    width = weights["norm"].shape
+    x = F.embedding(rows[:, :-1], weights["embedding"])  # (b, LENGTH, width)
     for layer in range(LAYERS):
         of = {
             name: weights[f"{layer}.{name}"] for name in (*MATRICES, "attention_norm", "mlp_norm")
         }
-        x = x + attention(F.rms_norm(x, (WIDTH,), of["attention_norm"], 1e-6), of)
-        h = F.rms_norm(x, (WIDTH,), of["mlp_norm"], 1e-6)
+        x = x + attention(F.rms_norm(x, width, of["attention_norm"], 1e-6), of)
+        h = F.rms_norm(x, width, of["mlp_norm"], 1e-6)
         inner = F.silu(F.linear(h, of["gate"])) * F.linear(h, of["up"])
         x = x + F.linear(inner, of["down"])
-    logits = F.linear(F.rms_norm(x, (WIDTH,), weights["norm"], 1e-6), weights["head"])
+    logits = F.linear(F.rms_norm(x, width, weights["norm"], 1e-6), weights["head"])
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 def attention(h: Tensor, of: Mapping[str, Tensor]) -> Tensor:
-    """Return causal attention with rotary positions, (b, LENGTH, WIDTH)."""
+    """Return causal attention with rotary positions, (b, LENGTH, width)."""
     q, k, v = (
-        F.linear(h, of[name]).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        F.linear(h, of[name]).unflatten(-1, (-1, HEAD)).transpose(1, 2)
         for name in ("query", "key", "value")
     )
     mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
@@ -246,6 +245,7 @@ def train(run: Run) -> dict[str, Any]:
             and further settings. Its cell has
 
             * ``tokens`` of a step, a multiple of the sequence length, and ``steps``,
+            * ``width`` of the model, a multiple of 16; 64 if it is not given,
             * ``adamw_rate``, the peak rate of everything else, unless it stands in the point,
             * ``noise`` of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
               degrees of freedom in every step; ``white``, a normal one; ``spike``, one gradient of
@@ -261,7 +261,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     text, held_out = texts(run.cell["corpus"])
     started = time.process_time()
-    weights = new_weights(run.seed)
+    weights = new_weights(run.seed, run.cell.get("width", WIDTH))
     matrices, others = halves(weights)
     optimizer = Optimizer(run, matrices, others)
     disturb, order = disturbance(run, matrices), np.random.default_rng(run.seed)

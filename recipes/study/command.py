@@ -51,9 +51,21 @@ def check_seeds(arguments: argparse.Namespace) -> None:
 
 
 def report(
-    arguments: argparse.Namespace, plans_of: PlansOf, reference: str, target: float | None = None
+    arguments: argparse.Namespace,
+    plans_of: PlansOf,
+    reference: str,
+    target: float | None = None,
+    figure: Callable[[Sequence[Sequence[Row]], Path], None] | None = None,
 ) -> str:
-    """Return the tables of all cells in the file, and draw their figures where asked to."""
+    """Return the tables of all cells in the file, and draw where asked to: one for each by default.
+
+    Args:
+        arguments: of the command line.
+        plans_of: the plans in a cell.
+        reference: the arm that others are compared with.
+        target: a loss to be reached. Default: none.
+        figure: draws all cells into one file instead.
+    """
     records = Records(arguments.out)
     found = [rows(records, plans_of(cell)) for cell in cells_of(records)]
     tables = [
@@ -61,7 +73,11 @@ def report(
         for cell in found
         if cell
     ]
-    draw(arguments.figure, found, reference)
+    if figure is None:
+        draw(arguments.figure, found, reference)
+    elif arguments.figure:
+        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
+        figure(found, arguments.figure)
     return "\n\n".join(tables) if tables else "No training has finished."
 
 

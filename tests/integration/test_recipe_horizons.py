@@ -50,3 +50,16 @@ def test_the_gap_is_to_the_better_order_of_the_search(horizons):
     assert found.mean == pytest.approx(0.3)
     assert found.error == pytest.approx(0, abs=1e-12)  # pairs: what seeds have in common cancels
     assert horizons.gap(tables.rows(kept, plans[:2])) is None
+
+
+def test_widths_are_compared_by_rule(horizons, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "llama_pretrain"))
+    widths, out = importlib.import_module("widths"), str(tmp_path / "widths.jsonl")
+    few = ["--widths", "16", "32", "--cell", "64x4", "--seeds", "1", "--budget", "2"]
+    widths.main(["run", "--out", out, *few])
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 3 * (2 + 1)
+    widths.main(["report", "--out", out, "--figure", str(tmp_path / "widths.png")])
+    report = capsys.readouterr().out
+    assert "width 16" in report
+    assert "width 32" in report
+    assert (tmp_path / "widths.png").stat().st_size > 10_000

@@ -1,0 +1,115 @@
+"""Does the best learning rate stay when a model grows? Widths over step-size rules.
+
+In: widths. Out: a JSONL file with a line for each training, a table for each width, and a figure of
+loss over rate. Each step-size rule (``adjust_lr``) searches the rate of the matrices on a grid of
+five and on from its edges; everything else has one rate. It resumes with the same command.
+
+    python widths.py run --out runs/widths.jsonl --jobs 2
+    python widths.py report --out runs/widths.jsonl --figure runs/widths.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
+
+import matplotlib.pyplot as plt
+from shared.style import COLOURS, tidy
+from study import command
+from study.byte_llama import sizes, train
+from study.harness import Arm, Plan, study
+from study.records import Records
+from study.tables import Row
+
+STARTS = {"match_rms_adamw": 4e-3, "spectral": 1.6e-2, "original": 1.6e-2}
+"""Where the search of each rule begins."""
+
+
+def arm(rule: str, rate: float) -> Arm:
+    """Return an arm; its first grid reaches two steps to each side, for the curve."""
+    first = [{"rate": rate * 2.0**power} for power in range(-2, 3)]
+    settings = {"optimizer": "muon", "adjust_lr": rule, "momentum": 0.9, "nesterov": False}
+    return Arm(settings, {"rate": rate}, {"rate": 2.0}, first)
+
+
+ARMS = {rule: arm(rule, rate) for rule, rate in STARTS.items()}
+REFERENCE = "match_rms_adamw"
+WIDTHS, BUDGET = (64, 128, 256, 512), 12
+
+
+def curve(row: Row) -> tuple[list[float], list[float]]:
+    """Return the rates that the search has tried, in their order, and the losses."""
+    pairs = sorted((point[0], loss) for point, loss in row.searched.items())
+    return [rate for rate, _ in pairs], [loss for _, loss in pairs]
+
+
+def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
+    """Draw a panel for each rule, with a curve for each width and its best rate marked."""
+    figure, panels = plt.subplots(
+        1, len(ARMS), figsize=(11, 3.8), dpi=130, sharey=True, layout="constrained"
+    )
+    ordered = sorted(found, key=lambda cell: cell[0].plan.cell["width"])
+    for axes, rule in zip(panels, ARMS, strict=True):
+        for colour, cell in zip(COLOURS, ordered, strict=False):
+            row = next((row for row in cell if row.plan.name == rule), None)
+            if row is None or not row.searched:
+                continue
+            rates, losses = curve(row)
+            width = row.plan.cell["width"]
+            axes.plot(rates, losses, "o-", color=colour, ms=3.5, lw=1.4, label=f"{width} wide")
+            axes.plot(row.best[0], row.searched[row.best], "o", color=colour, ms=9, mfc="none")
+        axes.set_xscale("log", base=2)
+        tidy(axes, "learning rate of the matrices", "", rule)
+    lowest = [min(row.searched.values()) for cell in found for row in cell if row.searched]
+    panels[0].set_ylim(min(lowest) - 0.02, statistics.median(lowest) + 0.5)
+    panels[0].set_ylabel("held-out loss, seed 0")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser, running, _ = command.parsers(__doc__, list(ARMS), BUDGET)
+    running.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="multiples of 16")
+    running.add_argument("--cell", default="512x512", help="tokens of a step x steps")
+    running.add_argument("--adamw-rate", type=float, default=8e-3, help="of all but matrices")
+    running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
+    return parser.parse_args(argv)
+
+
+def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what all rules have in common, for each width."""
+    tokens, steps = sizes(arguments.cell)
+    kept = {"adamw_rate": arguments.adamw_rate, "noise": "none", "noise_scale": 0.0}
+    return [
+        {"width": width, "tokens": tokens, "steps": steps, **kept, "corpus": arguments.corpus}
+        for width in arguments.widths
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, or print the tables."""
+    arguments = parsed(argv)
+
+    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
+        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
+        budget = arguments.budget
+        return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
+
+    if arguments.command == "report":
+        print(command.report(arguments, plans_of, REFERENCE, figure=draw))
+        return
+    command.check_seeds(arguments)
+    plans = [plan for cell in cells(arguments) for plan in plans_of(cell)]
+    study(Records(arguments.out), plans, train, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
