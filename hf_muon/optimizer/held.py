@@ -101,9 +101,9 @@ class Held:
         return Held(self.bucket.only(units), *self._tensors, self.sizes)
 
     def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
-        """Return portions whose pieces share a key (β, scale), of a size that the stages allow.
+        """Return portions whose pieces share a key (β, scale); uncut if a stage needs matrices.
 
-        Those of the latest keys are kept under a name.
+        The latest portions under each name are cached.
         """
         if name not in self._parts or self._parts[name][0] != keys:
             shapes = [(piece.rows, piece.cols) for _, piece in self.items]
