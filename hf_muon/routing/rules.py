@@ -182,7 +182,7 @@ def router(context: Context) -> Decision | None:
 
 
 def _selects(context: Context) -> bool:
-    """Whether a `gate` has a row per expert or, if their number is unknown, few rows.
+    """Whether a `gate` has a row per expert or, if unknown, far fewer rows than columns.
 
     `gate_proj` and square gates are ordinary linear maps.
     """
