@@ -72,7 +72,7 @@ class Averages:
             )
 
     def has_run_in(self, name: str) -> bool:
-        """Whether gradients from before a resume hardly count in the average of a matrix any more."""
+        """Whether gradients missing since a resume hardly count in a matrix's average any more."""
         return self._missing.get(name, 0.0) <= _MAY_MISS
 
     def piece(self, call: Watched, unit: Unit, piece: Piece) -> Tensor:
