@@ -3,7 +3,7 @@
 In: ``python run.py configs/minilm.yaml [--dataset owner/name] [--optim adamw_torch] ...``. Out: in
 ``--output_dir`` the encoder, ``results.json`` with the share of held-out triplets whose similar
 texts are nearest, before and after, and ``muon_report.json``; on the screen both shares and the
-neighbors of three texts.
+neighbours of three texts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The style of all recipes' figures.
 
-In: axes. Out: the same axes without frame and with a faint grid; colors to draw with.
+In: axes. Out: the same axes without frame and with a faint grid; colours to draw with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Coordinate descent on a grid: what a search tries next, given only the results so far.
 
 In: the points to try first, an axis for each coordinate, the losses of earlier points. Out: the
-points to try next; none once no neighbor of the best point is better. With one coordinate and a
+points to try next; none once no neighbour of the best point is better. With one coordinate and a
 first grid it is a grid search that grows where its best point is at an edge.
 """
 
@@ -23,7 +23,7 @@ def next_points(
 ) -> list[Point]:
     """Return the points to try next.
 
-    They are neighbors of the best point along one axis: the axis that is being searched, so that a
+    They are neighbours of the best point along one axis: the axis that is being searched, so that a
     line is followed to its end, or else the first axis that is not finished.
 
     Args:

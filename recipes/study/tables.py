@@ -39,7 +39,7 @@ class Row:
         searched: loss by point.
         losses: at the best point, by fresh seed.
         lines: all trainings of the arm in the cell.
-        is_settled: whether no neighbor of the best point is left to try.
+        is_settled: whether no neighbour of the best point is left to try.
     """
 
     plan: Plan

@@ -1,11 +1,11 @@
-"""One training of a tiny byte-level LLaMA: a rule's settings, a rate, a seed.
+"""One training of a tiny byte-level LLaMA, given a rule's settings, a learning rate and a seed.
 
-In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, noise to
-signal of the gradients, state bytes. The model is written out in functions: at this size the
-passes of a library's modules take longer than their arithmetic.
+In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, noise to signal of
+the gradients, state bytes. The model consists of functions: at this size, calling a library's
+modules takes longer than their arithmetic.
 
-Rates warm up linearly for 5 % of the steps and then fall linearly to zero. Embeddings, head and
-norms are trained by AdamW at one rate, whatever trains the matrices.
+Learning rates warm up linearly over 5 % of the steps and then fall linearly to zero. AdamW trains
+embeddings, head and norms at one rate, whatever trains the matrices.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Weights = dict[str, Tensor]
 
 @lru_cache
 def texts(corpus: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes to train on, and those of the documents held out."""
+    """Return the bytes to train on, and those of the held-out documents."""
     sys.path.insert(0, str(RECIPES / "llama_pretrain"))
     try:
         import corpora
@@ -78,7 +78,7 @@ def drawn(text: np.ndarray, rows: int, generator: np.random.Generator) -> Tensor
 
 
 def new_weights(seed: int) -> Weights:
-    """Draw the weights: normal with a deviation of 0.02, norms of one."""
+    """Draw the weights: normal with standard deviation 0.02; norms are one."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -151,9 +151,9 @@ def held_out_loss(weights: Weights, text: np.ndarray) -> float:
 def noise_to_signal(
     weights: Weights, matrices: list[Tensor], text: np.ndarray, rows: int
 ) -> float | None:
-    """Return tr Σ/‖G‖² of a step's gradient over the matrices; None where no signal is left.
+    """Return tr Σ/‖G‖² of a step's gradient over the matrices; None if no signal remains.
 
-    Both without bias: of k gradients g at the same weights, ‖Σg‖² − Σ‖g‖² is k(k−1)‖G‖².
+    Both are unbiased: for k gradients g at the same weights, ‖Σg‖² − Σ‖g‖² estimates k(k−1)‖G‖².
     """
     generator = np.random.default_rng(77)
     total, squares = torch.zeros(sum(w.numel() for w in matrices)), 0.0
@@ -167,7 +167,7 @@ def noise_to_signal(
 
 
 class Optimizer:
-    """Muon or AdamW on the matrices, AdamW on the others, at rates that a factor scales."""
+    """Muon or AdamW on the matrices, AdamW on the rest, at rates that are scaled in each step."""
 
     def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
         rate, rate_of_others = run.point["rate"], run.cell["adamw_rate"]
@@ -183,7 +183,7 @@ class Optimizer:
         self._rates = ((self.of_matrices, rate), (self.of_others, rate_of_others))
 
     def step(self, factor: float) -> None:
-        """Take a step of both, and drop the gradients."""
+        """Step both, and drop the gradients."""
         for optimizer, rate in self._rates:
             for group in optimizer.param_groups:
                 group["lr"] = factor * rate
@@ -198,7 +198,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[int], None]:
-    """Return what adds Student's t noise to the gradients, by the polar method (Bailey, 1994)."""
+    """Return a function that adds Student's t noise to gradients (polar method, Bailey, 1994)."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_: int) -> None:
@@ -211,7 +211,7 @@ def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[in
 
 
 def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
-    """Return what makes the gradients of one step far too large."""
+    """Return a function that makes the gradients of one step far too large."""
 
     def disturb(step: int) -> None:
         for matrix in matrices if step == at else ():
@@ -221,7 +221,7 @@ def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
 
 
 def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
-    """Return what a run does to its gradients before each step."""
+    """Return what to do to the gradients before each step of a run."""
     noise = run.cell["noise"]
     if noise == "heavy":
         return heavy_noise(matrices, run.cell["noise_scale"], run.seed)
@@ -232,19 +232,19 @@ def train(run: Run) -> dict[str, Any]:
     """Train once.
 
     Args:
-        run: its settings are fields of ``MuonConfig``, and ``optimizer``, of the matrices ``muon``
-            or ``adamw``; its point has their peak ``rate``. Its cell has
+        run: its settings are fields of ``MuonConfig``, plus ``optimizer`` of the matrices: ``muon``
+            or ``adamw``. Its point has their peak ``rate``. Its cell has
 
-            * ``tokens`` of a step, a multiple of the sequence length, and ``steps``,
+            * ``tokens`` per step, a multiple of the sequence length, and ``steps``,
             * ``adamw_rate``, the peak rate of everything else,
-            * ``noise`` of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
+            * ``noise`` in the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
               degrees of freedom in every step; ``spike``, one gradient of 1000 times its size,
-            * ``noise_scale`` of ``heavy``, in root mean squares of each gradient,
+            * ``noise_scale`` of ``heavy``, relative to the root mean square of each gradient,
             * ``corpus``, as the pretraining recipe names it.
 
     Returns:
-        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` by the share of the
-        run, and ``state_bytes`` for each entry of the matrices.
+        ``loss`` (None if the run diverged), CPU ``seconds``, ``nsr`` over the course of the run,
+        and ``state_bytes`` per entry of the matrices.
     """
     torch.set_num_threads(1)
     text, held_out = texts(run.cell["corpus"])
@@ -264,7 +264,7 @@ def train(run: Run) -> dict[str, Any]:
             disturb(step)
             optimizer.step(rate_factor(step, steps))
         loss = held_out_loss(weights, held_out)
-    except FloatingPointError:  # how hf_muon reports gradients with NaN
+    except FloatingPointError:  # hf_muon raises it for gradients with NaN
         pass
     return {
         "loss": loss if math.isfinite(loss) else None,
