@@ -123,7 +123,7 @@ def _observed(layer: str, samples: Sequence[dict[str, Any]]) -> Observed:
 
 
 def euclidean_parameters(layers: Iterable[Observed]) -> list[str]:
-    """Return parameters whose watched matrices all fail the criterion; unknown ones stay."""
+    """Return parameters whose watched matrices all fail the criterion; unknown ones do not."""
     verdicts: dict[str, list[bool | None]] = defaultdict(list)
     for one in layers:
         verdicts[one.parameter].append(one.spectral)

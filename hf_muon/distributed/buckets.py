@@ -156,7 +156,7 @@ class Bucket:
 
 
 def bucket_elements(bucket_mb: float | Literal["auto"], bytes_each: int) -> tuple[int, int]:
-    """Return how many elements fill a bucket that travels, and one of a process alone.
+    """Return how many elements fill a bucket that is communicated, and one in a single process.
 
     Args:
         bucket_mb: The user's bound in MiB; ``auto`` suits each of the two cases.
