@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-_LATE = {  # what needs transformers, whose import takes seconds
+_LATE = {  # these need transformers, which takes seconds to import
     "QKClip": "hf_muon.integrations.qk_clip",
     "RobustAggregation": "hf_muon.integrations.robust",
     "SpectralMonitor": "hf_muon.diagnostics.monitor",
@@ -41,7 +41,7 @@ _LATE = {  # what needs transformers, whose import takes seconds
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers when it is asked for."""
+    """Import these on first use."""
     if name not in _LATE:
         raise AttributeError(f"module 'hf_muon' has no attribute {name!r}")
     return getattr(import_module(_LATE[name]), name)

@@ -1,4 +1,4 @@
-"""Importing this module makes ``optim="muon"`` a valid name: ``import hf_muon.auto``."""
+"""``import hf_muon.auto`` makes ``optim="muon"`` a valid name."""
 
 from hf_muon.integrations.transformers import register
 

@@ -1,4 +1,4 @@
-"""What settings may be, alone and together.
+"""Checks of settings, each alone and in combination.
 
 In: settings as attributes, each of its declared type. Out: nothing, or an error that names the
 field, its value and what is allowed.
@@ -15,7 +15,7 @@ from hf_muon.values import check_pattern, near, shown, with_factor
 
 
 def check_settings(config: Any) -> None:
-    """Raise for settings out of range, unknown names, and combinations that contradict.
+    """Raise for settings out of range, unknown names, and contradictory combinations.
 
     Args:
         config: A :class:`~hf_muon.MuonConfig`.
@@ -29,7 +29,7 @@ def check_settings(config: Any) -> None:
     _check_combinations(config)
 
 
-# low ≤ number < high. The upper bounds are far above what trains anything: they stop slips.
+# low ≤ number < high. The upper bounds are far above anything that trains: they catch typos.
 _RATES = ("lr", "adamw_lr", "weight_decay", "adamw_weight_decay", "adamw_eps")
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("momentum", "momentum_start", "momentum_end", "adamw_betas"), (0, 1)),
@@ -83,7 +83,7 @@ def _check_factors(items: tuple[str, ...]) -> None:
             )
 
 
-# The settings whose values are the names in a table, to which users may add theirs.
+# Settings whose value is a name in a table; users may register names of their own.
 _TABLES = (
     ("filter", FILTERS),
     ("matrix_map", MAPS),
@@ -159,7 +159,7 @@ def _check_momentum(config: Any) -> None:
 
 
 def _check_schedule(config: Any, bound: str, steps: str) -> None:
-    """β at one end of a schedule, and how long it takes."""
+    """Check β at one end of a schedule, and the number of its steps."""
     value, momentum = getattr(config, bound), config.momentum
     if (value is None) != (getattr(config, steps) == 0):
         raise ValueError(
@@ -220,7 +220,7 @@ def _check_combinations(config: Any) -> None:
 
 
 def _check_hyperball(config: Any) -> None:
-    """It keeps the norm of a matrix, from the first step on."""
+    """Raise for settings that contradict ``hyperball``, which keeps the norm of a matrix."""
     for name in ("weight_decay", "skip_zero_gradients"):
         value = getattr(config, name)
         if value:

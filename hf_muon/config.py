@@ -1,8 +1,8 @@
-"""Every setting of the optimizer, once.
+"""All settings of the optimizer, in one place.
 
-In: keyword arguments, a Trainer ``optim_args`` string, or a JSON file. Out: a frozen
-:class:`MuonConfig` that has been checked, and the plain hyper-parameters of a param group. Values
-are scalars or tuples of scalars, so that they survive command lines, JSON and checkpoints.
+In: keyword arguments, a Trainer ``optim_args`` string, or a JSON file. Out: a frozen, checked
+:class:`MuonConfig`, and the plain hyper-parameters of a param group. Values are scalars or tuples
+of scalars, so that they survive command lines, JSON and checkpoints.
 """
 
 from __future__ import annotations
@@ -36,94 +36,97 @@ Plain = str | int | float | bool | None | tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Settings of Muon and of the AdamW half that trains what is not a hidden matrix.
+    """Settings of Muon, which trains the hidden matrices, and of AdamW, which trains the rest.
 
-    β is the coefficient of the filter M ← βM + (1−β)G; its window is T = 1/(1−β) steps. An m × n
-    matrix has m = fan_out and n = fan_in. Unset rates follow the Trainer's arguments when the
-    optimizer is chosen by name.
+    β is the coefficient of the momentum filter M ← βM + (1−β)G; its window is T = 1/(1−β) steps. An
+    m × n matrix has m = fan_out and n = fan_in. Unset learning rates come from the Trainer's
+    arguments when the optimizer is chosen by name.
 
     Attributes:
         order: ``pre_polar`` orthogonalizes the filtered gradient (Muon), ``post_polar`` filters
-            the orthogonalized gradient (Orthogonal-SGDM), ``polar_only`` filters nothing.
-        momentum: β in [0, 1); or several, the terms of a kernel, whose averages are added with
-            ``momentum_weights``; or ``auto``: of averages over 5, 10, 20, 50 and 100 steps each
-            matrix takes the one that foretells the next gradient best.
-        momentum_weights: Weights of the terms, with the sum 1. None: equal ones.
-        nesterov: Feed (1−β)G + βM instead of M; for a kernel β is the weighted mean of its terms'.
-            ``polar_only`` has no filter and ignores both.
-        prefilter: What happens to gradients first: ``clip`` cuts entries at
-            ±``prefilter_threshold`` times the running median of abs(G) of their matrix, ``norm``
-            divides each by its Frobenius norm.
+            the orthogonalized gradient (Orthogonal-SGDM), ``polar_only`` uses no filter.
+        momentum: β in [0, 1). Several values: one average each, added with ``momentum_weights``.
+            ``auto``: of averages over 5, 10, 20, 50 and 100 steps, each matrix uses the one that
+            predicts its next gradient best.
+        momentum_weights: Weights of the averages, with sum 1. None: equal weights.
+        nesterov: Use (1−β)G + βM instead of M; with several averages β is their weighted mean.
+            ``polar_only`` has no filter and ignores it, as it ignores ``momentum``.
+        prefilter: What to do to gradients first: ``none``; ``clip`` bounds entries by
+            ±``prefilter_threshold`` times the running median of abs(G) of their matrix; ``norm``
+            divides each matrix by its Frobenius norm.
         prefilter_threshold: That multiple, > 0.
-        filter: What filters, before or after the polar factor: ``ema``, or a name registered with
-            :func:`hf_muon.rules.register_filter`.
-        matrix_map: What is made of a matrix: ``polar``, its polar factor; ``polargrad``, the same
-            times the nuclear norm; ``soft``, U(Σ/σ₁)ᵖVᵀ by SVD; or a name registered with
-            :func:`hf_muon.rules.register_map`.
+        filter: The momentum filter, before or after the polar factor: ``ema``, or a name registered
+            with :func:`hf_muon.rules.register_filter`.
+        matrix_map: The function of a whole matrix: ``polar``, its polar factor; ``polargrad``, the
+            polar factor times the nuclear norm; ``soft``, U(Σ/σ₁)ᵖVᵀ by SVD; or a name registered
+            with :func:`hf_muon.rules.register_map`.
         map_power: p of ``soft``, in [0, 1).
-        rescale: What happens to the sizes in an update: ``none``, ``frobenius``
-            (U·√min(m, n)/‖U‖_F), ``rows`` (NorMuon), ``entries`` (AdaMuon), or a name registered
-            with :func:`hf_muon.rules.register_rescale`.
-        rescale_beta: β₂ of the averages of squares of ``rows`` and ``entries``.
+        rescale: How to rescale an update U: ``none``, ``frobenius`` (U·√min(m, n)/‖U‖_F), ``rows``
+            (NorMuon), ``entries`` (AdaMuon), or a name registered with
+            :func:`hf_muon.rules.register_rescale`.
+        rescale_beta: β₂ of the averages of squares in ``rows`` and ``entries``.
         match_update_rms: ``post_polar`` only: rescale each update to the RMS of a polar factor,
             1/√max(m, n).
-        polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for a shape.
-        coefficients: ``polar_express`` (a triple per step, minimax), ``tight`` (the same from a
-            tighter start: on momentum four steps come as close as five of ``quintic``) or
-            ``quintic`` (Jordan's).
+        polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for the shape.
+        coefficients: ``polar_express`` (one triple per step, minimax), ``tight`` (the same with a
+            tighter scaling: on momentum, four steps are as accurate as five of ``quintic``),
+            ``quintic`` (Jordan's), or a name from ``hf_muon.polar.register_coefficients``.
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on
-            GPUs with tensor cores for that (V100, T4), else float32; on a CPU the last also for
-            ``gram`` where one side of a matrix is at most 16.
-        polar_kernel: Who multiplies: ``torch``, ``triton``, ``quack`` (quack-kernels), or ``auto``:
-            ``triton`` in half precision on NVIDIA devices where it is installed and passes a check
-            at first use, else ``torch``.
+            GPUs with tensor cores for it (V100, T4), else float32. On a CPU, ``gram`` also uses
+            float32 where one side of a matrix is at most 16.
+        polar_kernel: What computes the matrix products: ``torch``, ``triton``, ``quack``
+            (quack-kernels), or ``auto``: ``triton`` in half precision on NVIDIA devices if it is
+            installed and passes a check at first use, else ``torch``.
         adjust_lr: Step-size factor: ``match_rms_adamw`` 0.2·√max(m, n), ``original`` √max(1, m/n),
             ``spectral`` √(m/n), ``none`` 1.
-        lr: Learning rate of the matrices.
+        lr: Learning rate of the Muon half.
         adamw_lr: Learning rate of the AdamW half; None takes ``lr``, which only
             ``match_rms_adamw`` allows.
-        lr_multipliers: ``PATTERN:FACTOR``, a regex of parameter names and what multiplies their
-            rate, in either half; a mapping of them is taken, too. The first that matches counts.
-        weight_decay: Decoupled decay λ of the matrices: W ← (1 − lr·λ)W.
+        lr_multipliers: ``PATTERN:FACTOR`` items, or a mapping: a regex for parameter names, and the
+            number that multiplies their learning rate, in either half. The first match counts.
+        weight_decay: Decoupled weight decay λ of the Muon half: W ← (1 − lr·λ)W.
         adamw_weight_decay: The same for the AdamW half; None takes ``weight_decay``.
-        cautious_weight_decay: Decay a matrix entry only where the update points the same way.
+        cautious_weight_decay: Decay an entry of a matrix only where the update has the same sign.
         adamw_betas: β₁ and β₂ of the AdamW half.
         adamw_eps: ε of the AdamW half.
-        step_rule: ``additive``, W ← (1 − lr·λ)W − lr·s·U; ``relative``, where ‖W‖_F/‖U‖_F takes the
-            place of s; or ``hyperball``, which turns W and keeps the norm it began with.
-        momentum_start: β at the first step of the warmup; of each term of a kernel.
-        momentum_warmup_steps: Steps over which β goes to ``momentum``.
+        step_rule: ``additive``, W ← (1 − lr·λ)W − lr·s·U with the step-size factor s; ``relative``,
+            with ‖W‖_F/‖U‖_F in place of s; ``hyperball``, which keeps the norm that W began with.
+        momentum_start: β at the first step of the warmup; one value, or one per average.
+        momentum_warmup_steps: Steps over which β goes from ``momentum_start`` to ``momentum``.
         momentum_end: β at the end of the cooldown.
-        momentum_cooldown_start: The step at which β begins to go to ``momentum_end``.
-        momentum_cooldown_steps: Steps over which it does.
-        momentum_schedule: ``linear``, or ``cosine``: half a period.
-        momentum_dtype: Dtype of momentum buffers; None is the parameter's. ``int8``: one byte for
-            each entry, and a float32 for each block of up to 2048 entries of a row.
+        momentum_cooldown_start: The step at which the cooldown begins.
+        momentum_cooldown_steps: Steps over which β goes from ``momentum`` to ``momentum_end``.
+        momentum_schedule: ``linear``, or ``cosine`` (half a period).
+        momentum_dtype: Dtype of the momentum buffers; None is the parameter's. ``int8`` takes one
+            byte per entry, and a float32 per block of up to 2048 entries of a row.
         muon_params: Regexes of parameter names that go to Muon whatever the rules say.
         adamw_params: Regexes of parameter names that go to AdamW whatever the rules say.
-        conv: Who trains kernels of convolutions: ``adamw``, or ``flatten``, Muon, as matrices
-            (out, in · window), one for each group; depthwise kernels are vectors and stay AdamW's.
+        conv: What trains convolution kernels: ``adamw``; or ``flatten``: Muon, as matrices
+            (out, in · window), one per group. Depthwise kernels are vectors and stay with AdamW.
         split_fused: Treat fused projections (query, key, value in one weight) as several matrices.
         split_heads: Treat query, key and value projections, fused or not, as one matrix per
             attention head, where the architecture declares heads. Adapters stay whole.
-        lora_update: ``factor``: each LoRA factor is a matrix of its own. ``product`` (LoRA-Muon)
-            and ``tangent`` (LoRA-TSD) move the product BA of a pair, in ``pre_polar`` only.
-        lora_damping: Their δ: S + δ·(tr S/r)·I is inverted for the Gram matrix S of a factor.
+        lora_update: ``factor``: the A and B of a LoRA adapter are two separate matrices.
+            ``product`` (LoRA-Muon) and ``tangent`` (LoRA-TSD) update them together, as the product
+            BA; only with ``pre_polar``.
+        lora_damping: δ of ``product`` and ``tangent``: they invert S + δ·(tr S/r)·I, where S is
+            AAᵀ or BᵀB.
         tangent_iterations: τ of ``tangent``: how often a step is orthogonalized and projected.
-        tangent_balance_every: Steps after which ``tangent`` brings ‖A‖ and ‖B‖ together; 0: never.
-        skip_zero_gradients: Leave a matrix, and what is kept of it, as it is in a step in which its
-            gradient is exactly zero on all ranks. A polar factor has no scale, so that otherwise
-            momentum moves it on at full speed: an expert that gets no tokens like one that does.
-        distribute: ``owner`` divides the polar factors of copies among the ranks that hold them,
-            ``redundant`` lets each compute all; ``auto`` takes what should be faster.
-        bucket_mb: Memory bound, in MiB, of the matrices that are orthogonalized together. ``auto``
-            takes 32 for each rank where they travel, and 512 in one process, where it is launches
-            that cost. A process that trains alone on a CPU takes 2²⁰ elements, or one matrix, at
-            most.
+        tangent_balance_every: Number of steps after which ``tangent`` makes ‖A‖ and ‖B‖ about
+            equal; 0: never.
+        skip_zero_gradients: In a step in which the gradient of a matrix is exactly zero on all
+            ranks, leave the matrix and its state unchanged. Otherwise momentum keeps moving it at
+            full speed, since a polar factor has no scale: think of an expert that gets no tokens.
+        distribute: ``owner``: ranks that hold copies of a matrix divide the polar factors among
+            themselves; ``redundant``: each computes all; ``auto``: whichever should be faster.
+        bucket_mb: Upper bound, in MiB, on the matrices that are orthogonalized together. ``auto``
+            is 32 per rank where matrices are communicated, and 512 in one process on an
+            accelerator, where launches dominate. One process on a CPU never takes more than 2²⁰
+            elements, or one matrix.
         compile: Run the polar iteration through ``torch.compile``.
-        cuda_graph: On one CUDA device, capture what a step does to matrices once and replay it: for
-            small matrices, whose step is all launches. Takes a second set of gradients in memory.
+        cuda_graph: On one CUDA device, capture the work on matrices once and replay it. Helps with
+            small matrices, where launches dominate; needs memory for a second set of gradients.
 
     Raises:
         ValueError: A name, type, range or combination that is not allowed. The message names the
@@ -180,33 +183,33 @@ class MuonConfig:
     cuda_graph: bool = False
 
     def __new__(cls, /, **settings: object) -> MuonConfig:
-        """Refuse unknown names before the generated ``__init__`` can raise a bare TypeError."""
+        """Raise for unknown names before the generated ``__init__`` raises a bare TypeError."""
         for name in settings:
             require_known(name, (field.name for field in dataclasses.fields(cls)), "setting")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Bring every value to its declared type, then check ranges and combinations."""
+        """Convert every value to its declared type, then check ranges and combinations."""
         if isinstance(self.lr_multipliers, Mapping):
             listed = [f"{pattern}:{factor}" for pattern, factor in self.lr_multipliers.items()]
             object.__setattr__(self, "lr_multipliers", tuple(listed))
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         if isinstance(self.momentum, tuple) and len(self.momentum) == 1:
-            object.__setattr__(self, "momentum", self.momentum[0])  # a kernel of one term
+            object.__setattr__(self, "momentum", self.momentum[0])  # a single average
         check_settings(self)
 
     @classmethod
     def from_optim_args(cls, optim_args: str | None, **defaults: Any) -> MuonConfig:
         """Read the Trainer's ``optim_args``: ``key=value`` pairs separated by commas.
 
-        Number lists are separated by ``:`` (``adamw_betas=0.9:0.95``), lists of regexes by ``|``
-        outside brackets (``adamw_params=score|gate``, ``lr_multipliers=embed:0.5|score:2``).
+        Lists of numbers are separated by ``:`` (``adamw_betas=0.9:0.95``), lists of regexes by
+        ``|`` outside brackets (``adamw_params=score|gate``, ``lr_multipliers=embed:0.5|score:2``).
         ``config=muon.json`` reads a file, whose values the other pairs override.
 
         Args:
-            optim_args: The string, as the Trainer takes it; spaces around names and values do not
-                count, those inside a value do.
+            optim_args: The string, as the Trainer takes it. Spaces around names and values are
+                ignored, spaces inside a value are part of it.
             **defaults: Values for settings that neither the string nor the file gives.
         """
         if not isinstance(optim_args, str | None):
@@ -244,12 +247,12 @@ class MuonConfig:
 
     @property
     def rule(self) -> Rule:
-        """The update rule that the settings ask for."""
+        """The update rule for these settings."""
         return rule_of(vars(self))
 
     @property
     def lr_factors(self) -> dict[str, float]:
-        """The factors of ``lr_multipliers`` by pattern, in their order."""
+        """The numbers of ``lr_multipliers`` by pattern, in their order."""
         return dict(with_factor("lr_multipliers", item) for item in self.lr_multipliers)
 
     def to_dict(self) -> dict[str, Plain]:
@@ -257,7 +260,7 @@ class MuonConfig:
         return dataclasses.asdict(self)
 
     def muon_group(self, decay: bool = True) -> dict[str, Any]:
-        """Hyper-parameters of a group of matrices, as plain values."""
+        """Hyper-parameters of a Muon group, as plain values."""
         return {
             "algorithm": "muon",
             "lr": self._required_lr(),
@@ -270,7 +273,7 @@ class MuonConfig:
         }
 
     def adamw_group(self, decay: bool = True) -> dict[str, Any]:
-        """Hyper-parameters of a group of the AdamW half, under the names of torch's AdamW."""
+        """Hyper-parameters of an AdamW group, under the names of torch's AdamW."""
         if self.adamw_lr is None and self.adjust_lr != "match_rms_adamw":
             raise ValueError(
                 f"adamw_lr is not set, and adjust_lr={self.adjust_lr!r} gives lr a scale that does "
@@ -300,7 +303,7 @@ class MuonConfig:
         return self.lr
 
 
-# Write rules and maps under which one learning rate serves both halves.
+# Step rules and maps under which one learning rate serves both halves.
 _LIKE_ADAMW = {("additive", name) for name in ("polar", "soft")}
 
 _MUON_FIELDS = (

@@ -1,8 +1,8 @@
-"""The update rule as a table: what stands before the polar factor, in its place, and after it.
+"""The update rule as a table: what runs before the polar factor, in its place, and after it.
 
-In: settings. Out: a :class:`Rule`, which the step walks, and from which states, checkpoints,
-replays and reports learn what there is. A prefilter P, a filter F, a map S, a rescaling R and a way
-to write are entries by name, and ``order`` composes them::
+In: settings. Out: a :class:`Rule`, which the step follows, and from which states, checkpoints,
+replays and reports are derived. A prefilter P, a filter F, a map S, a rescaling R and a step rule
+are named entries, and ``order`` composes them::
 
     pre_polar    before = P, F    whole = S    after = R
     post_polar   before = P       whole = S    after = F, R
@@ -56,23 +56,23 @@ def register_filter(
 ) -> None:
     """Make a filter a valid value of ``filter``.
 
-    Every process that trains, or reads a checkpoint of it, has to register it. A name of one's own
-    can be registered again; those of the package cannot.
+    Every process that trains with it, or reads a checkpoint of it, must register it. Your own names
+    can be registered again; the package's names cannot.
 
     Args:
-        name: A Python identifier, so that it can stand in ``optim_args``.
+        name: A Python identifier, so that it can be used in ``optim_args``.
         run: See :class:`Stage`.
-        buffers: What it keeps. Default: one average of the entries.
+        buffers: The state that it keeps. Default: one average of the entries.
         needs: See :class:`Stage`.
 
     Raises:
-        ValueError: A name that is taken or cannot be one, or needs that do not fit the buffers.
+        ValueError: The name is taken or not an identifier, or ``needs`` does not fit the buffers.
     """
     _register(FILTERS, name, _stage(name, run, buffers, needs))
 
 
 def register_map(name: str, run: Callable[..., Tensor]) -> None:
-    """Make a map of whole matrices a valid value of ``matrix_map``; see :func:`register_filter`."""
+    """Make a function of whole matrices a valid ``matrix_map``; see :func:`register_filter`."""
     _register(MAPS, name, WholeMap(run))
 
 
@@ -107,10 +107,10 @@ def _register(table: dict[str, _Entry], name: str, entry: _Entry) -> None:
 
 
 def rule_of(settings: Mapping[str, Any]) -> Rule:
-    """The rule that some settings, or a param group, ask for.
+    """Return the rule for some settings, or for a param group.
 
     Raises:
-        ValueError: A name that nobody has registered in this process, or buffers of one name.
+        ValueError: A name is not registered in this process, or two buffers have the same name.
     """
     rescale = "frobenius" if settings["match_update_rms"] else settings["rescale"]
     momentum = settings["momentum"]
@@ -123,7 +123,7 @@ def rule_of(settings: Mapping[str, Any]) -> Rule:
 
 
 def asks_the_host(settings: Mapping[str, Any]) -> str | None:
-    """The setting for which a step reads from the device, counts, or may be taken back; if any."""
+    """Return the setting that makes a step read from the device, count, or be undone, if any."""
     rule = rule_of(settings)
     filters = "momentum" if settings["momentum"] == "auto" else "filter"
     names = {WRITES[settings["step_rule"]]: "step_rule"}
@@ -137,7 +137,7 @@ def asks_the_host(settings: Mapping[str, Any]) -> str | None:
 
 
 def kept_by(settings: Mapping[str, Any]) -> tuple[Buffer, ...]:
-    """What a step keeps of each matrix: the buffers of its rule; with int8 their sizes as well."""
+    """Return the state of each matrix: the buffers of its rule, and for int8 their scales."""
     buffers = rule_of(settings).buffers
     if settings["momentum_dtype"] != "int8":
         return buffers
@@ -172,7 +172,7 @@ def _composed(
 
 
 def _smoothing(name: str, terms: int | str, after: Sequence[Stage]) -> Stage:
-    """The filter; of several terms where β has several, or is found from them."""
+    """Return the filter: several averages if β has several values, or is ``auto``."""
     if terms == 1:
         return _registered("filter", name, FILTERS)
     if name != "ema":
@@ -199,16 +199,16 @@ def _registered(setting: str, name: str, table: dict[str, _Entry]) -> _Entry:
 def check_rule(
     settings: Mapping[str, Any], polar: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    """Try what users have registered on small matrices, so that faults show before training.
+    """Try registered functions on small matrices, so that errors show before training.
 
     Args:
         settings: Of the param group.
-        polar: The polar factor; not as the settings ask for it, which may be for an accelerator.
-        dtype: Of the parameters and so of gradients; that of buffers is ``momentum_dtype``.
+        polar: A polar factor for the check; the settings may ask for one on an accelerator.
+        dtype: Of the parameters and so of gradients; buffers have ``momentum_dtype``.
 
     Raises:
-        ValueError: A stage or map gives other shapes, no floating-point numbers, or changes its
-            input.
+        ValueError: A stage or map returns another shape or no floating-point numbers, or changes
+            its input.
     """
     if {settings["filter"], settings["matrix_map"], settings["rescale"]} <= _OF_PACKAGE:
         return

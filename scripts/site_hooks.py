@@ -1,7 +1,7 @@
 """Hooks of the documentation site (mkdocs.yml).
 
-In: pages of docs/. Out: the same pages, with what a site cannot show said in words: files of the
-repository outside docs/ are named instead of linked, and Sphinx roles lose their prefix.
+In: pages of docs/. Out: the same pages, without what a site cannot show: files of the repository
+outside docs/ are named instead of linked, and Sphinx roles lose their prefix.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out the prefixes of Sphinx roles."""
+    """Remove the prefixes of Sphinx roles."""
     return ROLE.sub("", html)

@@ -1,4 +1,4 @@
-"""Looking at spectra: metrics, streams with known truth, replay of orders, probes of models."""
+"""Tools to study spectra: metrics, streams with known signal, replay of orders, model probes."""
 
 from hf_muon.diagnostics.metrics import (
     direction_alignment,

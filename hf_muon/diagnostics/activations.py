@@ -1,8 +1,8 @@
-"""How many directions the inputs of linear layers have, in the steps that are asked for.
+"""How many directions the inputs of linear layers have, at sampled steps.
 
-In: a model and the names of matrices. Out: the stable rank ‖A‖_F²/‖A‖₂² of what went into the layer
-of each, A having a row per token. Hooks are on the layers in those steps only; they read, and draw
-no random number. Layers that are no ``nn.Linear``, or get a part of their input, are left out.
+In: a model and the names of matrices. Out: the stable rank ‖A‖_F²/‖A‖₂² of the input of each
+matrix's layer, where A has one row per token. Hooks are installed only in sampled steps; they read,
+and draw no random numbers. Layers other than ``nn.Linear``, or with partial inputs, are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_muon.polar import in_own_dtype
 from hf_muon.routing.survey import named_modules
 
-# Tokens of a step and rank that are looked at.
+# At most so many tokens per step and rank are examined.
 MOST_TOKENS = 4096
 
 
@@ -29,8 +29,8 @@ class Activations:
     """Measures the inputs of some layers between :meth:`ask` and :meth:`answer`.
 
     Args:
-        model: Whose layers; it may be wrapped.
-        names: Of matrices, as :func:`~hf_muon.diagnostics.watched.matrix_names` has them.
+        model: The model that the layers are in; it may be wrapped.
+        names: Names of matrices from :func:`~hf_muon.diagnostics.watched.matrix_names`.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -46,7 +46,7 @@ class Activations:
         self._hooks: list[RemovableHandle] = []
 
     def ask(self) -> None:
-        """Look at what goes in from now on."""
+        """Start measuring inputs."""
         self.remove()
         self._inputs = [_Inputs(module.in_features) for module, _ in self._layers]
         self._hooks = [
@@ -55,15 +55,15 @@ class Activations:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def answer(self) -> dict[str, float]:
-        """Stable ranks by matrix, on rank 0: the mean over ranks, in their order.
+        """Return stable ranks by matrix, on rank 0: the mean over ranks, in the matrices' order.
 
-        Every rank must call; each has seen its own batches.
+        Every rank must call it; each has measured its own batches.
         """
         self.remove()
         found = {
@@ -77,7 +77,7 @@ class Activations:
 
 
 class _Inputs:
-    """Some rows of what went into one layer, spread evenly over each call."""
+    """Some rows of one layer's inputs, spread evenly over each call."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -87,7 +87,7 @@ class _Inputs:
 
     @torch.no_grad()
     def look(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Keep rows; as soon as there are enough, only their stable rank."""
+        """Keep rows; once there are enough, keep only their stable rank."""
         room = MOST_TOKENS - self._count
         if room <= 0 or not inputs or not _is_whole(inputs[0], self._width):
             return
@@ -101,29 +101,29 @@ class _Inputs:
             self._rows = []
 
     def stable_rank(self) -> float | None:
-        """Of the rows so far; None where nothing, zero or something not finite went in."""
+        """Stable rank of the rows so far; None if there are none, all zero, or not finite."""
         if not self._rows:
             return self._rank
         return rank_of_rows(torch.cat(self._rows))
 
 
 def _is_whole(x: Any, width: int) -> bool:
-    """Whether a layer's input has all features: DTensors, and what ranks divide, are parts."""
+    """Whether an input has all features; DTensors and inputs divided among ranks do not."""
     if not isinstance(x, Tensor) or hasattr(x, "placements"):
         return False
     return x.ndim > 0 and x.shape[-1] == width and x.numel() > 0
 
 
 def rank_of_rows(A: Tensor) -> float | None:
-    """‖A‖_F²/‖A‖₂² in float64, through the Gram matrix of the smaller side.
+    """Return ‖A‖_F²/‖A‖₂² in float64, through the Gram matrix of the smaller side.
 
     Args:
         A: (tokens, features).
 
     Returns:
-        None where A is zero or not finite.
+        The stable rank; None if A is zero or not finite.
     """
-    A = (A.cpu() if A.device.type == "mps" else A).double()  # which has no float64
+    A = (A.cpu() if A.device.type == "mps" else A).double()  # MPS has no float64
     A = A / A.abs().max()
     if not A.isfinite().all():
         return None

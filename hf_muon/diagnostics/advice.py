@@ -1,7 +1,8 @@
-"""Which momentum the spectra of a matrix ask for: advice, which nothing acts on.
+"""Which momentum suits the spectra of a matrix: advice only, nothing acts on it.
 
-In: the leading parts of samples. Out: the smallest window that shows the signal, how fast it turns,
-and the momentum in between. Pure functions; letters as in ``metrics``, with T = 1/(1−β).
+In: the leading parts of samples. Out: the smallest window that reveals the signal, how fast the
+signal turns, and the momentum in between. Pure functions; letters as in ``metrics``, with
+T = 1/(1−β).
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from hf_muon.diagnostics.noise_edge import cosines_squared
 from hf_muon.diagnostics.spectra import Leading
 from hf_muon.polar import in_own_dtype
 
-# A suggestion is an extrapolation from the window it was measured in.
+# A suggestion extrapolates from the window it was measured with; at most by this ratio.
 _FURTHEST = 4
-# Of cos² between two samples. Below, the signal has turned too far to tell how far.
+# Of cos² between two samples. Below it, the signal has turned too far to tell how far.
 _LEAST_OVERLAP = 0.1
 
 
 def is_far_enough(before: Leading, now: Leading, momentum: float) -> bool:
-    """Whether two samples are two windows apart, so that they share no more than 2 % of noise."""
+    """Whether two samples are two windows apart, so that they share at most 2 % of their noise."""
     return now.step - before.step >= 2 / (1 - momentum)
 
 
 def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, float]:
-    """The window that a matrix asks for.
+    """Return the window that suits a matrix.
 
     ======================  =====================================================================
-    ``t_min``               the smallest T that shows the weakest visible direction
+    ``t_min``               the smallest T that reveals the weakest visible direction
     ``drift``               radians per step by which the visible directions turn
-    ``suggested_momentum``  1 − 1/T for the T of :func:`best_window`, but no less than ``t_min``
-                            and no more than 4 times as far as where it was measured
+    ``suggested_momentum``  1 − 1/T for the T of :func:`best_window`, but at least ``t_min`` and at
+                            most 4 times the window of the measurement
     ======================  =====================================================================
 
     Args:
@@ -44,8 +45,8 @@ def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, f
         momentum: β of the moving average.
 
     Returns:
-        What can be told: nothing where no direction is visible, no drift where it is too fast for
-        the distance of the samples.
+        The values that can be determined: none if no direction is visible, no drift if the signal
+        turns too fast for the distance between the samples.
     """
     if now.noise is None or not now.strengths:
         return {}
@@ -60,7 +61,7 @@ def advise(before: Leading | None, now: Leading, momentum: float) -> dict[str, f
 
 
 def smallest_window(strength: float, deviation: float, shape: tuple[int, int]) -> float:
-    """T_min = (1 + s²√(mn)/λ²)/2, from which on a direction of strength λ is visible.
+    """Return T_min = (1 + s²√(mn)/λ²)/2, the window from which a direction λ is visible.
 
     Args:
         strength: λ.
@@ -75,14 +76,14 @@ def smallest_window(strength: float, deviation: float, shape: tuple[int, int]) -
 
 
 def drift_between(before: Leading, now: Leading) -> float | None:
-    """Radians per step by which the visible directions turn, apart from the noise in both samples.
+    """Return the radians per step by which visible directions turn, without the samples' noise.
 
-    A turn by δ, and two independent errors of estimation, multiply the cosines: the mean cos² over
-    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ. More than a
-    right angle from sample to sample cannot be told from less.
+    A turn by δ and two independent errors of estimation multiply the cosines: the mean cos² over
+    the directions is that of the errors (``noise_edge.cosines_squared``) times cos²δ. A turn of
+    more than a right angle between samples cannot be told from a smaller one.
 
     Returns:
-        None where nothing is visible, or the overlap is too small to tell.
+        None if nothing is visible, or the overlap is too small to tell.
     """
     r = min(len(before.strengths), len(now.strengths))
     if r == 0:
@@ -96,30 +97,30 @@ def drift_between(before: Leading, now: Leading) -> float | None:
 
 
 def _expected_cosines(at: Leading, r: int) -> Tensor:
-    """cos² that the noise leaves of the first directions, left and right, (r, 2)."""
+    """Return the cos² that noise leaves of the first directions, left and right, (r, 2)."""
     deviation = at.noise.filtered if at.noise else math.nan
     return torch.tensor([cosines_squared(one, deviation, at.shape) for one in at.strengths[:r]])
 
 
 def _overlap(Q: Tensor, U: Tensor, r: int) -> float:
-    """Mean cos² between two subspaces of r dimensions."""
+    """Return the mean cos² between two subspaces of r dimensions."""
     with in_own_dtype(Q.device.type):
         return (Q[:, :r].mT @ U[:, :r]).square().sum().item() / r
 
 
 def best_window(drift: float, now: Leading) -> float:
-    """The T that loses least to lag and noise together.
+    """Return the T with the smallest sum of losses to lag and to noise.
 
-    The average over T steps of directions that turn by φ a step lags behind by the angle Tφ, on
-    both sides; noise adds angles of (m + n)s²/(2Tλ²) in squares. 2(Tφ)² + ν/(2T) is least at
-    T = (ν/(8φ²))^{1/3}, with ν the mean of (m + n)s²/λ².
+    For directions that turn by φ per step, the average over T steps lags by the angle Tφ, on both
+    sides; noise adds angles whose squares are (m + n)s²/(2Tλ²). The sum 2(Tφ)² + ν/(2T) is smallest
+    at T = (ν/(8φ²))^{1/3}, where ν is the mean of (m + n)s²/λ².
 
     Args:
         drift: φ in radians per step.
         now: Gives strengths and noise.
 
     Returns:
-        Infinity without drift.
+        T; infinity without drift.
     """
     if now.noise is None or drift == 0:
         return math.inf
@@ -129,7 +130,7 @@ def best_window(drift: float, now: Leading) -> float:
 
 
 def in_words(samples: Sequence[dict[str, float]]) -> str:
-    """The advice of some samples, by the median of each number."""
+    """Summarize the advice of some samples, by the median of each number."""
 
     def typical(name: str) -> float | None:
         values = [sample[name] for sample in samples if name in sample]

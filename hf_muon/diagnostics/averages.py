@@ -1,8 +1,8 @@
-"""The moving average of gradients, whichever order trains.
+"""The moving average of gradients, under any order.
 
-In: the watched matrices of a step that was just made. Out: pieces of M_t = βM_{t−1} + (1−β)G_t. The
-optimizer has it under ``pre_polar``. In the other orders it has none, and one is kept here, of the
-watched matrices alone and of the pieces that this rank reads.
+In: the watched matrices of the latest step. Out: pieces of M_t = βM_{t−1} + (1−β)G_t. Under
+``pre_polar`` the optimizer has this average. Under the other orders it does not, and one is kept
+here, only for the watched matrices and the pieces that this rank reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.momentum import single
 from hf_muon.rules import FILTERS, rule_of
 
-# How much of an average's weight may lie on gradients that it has not seen: three windows.
+# The largest weight that gradients from before a resume, which are missing, may have in an average:
+# reached after three windows.
 _MAY_MISS = 0.05
 
 
@@ -36,7 +37,7 @@ class Averages:
     """Moving averages of the watched matrices.
 
     Args:
-        optimizer: Whose gradients.
+        optimizer: The optimizer to watch.
     """
 
     def __init__(self, optimizer: Muon) -> None:
@@ -45,7 +46,7 @@ class Averages:
         self._missing: dict[str, float] = {}
 
     def momentum(self, entry: Entry, matrix: int = 0) -> float:
-        """β of the step that was just made, or of an average as old as what filters."""
+        """β of the latest step, or that of a single average with the filter's mean age."""
         if entry.group.get("momenta"):
             return float(entry.momenta[matrix])
         return single(entry.group, self._steps_before(entry))
@@ -54,7 +55,7 @@ class Averages:
         return int(self._optimizer.state[entry.tensor]["step"]) - 1
 
     def go_on(self, call: Watched) -> None:
-        """Add the gradients of a step; those of a resumed run's past are missing."""
+        """Add the gradients of a step; after a resume the earlier ones are missing."""
         if is_kept_by_optimizer(call.group):
             return
         for entry, names in zip(call.entries, call.names, strict=True):
@@ -71,18 +72,18 @@ class Averages:
             )
 
     def has_run_in(self, name: str) -> bool:
-        """Whether the average of a matrix is what it would be without an interruption."""
+        """Whether gradients missing since a resume hardly count in a matrix's average any more."""
         return self._missing.get(name, 0.0) <= _MAY_MISS
 
     def piece(self, call: Watched, unit: Unit, piece: Piece) -> Tensor:
-        """A piece of the average, (rows, cols); not to be written."""
+        """Return a piece of the average, (rows, cols); do not write to it."""
         if not is_kept_by_optimizer(call.group):
             return self._kept[call.name(unit), piece]
         state = self._optimizer.state[call.entries[unit.parameter].tensor]
         return piece.of_local(local(state["exp_avg"]))
 
     def dtype(self, entry: Entry) -> torch.dtype | None:
-        """Of the optimizer's momentum filter, if it is this average."""
+        """The dtype of the optimizer's momentum, if that is this average."""
         if not is_kept_by_optimizer(entry.group):
             return None
         dtype: torch.dtype = self._optimizer.state[entry.tensor]["exp_avg"].dtype

@@ -1,8 +1,8 @@
 """The gradients of a model, matrix by matrix.
 
-In: a model, and batches or gradients that a backward pass has left. Out: for each matrix that Muon
-trains, by name, its gradient as a whole (m, n) matrix in float32. Gradients are copied, never
-written. On sharded models every rank must call, as gathering a gradient is a collective.
+In: a model, and batches or the gradients of a backward pass. Out: for each matrix that Muon trains,
+by name, its gradient as a whole (m, n) matrix in float32. Gradients are copied, never written. On
+sharded models every rank must call, because gathering a gradient is a collective.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -> Sources:
-    """The matrices that Muon would train, by name.
+    """Return the matrices that Muon would train, by name.
 
     Args:
         model: Any module.
-        layers: Regexes, of which one must be found in the name. Default: all.
+        layers: Regexes, one of which must match in the name. Default: all matrices.
 
     Returns:
-        Parameter and region for each; the second matrix of a stack is called ``name[1]``.
+        Parameter and region of each; the second matrix of a stack is called ``name[1]``.
 
     Raises:
-        ValueError: Nothing is routed to Muon, or a pattern matches none of what is.
+        ValueError: Nothing is routed to Muon, or a pattern matches none of the matrices.
     """
     plan = route(model)
     plan.require_matrices()
@@ -46,10 +46,10 @@ def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -
 
 
 def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list[str]:
-    """The names of matrices that one of some patterns is found in; all without patterns.
+    """Return the names in which one of some patterns matches; all names without patterns.
 
     Raises:
-        ValueError: A pattern matches none, or is no regular expression.
+        ValueError: A pattern matches none, or is not a regular expression.
     """
     if layers is None:
         return list(names)
@@ -66,14 +66,14 @@ def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list
 
 
 def spread_evenly(names: Sequence[str], most: int) -> list[str]:
-    """No more than ``most`` of some names, from the first to the last at even distances."""
+    """Return at most ``most`` of some names, evenly spaced from the first to the last."""
     if len(names) <= most:
         return list(names)
     return [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def read_gradients(sources: Sources) -> dict[str, Tensor]:
-    """Copies of the gradients that a backward pass has left, in float32 or better.
+    """Return copies of the gradients of a backward pass, in float32 or better.
 
     A parameter without a gradient counts as zero, as in the optimizer.
 
@@ -95,7 +95,7 @@ def _matrix(parameter: nn.Parameter, matrix: Matrix) -> Tensor:  # -> (m, n)
     if hasattr(gradient, "full_tensor"):  # a DTensor
         gradient = gradient.full_tensor()
     gradient = gradient.detach().contiguous()
-    start = gradient.storage_offset() + matrix.offset  # gradients may be views of DDP's buckets
+    start = gradient.storage_offset() + matrix.offset  # a gradient may be a view of DDP's bucket
     region = gradient.as_strided(matrix.shape, matrix.strides, start)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return region.reshape(matrix.rows, matrix.cols).to(dtype, copy=True)
@@ -104,7 +104,7 @@ def _matrix(parameter: nn.Parameter, matrix: Matrix) -> Tensor:  # -> (m, n)
 def gradient_buffers(
     model: nn.Module, batches: Iterable[Any], loss: Loss, sources: Sources
 ) -> dict[str, Tensor]:
-    """One gradient per batch at fixed weights; the model's own gradients are put back afterwards.
+    """Return one gradient per batch at fixed weights; then restore the model's own gradients.
 
     Returns:
         A buffer (K, m, n) for each matrix.
@@ -138,7 +138,7 @@ def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a transformers model on a dict of tensors, moved to the model's device."""
+    """Return the loss of a transformers model on a dict of tensors, moved to its device."""
     device = next(model.parameters()).device
     on_device = {
         key: value.to(device) if isinstance(value, Tensor) else value

@@ -1,8 +1,8 @@
-"""``spectra.jsonl``: what a monitor wrote, a line at a time.
+"""``spectra.jsonl``: the records of a monitor, one per line.
 
-In: records. Out: the same, of the run as it stands. Lines are only ever appended. A line with
-``begin`` opens a run or a resumed part of one, after that many steps; what the file has of later
-steps was trained again from there, so that readers pass over it.
+In: records. Out: the records of the run as it stands. Lines are only ever appended. A line with
+``begin`` starts a run, or resumes one after that many steps; the steps after it were then trained
+again, so that readers skip their earlier records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append a line for each record; a line that was cut short by a crash is ended first."""
+    """Append a line for each record; first end a line that a crash cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("a+b") as file:
@@ -30,32 +30,32 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_spectra(path: str | Path) -> list[Record]:
-    """Samples of the run in a file, those that were trained again left out.
+    """Return the samples of the run in a file, without those of steps that were trained again.
 
     Args:
-        path: The file, or the output folder that holds it.
+        path: The file, or the output folder that contains it.
 
     Returns:
         Records with ``step``, ``layer`` and values by name, in the order of the steps.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: A line other than one that a crash cut short is no JSON.
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not JSON, and was not cut short by a crash.
     """
     return [record for record in _records(Path(path)) if "warning" not in record]
 
 
 def read_warnings(path: str | Path) -> list[Record]:
-    """What was warned of in the run in a file, as :func:`read_spectra` reads it.
+    """Return the warnings of the run in a file; arguments as for :func:`read_spectra`.
 
     Returns:
-        Records with ``step``, ``layer`` (empty where all are meant) and ``warning``.
+        Records with ``step``, ``layer`` (empty if it concerns all layers) and ``warning``.
     """
     return [record for record in _records(Path(path)) if "warning" in record]
 
 
 def _records(path: Path) -> list[Record]:
-    """All records of the run as it stands, but for the beginnings."""
+    """Return all records of the run as it stands, except ``begin`` lines."""
     path = path / FILE_NAME if path.is_dir() else path
     found: list[Record] = []
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,12 +1,12 @@
 """Warnings of a run that is going wrong, each with its reason.
 
-In: losses as they are logged, and samples. Out: sentences, once for each thing that begins to go
-wrong. Polar factors have singular values near one, so neither updates nor weights of Muon can
-explode as those of other optimizers do: their sizes give no early sign. These do:
+In: losses as they are logged, and samples. Out: sentences, once for each problem that begins. Polar
+factors have singular values near one, so updates and weights of Muon cannot explode as those of
+other optimizers do, and their sizes give no early sign. These do:
 
 * the loss loses half of what it had gained;
 * the iteration that computes polar factors leaves its range;
-* no watched matrix shows a direction above the noise any more: the updates are noise;
+* no watched matrix has a direction above the noise any more: the updates are noise;
 * a weight is no longer finite.
 """
 
@@ -19,19 +19,20 @@ from statistics import fmean, median
 
 # All published coefficients keep singular values below 1.3, also in bfloat16.
 _LARGEST_FACTOR = 1.5
-# The noise edge gives one false alarm in a hundred; three in a row are none.
+# The noise edge gives one false alarm in a hundred; three in a row are not one.
 _IN_A_ROW = 3
-# Losses whose mean counts: single batches scatter.
+# The number of losses to average, because single batches vary.
 _MEAN_OF = 3
-# How many typical differences between neighbours a rise must exceed, and how many tell the typical.
+# How many typical differences between neighbours a rise must exceed; over how many losses the
+# typical difference is taken.
 _TIMES_SCATTER, _SCATTER_OF = 5, 100
-# A loss that is so many times the first one is no scatter, unless the first was near zero, as the
-# losses of reinforcement learning are.
+# A loss this many times the first one is a problem, unless the first was near zero, as losses in
+# reinforcement learning are.
 _TIMES_START, _SMALL = 1.5, 0.1
 
 
 class Instability:
-    """Looks at a run while it goes on."""
+    """Observes a run."""
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_MEAN_OF)
@@ -42,7 +43,7 @@ class Instability:
         self._said: set[tuple[str, str]] = set()
 
     def of_loss(self, loss: float) -> list[str]:
-        """Look at one more loss of the training."""
+        """Return warnings after one more training loss."""
         if not math.isfinite(loss):
             return self._once("loss", "", f"the loss is {loss}")
         if self._latest:
@@ -56,7 +57,7 @@ class Instability:
         self._lowest = min(self._lowest, mean)
         rise, gained = mean - self._lowest, self._first - self._lowest
         has_risen = rise > max(gained / 2, _TIMES_SCATTER * median(self._differences))
-        # What rises from the start has no quiet past to be compared with.
+        # A loss that rises from the start has no quiet past to compare it with.
         if not has_risen and not mean > _TIMES_START * self._first > _TIMES_START * _SMALL:
             self._said.discard(("loss", ""))
             return []
@@ -69,7 +70,7 @@ class Instability:
         )
 
     def of_sample(self, layer: str, values: dict[str, float]) -> list[str]:
-        """Look at one more sample of a matrix."""
+        """Return warnings after one more sample of a matrix."""
         found = []
         if not math.isfinite(values["weight_rms"]):
             found += self._once("weight", layer, "the weight is no longer finite")
@@ -83,7 +84,7 @@ class Instability:
         return found
 
     def of_all(self, samples: Collection[dict[str, float]]) -> list[str]:
-        """Look at the samples of all matrices in one step."""
+        """Return warnings after the samples of all matrices in one step."""
         ranks = [values["visible_rank"] for values in samples if "visible_rank" in values]
         if not ranks:
             return []
@@ -102,7 +103,7 @@ class Instability:
         )
 
     def _once(self, reason: str, layer: str, text: str) -> list[str]:
-        """The text, unless it was said and holds on."""
+        """Return the text, unless it was returned before and the problem persists."""
         if (reason, layer) in self._said:
             return []
         self._said.add((reason, layer))

@@ -1,9 +1,9 @@
 """Spectral metrics of gradients, filters and updates: pure functions of matrices.
 
 In: matrices (…, m, n), whole and not sharded; leading dimensions broadcast. Out: a number per
-matrix, (…), unless said otherwise. Half precision is computed in float32, the rest in its own
-dtype; polar factors and singular values are exact. A quantity that is 0/0 is NaN. Nothing records
-a gradient.
+matrix, (…), unless stated otherwise. Half precision is computed in float32, other dtypes as they
+are; polar factors and singular values are exact. A quantity that is 0/0 is NaN. No gradient is
+recorded.
 
 Letters as in arXiv 2606.03899: G a gradient, M the filter's output, X any matrix or update,
 S = UΣVᵀ the signal, O(X) the polar factor.
@@ -58,16 +58,15 @@ class OrthogonalityError(NamedTuple):
 def signal_alignment(X: Tensor, S: Tensor, rank: int | None = None) -> Tensor:
     """How much of an update moves along the signal: ⟨X, S⟩_F/‖S‖_*.
 
-    The nuclear norm makes O(S) score 1, the most that a matrix of spectral norm 1 can; for a
-    rank-1 signal λuvᵀ it is uᵀXv. It measures size as well as direction: half an update scores
-    half.
+    The nuclear norm makes O(S) score 1, the maximum for a matrix of spectral norm 1; for a rank-1
+    signal λuvᵀ it is uᵀXv. It measures size as well as direction: half an update scores half.
 
     Args:
-        X: Update, (…, m, n). With ``rank`` anything whose leading singular vectors are in
-            question.
+        X: Update, (…, m, n). With ``rank``, any matrix whose leading singular vectors are to be
+            scored.
         S: Signal, or a proxy of it, (…, m, n).
         rank: If r is given, X is replaced by the truncation U_r V_rᵀ of its polar factor to its r
-            largest singular values; the size of X then drops out.
+            largest singular values; the size of X then does not matter.
 
     Returns:
         Between −‖X‖₂ and ‖X‖₂, (…).
@@ -88,8 +87,8 @@ def signal_alignment(X: Tensor, S: Tensor, rank: int | None = None) -> Tensor:
 def direction_alignment(X: Tensor, S: Tensor) -> Tensor:
     """The cosine of the angle between update and signal: ⟨X, S⟩_F/(‖X‖_F ‖S‖_F).
 
-    It does not see the size of X, so it compares orders whose updates differ in size. The polar
-    factor of a low-rank S itself scores below 1 unless the singular values of S are equal.
+    It ignores the size of X, so it compares orders whose updates differ in size. Even the polar
+    factor of a low-rank S scores below 1 unless the singular values of S are equal.
 
     Args:
         X: Update, (…, m, n).
@@ -109,19 +108,19 @@ def principal_angles(X: Tensor, S: Tensor, rank: int | None = None) -> Principal
     """Angles between the leading singular subspaces of a matrix and those of the signal.
 
     cos θ_i = σ_i(ÛᵀU) and sin θ_i = σ_{r+1−i}(U − ÛÛᵀU), with Û, U the r leading singular
-    vectors of X and S. Both are used, as either alone is inaccurate at one end of the range.
+    vectors of X and S. Both are used, because each is inaccurate at one end of the range.
 
     Args:
         X: Filter output, (…, m, n).
         S: Signal, (…, m, n).
-        rank: r. Default: the numerical rank of S, which must be the same for all of a batch.
+        rank: r. Default: the numerical rank of S, which must be the same for the whole batch.
 
     Returns:
         Angles in radians, left and right, each (…, r).
 
     Raises:
-        ValueError: The shapes differ, ``rank`` is not in 1 … min(m, n), or it was left out and S
-            has no rank or several.
+        ValueError: The shapes differ, ``rank`` is not in 1 … min(m, n), or there is no ``rank`` and
+            S is zero or its rank varies.
 
     References:
         Björck and Golub, Math. Comp. 27 (1973); the sin Θ theorem in arXiv 2606.03899.
@@ -159,7 +158,7 @@ def spectral_gap(X: Tensor, rank: int) -> Tensor:
 def filtering_ratio(M: Tensor, G: Tensor) -> Tensor:
     """What the filter leaves of each singular value: σ_k(M)/σ_k(G), index by index.
 
-    Near 1 where the signal is, near 1/R(T) in the noise. Index k of M and of G need not be the
+    Near 1 for the signal, near 1/R(T) for the noise. Index k of M and of G need not belong to the
     same direction.
 
     Args:
@@ -179,16 +178,16 @@ def filtering_ratio(M: Tensor, G: Tensor) -> Tensor:
 
 
 def noise_suppression(G: Tensor, M: Tensor, S: Tensor | None = None) -> Tensor:
-    """The factor by which the filter shrinks the noise: R = ‖G − S‖_F/‖M − S‖_F.
+    """How many times smaller the filter makes the noise: R = ‖G − S‖_F/‖M − S‖_F.
 
-    For an EMA of noise that is uncorrelated in time R = √(2T−1) exactly, in root mean square and
-    after many windows, with T = 1/(1−β). The (2T−1)^{1/4} of arXiv 2606.03899 bounds it from below
-    with high probability, for noise that may be correlated; white noise does better.
+    For an EMA of noise that is uncorrelated in time, R = √(2T−1) exactly, in root mean square and
+    after many windows T = 1/(1−β). The (2T−1)^{1/4} of arXiv 2606.03899 is a lower bound that holds
+    with high probability, also for correlated noise; white noise is suppressed more.
 
     Args:
         G: Gradient, (…, m, n).
         M: Filter output at the same step, (…, m, n).
-        S: Signal, (…, m, n). Default: zero, so that G and M are noise.
+        S: Signal, (…, m, n). Default: zero, that is, G and M are pure noise.
 
     Returns:
         At least 0, (…).
@@ -218,16 +217,16 @@ def stable_rank(X: Tensor) -> Tensor:
 
 
 def nuclear_rank(X: Tensor) -> Tensor:
-    """How many directions a spectral step gains from: ‖X‖_*²/‖X‖_F².
+    """How many directions benefit from a spectral step: ‖X‖_*²/‖X‖_F².
 
     Args:
         X: Matrix, (…, m, n).
 
     Returns:
-        Between 1 and the rank of X, which it is where all singular values are equal, (…).
+        Between 1 and the rank of X, which it reaches if all singular values are equal, (…).
 
     References:
-        arXiv 2512.04299: to first order a spectral step on a layer beats a Euclidean one iff this
+        arXiv 2512.04299: to first order, a spectral step on a layer beats a Euclidean one iff this
         number of its gradient is at least the stable rank of its input activations.
     """
     (X,) = _prepared(X)
@@ -244,8 +243,8 @@ def spectral_entropy(X: Tensor) -> Tensor:
         Between 0 for rank 1 and ln min(m, n) for a flat spectrum, in nats, (…).
 
     References:
-        arXiv 2606.08388: among bounded updates along the gradient's singular directions the polar
-        factor has the largest.
+        arXiv 2606.08388: among bounded updates along the gradient's singular directions, the polar
+        factor has the largest entropy.
     """
     (X,) = _prepared(X)
     entropy: Tensor = torch.special.entr(energies(torch.linalg.svdvals(X))).sum(-1)
@@ -253,7 +252,7 @@ def spectral_entropy(X: Tensor) -> Tensor:
 
 
 def effective_rank(X: Tensor) -> Tensor:
-    """The number of equal singular values that has the same entropy: exp H.
+    """The number of equal singular values with the same entropy: exp H.
 
     Args:
         X: Matrix, (…, m, n).
@@ -268,12 +267,12 @@ def orthogonality_error(P: Tensor, X: Tensor) -> OrthogonalityError:
     """The error of an approximate polar factor: ‖P − O(X)‖_F/‖O(X)‖_F, and its singular values.
 
     Args:
-        P: What an iteration made of X, (…, m, n).
-        X: What went in, (…, m, n).
+        P: The result of an iteration on X, (…, m, n).
+        X: Its input, (…, m, n).
 
     Returns:
-        The relative error, and the smallest and largest singular value of P, each (…). Where X has
-        full rank an exact factor has 0, 1 and 1.
+        The relative error, and the smallest and largest singular value of P, each (…). For X of
+        full rank, an exact polar factor has 0, 1 and 1.
 
     Raises:
         ValueError: The shapes differ.
@@ -285,7 +284,7 @@ def orthogonality_error(P: Tensor, X: Tensor) -> OrthogonalityError:
 
 
 def _prepared(*matrices: Tensor) -> tuple[Tensor, ...]:
-    """The matrices in one dtype, at least float32; their last two dimensions must agree."""
+    """Convert to one dtype, at least float32; the last two dimensions must agree."""
     for X in matrices:
         if not isinstance(X, Tensor) or not X.is_floating_point():
             kind = X.dtype if isinstance(X, Tensor) else type(X).__name__
@@ -320,23 +319,23 @@ def _norm(X: Tensor) -> Tensor:
 
 
 def energies(sigma: Tensor) -> Tensor:
-    """σ_i²/Σσ² of singular values in falling order, (…, s).
+    """Return σ_i²/Σσ² of singular values in decreasing order, (…, s).
 
-    Relative to σ₁ first, so that squares neither overflow nor vanish.
+    Divides by σ₁ first, so that squares neither overflow nor underflow.
     """
     squares = (sigma / sigma[..., :1]).square()
     return squares / squares.sum(-1, keepdim=True)
 
 
 def nuclear_energy(sigma: Tensor) -> Tensor:
-    """(Σσ_i)²/Σσ_i² of singular values in falling order, (…)."""
+    """Return (Σσ_i)²/Σσ_i² of singular values in decreasing order, (…)."""
     relative = sigma / sigma[..., :1]
     result: Tensor = relative.sum(-1).square() / relative.square().sum(-1)
     return result
 
 
 def rounding_threshold(sigma: Tensor, longer_side: int) -> Tensor:
-    """Singular values up to here are rounding errors, as in ``polar_factor``, (…, 1)."""
+    """Return the size up to which singular values are rounding errors, as in ``svd_polar``."""
     return longer_side * torch.finfo(sigma.dtype).eps * sigma[..., :1]
 
 
@@ -356,7 +355,7 @@ def _truncated_polar(X: Tensor, rank: int) -> Tensor:
 
 
 def subspace_angles(Q: Tensor, U: Tensor) -> Tensor:
-    """Angles between the spans of two orthonormal bases, ascending, (…, r)."""
+    """Return the angles between the spans of two orthonormal bases, ascending, (…, r)."""
     with in_own_dtype(Q.device.type):
         overlap = Q.mT @ U  # (…, r, r)
         outside = U - Q @ overlap  # (…, m, r)

@@ -1,8 +1,8 @@
 """Watch spectra while a Trainer trains.
 
-In: the events of a Trainer whose optimizer is Muon. Out: numbers of some matrices every so many
+In: the events of a Trainer whose optimizer is Muon. Out: numbers for some matrices at sampled
 steps, in the Trainer's logs (and so in TensorBoard, W&B, trackio) and in ``spectra.jsonl``; advice
-and warnings in the log of the program. The run is the same, bit for bit, as without it.
+and warnings in the program's log. Training is the same, bit for bit, as without it.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ _DEFAULT_LAYERS = 8
 
 
 class SpectralMonitor(TrainerCallback):
-    r"""Logs what the spectra of gradients, momentum, weights and updates look like.
+    r"""Logs the spectra of gradients, momentum, weights and updates.
 
     Pass it to any Trainer: ``Trainer(..., callbacks=[SpectralMonitor(layers="mlp")])``. It works in
     one process and under DDP, FSDP2 and DeepSpeed ZeRO, where the ranks divide the matrices among
-    them. A sampled step costs seven singular value decompositions of each matrix, and one of its
-    layer's inputs. The first step of a run is never sampled, as the optimizer finds its matrices
-    in it.
+    themselves. A sampled step costs seven singular value decompositions of each matrix, and one of
+    its layer's inputs. The first step of a run is never sampled, because the optimizer finds its
+    matrices in that step.
 
     The names of the values are those of :func:`~hf_muon.diagnostics.spectra.measure` and
-    :func:`~hf_muon.diagnostics.advice.advise`; ``sin_left``, ``sin_right``: ‖sin Θ‖₂ between the
-    leading subspaces of M in this sample and in the one before; and ``input_stable_rank``:
-    ‖A‖_F²/‖A‖₂² of what goes into the ``nn.Linear`` of a matrix, A having a row for each of at
-    most 4096 tokens per rank. In the logs they are called ``muon/<layer>/<name>``. Every sample
-    asks the Trainer for a record. Callbacks that stand behind the monitor do not get them, so that
-    the progress bar does not print hundreds of numbers.
+    :func:`~hf_muon.diagnostics.advice.advise`; ``sin_left`` and ``sin_right``: ‖sin Θ‖₂ between the
+    leading subspaces of M in this sample and the previous one; and ``input_stable_rank``:
+    ‖A‖_F²/‖A‖₂² of the input of a matrix's ``nn.Linear``, where A has one row for each of at most
+    4096 tokens per rank. In the logs they are called ``muon/<layer>/<name>``. Every sample makes
+    the Trainer log a record. Callbacks after the monitor do not see the values, so that the
+    progress bar does not print hundreds of numbers.
 
     Args:
-        layers: Regexes, of which one must be found in the name of a parameter. Default: eight
-            matrices, spread evenly over the model.
-        every: Steps from one sample to the next, ≥ 1. The drift wants samples two windows
-            2/(1−β) apart, or more.
+        layers: Regexes, one of which must match in a parameter's name. Default: eight matrices,
+            spread evenly over the model.
+        every: Steps between samples, ≥ 1. To measure the drift, samples should be at least two
+            windows 2/(1−β) apart.
         singular_values: How many σ_k to log, ≥ 1.
 
     Raises:
-        ValueError: A number out of its range; when training begins, a pattern that matches nothing.
+        ValueError: A number is out of range; or, when training begins, a pattern matches nothing.
 
     Attributes:
-        warnings: What was warned of in this run: (step, layer or "", text).
+        warnings: The warnings of this run: (step, layer or "", text).
 
     References:
         arXiv 2606.03899.
@@ -81,7 +81,7 @@ class SpectralMonitor(TrainerCallback):
         for name, value in (("every", every), ("singular_values", singular_values)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: a whole number ≥ 1 is expected.")
-        install_callback()  # which adds to the logs; Trainers that exist already may not have it
+        install_callback()  # it adds values to the logs; existing Trainers may lack it
         self.layers = layers
         self.every = every
         self.singular_values = singular_values
@@ -98,7 +98,7 @@ class SpectralMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the matrices, and open a part of the file."""
+        """Find the matrices, and begin a part of the file."""
         self._close()
         self._optimizer = find_muon(kwargs.get("optimizer"))
         if self._optimizer is None:
@@ -124,7 +124,7 @@ class SpectralMonitor(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a sample. DeepSpeed makes its steps in the backward pass, so this is the time."""
+        """Ask for a sample here, because DeepSpeed steps inside the backward pass."""
         step = state.global_step + 1
         if self._sampler is not None and step > self._begin + 1 and step % self.every == 0:
             self._sampler.ask(step)
@@ -134,7 +134,7 @@ class SpectralMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Collect the sample from the ranks and hand it on."""
+        """Collect the sample from the ranks, and write and log it."""
         if self._sampler is None or self._optimizer is None or not self._sampler.asked:
             return
         found = self._sampler.answer()
@@ -162,9 +162,9 @@ class SpectralMonitor(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the loss, and take the sample out of the record again.
+        """Check the loss, and remove the sample from the record.
 
-        The reporters have seen it by now; what comes next are progress bars and printers.
+        The reporters have received it by now; only progress bars and printers come later.
         """
         if logs is None or self._optimizer is None or not state.is_world_process_zero:
             return
@@ -189,7 +189,7 @@ class SpectralMonitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what the last samples advise."""
+        """Log the advice of the last samples."""
         for layer, samples in self._latest.items():
             logger.info("%s: %s.", layer, in_words(samples))
         self._close()

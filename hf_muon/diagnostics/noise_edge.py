@@ -1,8 +1,8 @@
-"""Where the noise in a filter's output ends, and what stands above it.
+"""Where the noise in a filter's output ends, and which part of the signal exceeds it.
 
 In: a gradient and its moving average, whole matrices (m, n). Out: the edge above which a singular
-value of the average is no longer noise, and what noise of that size does to a signal. Pure
-functions; letters as in ``metrics``, with T = 1/(1−β) and λ a singular value of the signal.
+value of the average is no longer noise, and the effect of such noise on a signal. Pure functions;
+letters as in ``metrics``, with T = 1/(1−β) and λ a singular value of the signal.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hf_muon.diagnostics.metrics import energies
 
-# 2.3 standard deviations 1.27·√2 of a difference, halved as σ is the root of σ².
+# 2.3 standard deviations 1.27·√2 of a difference, halved because σ is the root of σ².
 _MARGIN = 2.3 * 1.27 * math.sqrt(2) / 2
 
 
 class Noise(NamedTuple):
-    """Noise as large as the white noise that ends at the same edge.
+    """White noise with the same edge as the actual noise.
 
     Attributes:
         edge: The largest singular value of the noise in M.
@@ -35,30 +35,30 @@ class Noise(NamedTuple):
 
 
 def noise_in(G: Tensor, M: Tensor, momentum: float) -> Noise | None:
-    """Measure the noise by what one gradient differs from the average of those before it.
+    """Estimate the noise from the difference between a gradient and the average before it.
 
-    A fixed signal cancels from G_t − M_{t−1} = (G_t − M_t)/β. What is left is noise of 2T/(2T−1)
-    times the variance of the noise in G, and the noise in M has 1/(2T−1) of that variance: with the
+    A fixed signal cancels in G_t − M_{t−1} = (G_t − M_t)/β. The remainder is noise with 2T/(2T−1)
+    times the variance of the noise in G, and the noise in M has 1/(2T−1) of that variance. With the
     same covariance of rows and columns, ‖noise in M‖₂ ≈ ‖G_t − M_t‖₂/(β√(2T)). By Weyl's inequality
-    no singular value of M above it is noise alone. Nothing is assumed about the covariance: the
-    noise of real gradients is far from white, so that an edge from the median singular value
-    and the Marchenko-Pastur law (Gavish and Donoho, arXiv 1305.5870) would lie several times too
-    low.
+    no singular value of M above it is noise alone. Nothing is assumed about the covariance. That
+    matters, because the noise of real gradients is far from white: an edge from the median singular
+    value and the Marchenko-Pastur law (Gavish and Donoho, arXiv 1305.5870) would be several times
+    too low.
 
-    Both norms scatter: σ₁² of n × n white noise by 1.27·2s²√n(2/√n)^{1/3}, 1.27 being the standard
-    deviation of the Tracy-Widom law (Johnstone, Ann. Statist. 29 (2001)). The edge is put 2.3
-    standard deviations of their difference higher, which leaves 1 % of false alarms, and some more
-    where few rows and columns hold the noise. The n of other noise is four times its stable rank,
-    as of white noise. That has the edge s(√m + √n), and s is read from there.
+    Both norms vary: σ₁² of n × n white noise by 1.27·2s²√n(2/√n)^{1/3}, where 1.27 is the standard
+    deviation of the Tracy-Widom law (Johnstone, Ann. Statist. 29 (2001)). The edge is raised by 2.3
+    standard deviations of their difference, which leaves 1 % of false alarms, and more if the noise
+    is in few rows and columns. For noise that is not white, n is four times its stable rank, as it
+    is for white noise. White noise has the edge s(√m + √n), which gives s.
 
     Args:
         G: Gradient, (m, n).
-        M: Moving average after this gradient, M_t = βM_{t−1} + (1−β)G_t, (m, n). It has run in
-            after a few windows; before, the edge is too high.
+        M: Moving average after this gradient, M_t = βM_{t−1} + (1−β)G_t, (m, n). It is accurate
+            after a few windows; before that, the edge is too high.
         momentum: β.
 
     Returns:
-        None where nothing is averaged (β = 0), or G and M are equal.
+        The noise; None if there is no averaging (β = 0), or G and M are equal.
     """
     if momentum == 0:
         return None
@@ -77,8 +77,8 @@ class Powers(NamedTuple):
     """Energy of noise and signal in a gradient G = S + Ξ.
 
     Attributes:
-        noise: tr Σ = E‖Ξ‖_F², estimated without bias.
-        signal: ‖S‖_F², the same; what noise leaves of it may be below zero.
+        noise: tr Σ = E‖Ξ‖_F², an unbiased estimate.
+        signal: ‖S‖_F², an unbiased estimate; noise may make it negative.
     """
 
     noise: float
@@ -86,21 +86,21 @@ class Powers(NamedTuple):
 
     @property
     def noise_to_signal(self) -> float:
-        """The ratio tr Σ/‖S‖_F²; NaN where no signal is left."""
+        """The ratio tr Σ/‖S‖_F²; NaN if no signal remains."""
         return self.noise / self.signal if self.signal > 0 else math.nan
 
 
 def powers_in(G: Tensor, M: Tensor, momentum: float) -> Powers | None:
-    """Estimate tr Σ and ‖S‖_F² by what one gradient differs from the average of those before it.
+    """Estimate tr Σ and ‖S‖_F² from the difference between a gradient and the average before it.
 
-    For a fixed S, noise that is uncorrelated in time, and an average that has run in, G_t and
-    M_{t−1} are independent, with means S and noise of tr Σ and tr Σ/(2T−1). So
+    For a fixed S, noise that is uncorrelated in time, and an average over many steps, G_t and
+    M_{t−1} are independent, both with mean S, and with noise of tr Σ and tr Σ/(2T−1). So
     E‖G_t − M_{t−1}‖_F² = tr Σ·2T/(2T−1) and E‖M_{t−1}‖_F² = ‖S‖_F² + tr Σ/(2T−1), and without bias
 
         tr Σ ≈ (2T−1)/(2T)·‖G_t − M_{t−1}‖_F²,   ‖S‖_F² ≈ ‖M_{t−1}‖_F² − ‖G_t − M_{t−1}‖_F²/(2T).
 
-    The ratio of the two scatters; over several samples divide their sums. What turns within a
-    window counts as noise. Nothing is assumed about the covariance of the entries.
+    The ratio of the two varies a lot; over several samples, divide their sums. A signal that turns
+    within a window counts as noise. Nothing is assumed about the covariance of the entries.
 
     Args:
         G: Gradient, (m, n).
@@ -108,7 +108,7 @@ def powers_in(G: Tensor, M: Tensor, momentum: float) -> Powers | None:
         momentum: β.
 
     Returns:
-        None where nothing is averaged (β = 0).
+        Both energies; None if there is no averaging (β = 0).
     """
     if momentum == 0:
         return None
@@ -120,7 +120,7 @@ def powers_in(G: Tensor, M: Tensor, momentum: float) -> Powers | None:
 
 
 def signal_strength(y: float, deviation: float, shape: Sequence[int]) -> float:
-    """The singular value λ that noise has raised to y; 0 where noise alone may reach y.
+    """Return the λ that noise has raised to y; 0 if noise alone may reach y.
 
     From y² = (λ² + m s²)(λ² + n s²)/λ².
 
@@ -140,10 +140,10 @@ def signal_strength(y: float, deviation: float, shape: Sequence[int]) -> float:
 
 
 def cosines_squared(strength: float, deviation: float, shape: Sequence[int]) -> tuple[float, float]:
-    """cos² between the singular vectors of signal and of signal plus noise, left and right.
+    """Return cos² between singular vectors of the signal and of signal plus noise, left and right.
 
-    With t = λ²: cos²∠U = (t² − mn s⁴)/(t(t + m s²)), and n for m on the right; 0 where that is
-    negative, as the signal then is invisible.
+    With t = λ²: cos²∠U = (t² − mn s⁴)/(t(t + m s²)), on the right with n for m; 0 if that is
+    negative, because the signal is then invisible.
 
     Args:
         strength: λ.

@@ -1,7 +1,7 @@
-"""Which layers of the next run should go to Muon, from what a monitor saw in the last one.
+"""Which layers of the next run should go to Muon, judging by what a monitor recorded.
 
 In: the records of ``spectra.jsonl``. Out: numbers per layer, and patterns for ``adamw_params``.
-Nothing here changes a run: observe one, commit in the next. Pure functions.
+Nothing here changes the current run; use the result in the next one. Pure functions.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-# Layer numbers in one pattern; with more, it would be longer than a setting may be.
+# The most layer numbers in one pattern; with more, it would exceed the limit for a setting.
 _MOST_NUMBERS = 100
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One matrix over the later half of its samples, in medians; None where nothing was recorded.
+    """One matrix over the later half of its samples, as medians; None if nothing was recorded.
 
     Attributes:
         layer: Its name.
-        samples: How many samples count.
+        samples: The number of samples that count.
         nuclear_rank: ‖G‖_*²/‖G‖_F² of the gradient.
-        input_rank: ‖A‖_F²/‖A‖₂² of the layer's input activations, a row per token.
+        input_rank: ‖A‖_F²/‖A‖₂² of the layer's input activations, one row per token.
         ratio: ``nuclear_rank`` over ``input_rank``, sample by sample.
         stable_rank: ‖G‖_F²/‖G‖₂².
-        visible_rank: Singular values of the average above the noise edge.
+        visible_rank: Number of singular values of the average above the noise edge.
         noise_to_signal: tr Σ/‖S‖_F², as the ratio of sums over the samples.
-        smallest_window: T_min = (1 + s²√(mn)/λ²)/2 of the weakest visible direction, where there is
+        smallest_window: T_min = (1 + s²√(mn)/λ²)/2 of the weakest visible direction, if there is
             one.
     """
 
@@ -46,7 +46,7 @@ class Observed:
 
     @property
     def parameter(self) -> str:
-        """The parameter that the matrix is in, which is what patterns name."""
+        """The parameter that contains the matrix; patterns match its name."""
         return re.sub(r"\[\d+\]$", "", self.layer)
 
     @property
@@ -60,23 +60,22 @@ class Observed:
 
     @property
     def momentum(self) -> float | None:
-        """β = 1 − 1/T_min: the least that shows every direction which was visible."""
+        """β = 1 − 1/T_min: the smallest that reveals every direction that was visible."""
         if self.smallest_window is None:
             return None
         return max(0.0, 1 - 1 / self.smallest_window)
 
 
 def observe(records: Iterable[dict[str, Any]]) -> list[Observed]:
-    """Put the samples of each matrix together.
+    """Summarize the samples of each matrix.
 
-    The earlier half of them is left out: averages have not run in there, and learning rates warm
-    up.
+    The earlier half is left out: averages are still filling up, and the learning rate warms up.
 
     Args:
-        records: Of :func:`~hf_muon.diagnostics.history.read_spectra`.
+        records: From :func:`~hf_muon.diagnostics.history.read_spectra`.
 
     Returns:
-        One for each matrix, in the order of their first samples.
+        A summary for each matrix, in the order of their first samples.
 
     Raises:
         ValueError: No sample has the nuclear rank of a gradient.
@@ -124,7 +123,7 @@ def _observed(layer: str, samples: Sequence[dict[str, Any]]) -> Observed:
 
 
 def euclidean_parameters(layers: Iterable[Observed]) -> list[str]:
-    """Parameters of which all watched matrices fail the criterion; unknown ones stay with Muon."""
+    """Return parameters whose watched matrices all fail the criterion; unknown ones do not."""
     verdicts: dict[str, list[bool | None]] = defaultdict(list)
     for one in layers:
         verdicts[one.parameter].append(one.spectral)
@@ -132,7 +131,7 @@ def euclidean_parameters(layers: Iterable[Observed]) -> list[str]:
 
 
 def patterns_of(names: Iterable[str]) -> tuple[str, ...]:
-    r"""Regular expressions that match these names and no others; layer numbers in one of them.
+    r"""Return regexes that match these names and no others; one regex covers many layer numbers.
 
     ``^model\.layers\.(0|3)\.mlp\.up_proj\.weight$`` names two parameters.
     """

@@ -1,8 +1,8 @@
-"""A figure of what a SpectralMonitor wrote.
+"""A figure of the records of a SpectralMonitor.
 
-In: ``spectra.jsonl``. Out: a PNG: singular values of the averaged gradient against the noise edge,
-visible rank, size of the updates, error of the polar factors, all over the steps of the run.
-matplotlib is imported when a figure is drawn.
+In: ``spectra.jsonl``. Out: a PNG with singular values of the averaged gradient against the noise
+edge, visible rank, size of the updates, and error of the polar factors, all over the steps of the
+run. matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinguishable with the common colour deficiencies.
+# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies.
 _COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999",
 )  # fmt: skip
@@ -27,15 +27,15 @@ def plot_spectra(path: str | Path, output: str | Path | None = None) -> Path:
     """Draw the samples of a run.
 
     Args:
-        path: ``spectra.jsonl``, or the output folder that holds it.
+        path: ``spectra.jsonl``, or the output folder that contains it.
         output: Image to write. Default: ``spectra.png`` beside the file.
 
     Returns:
-        Where the image is.
+        The path of the image.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds no samples.
+        ValueError: It contains no samples.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -50,7 +50,7 @@ def plot_spectra(path: str | Path, output: str | Path | None = None) -> Path:
 
 
 def spectra_figure(samples: Sequence[Record]) -> Figure:
-    """The figure itself, without an image.
+    """Return the figure, without writing an image.
 
     Args:
         samples: From :func:`~hf_muon.diagnostics.history.read_spectra`.
@@ -77,7 +77,7 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; an ImportError says where matplotlib is to be had."""
+    """Return an empty figure, in inches; an ImportError says how to install matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -86,7 +86,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """The samples of each layer under a name without what all names share."""
+    """Group samples by layer, named without the parts that all names share."""
     names = list(dict.fromkeys(sample["layer"] for sample in samples))
     parts = [name.split(".") for name in names]
     begin, end = _shared(parts), _shared([part[::-1] for part in parts])
@@ -100,7 +100,7 @@ def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 
 
 def _shared(parts: list[list[str]]) -> int:
-    """How many parts all names begin with."""
+    """Return how many leading parts all names have in common."""
     return next((i for i, at in enumerate(zip(*parts, strict=False)) if len(set(at)) > 1), 0)
 
 
@@ -109,7 +109,7 @@ def _cycle(samples: Sequence[Record]) -> list[str]:
 
 
 def _draw(axes: Axes, series: list[Record], name: str, *, colour: str, **style: Any) -> None:
-    """The values that there are of one quantity."""
+    """Draw the existing values of one quantity."""
     there = [sample for sample in series if name in sample]
     steps, values = [s["step"] for s in there], [s[name] for s in there]
     axes.plot(steps, values, **{"color": colour, "marker": ".", "linewidth": 1.2, **style})

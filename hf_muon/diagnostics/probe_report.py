@@ -1,7 +1,7 @@
-"""What a probe found.
+"""The result of a probe.
 
 In: readings, one per matrix, order, momentum and proxy. Out: text, or plain values for JSON. Every
-statistic stands beside its null, and a reading that the null explains is marked.
+statistic is shown beside its null, and a reading that the null explains is marked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_muon.routing.table import text
 
 
 class Statistic(NamedTuple):
-    """A number and what it is where there is no signal.
+    """A number, and the value that it has without a signal.
 
     Attributes:
         value: From the gradients as they are.
@@ -30,11 +30,11 @@ class Statistic(NamedTuple):
     @property
     def stands_out(self) -> bool:
         """Whether the value is more than three spreads from the null, on either side."""
-        # Where signs change nothing, as for the spectrum of one gradient, only rounding is left.
+        # If signs change nothing, as in the spectrum of one gradient, the spread is only rounding.
         return abs(self.value - self.null) > max(3 * self.spread, 1e-4 * abs(self.null))
 
     def __str__(self) -> str:
-        """Value (null ± spread)."""
+        """Format as value (null ± spread)."""
         return f"{self.value:.3g} ({self.null:.2g} ± {self.spread:.2g})"
 
 
@@ -45,9 +45,9 @@ class Reading:
     Attributes:
         layer: Name of the matrix.
         shape: (m, n).
-        order: Order that was replayed.
+        order: The replayed order.
         momentum: β; 0 for ``polar_only``.
-        proxy: Which mean stood for the signal.
+        proxy: The mean that stands for the signal.
         statistics: ``alignment`` and ``direction`` of the update with the proxy, ``sin_left`` and
             ``sin_right`` of the leading subspaces, ``gap`` and ``effective_rank`` of the filter's
             output.
@@ -62,7 +62,7 @@ class Reading:
 
     @property
     def flag(self) -> str:
-        """Why the alignment is no evidence of a signal; empty if it is."""
+        """Why the alignment is no evidence of a signal; empty if it is evidence."""
         alignment = self.statistics["alignment"]
         if alignment.stands_out and alignment.value > alignment.null:
             return ""
@@ -87,7 +87,7 @@ class ProbeReport:
         return tuple(reading for reading in self.readings if reading.flag)
 
     def table(self, *names: str) -> str:
-        """Text: value (null ± spread) for each statistic.
+        """Return a table: value (null ± spread) for each statistic.
 
         Args:
             *names: Statistics to show. Default: all.
@@ -106,7 +106,7 @@ class ProbeReport:
         return text(table)
 
     def to_dict(self) -> dict[str, Any]:
-        """The readings as plain values, for JSON."""
+        """Return the readings as plain values, for JSON."""
         return {
             "readings": [
                 {

@@ -1,11 +1,11 @@
-"""Probes: what an order and a momentum would make of the gradients of a real model.
+"""Probes: what an order and a momentum would do with the gradients of a real model.
 
-In: a model and batches (stationary: K gradients at fixed weights), or a training run that hands
-over its gradients (trajectory: a sliding buffer). Out: a :class:`ProbeReport`.
+In: a model and batches (stationary: K gradients at fixed weights), or the gradients of a training
+run (trajectory: a sliding buffer). Out: a :class:`ProbeReport`.
 
-The signal cannot be observed. A proxy is a mean of gradients: of others than the replayed ones
-(held out), which is unbiased, or of the same ones (in buffer, as in arXiv 2606.03899), which shares
-their noise and finds a signal in noise alone.
+The signal cannot be observed; a mean of gradients is its proxy. A mean of gradients that are not
+replayed (held out) is unbiased. A mean of the replayed ones (in buffer, as in arXiv 2606.03899)
+shares their noise, and finds a signal even in pure noise.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def stationary_probe(
     layers: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> ProbeReport:
-    """Replay orders and momenta over gradients taken at the weights as they are.
+    """Replay orders and momenta over gradients taken at the current weights.
 
-    Each batch gives one gradient, so a batch should be as large as those of training. Half of them
-    are replayed, the other half is averaged into the signal's proxy. Weights and gradients of the
-    model are left as they were; dropout, and statistics of batch norms, follow its mode.
+    Each batch gives one gradient, so it should be as large as in training. Half of the gradients
+    are replayed; the other half is averaged into the proxy of the signal. The model's weights and
+    gradients are restored; dropout, and statistics of batch norms, follow its mode.
 
-    K gradients of float32 are kept for every chosen matrix.
+    Keeps K float32 gradients of every chosen matrix.
 
     Args:
         model: Any module that has matrices for Muon.
-        batches: What ``loss`` takes. A filter has run in after a few windows T = 1/(1−β): 40
-            replayed batches for β = 0.95 leave 13 % of the last window empty.
+        batches: Arguments for ``loss``. A filter takes a few windows T = 1/(1−β) to fill: after 40
+            replayed batches with β = 0.95, 13 % of the weight is still on the initial zeros.
         held_out: Batches for the proxy. Default: the second half of ``batches``.
         loss: ``loss(model, batch)``. Default: ``model(**batch).loss``.
         layers: Regexes of parameter names. Default: all matrices that Muon would train.
@@ -59,8 +59,8 @@ def stationary_probe(
         One reading per matrix, order, momentum and proxy.
 
     Raises:
-        ValueError: A setting that is not allowed, fewer than two batches for either half, or a
-            pattern that matches nothing.
+        ValueError: A setting is not allowed, either half has fewer than two batches, or a pattern
+            matches nothing.
 
     Example:
         >>> report = stationary_probe(model, batches, layers="q_proj", momenta=(0.9, 0.95))
@@ -81,20 +81,20 @@ def stationary_probe(
 class TrajectoryProbe:
     """Replay orders and momenta over the latest gradients of a training run.
 
-    The buffer slides: the older ``window`` gradients are replayed, and the ``held_out`` ones that
-    followed them are averaged into the proxy. A held-out alignment therefore says how well an
-    update points along the gradients of the next steps, and drops where the signal turns.
+    The buffer slides: the older ``window`` gradients are replayed, and the ``held_out`` gradients
+    that followed them are averaged into the proxy. A held-out alignment thus tells how well an
+    update points along the gradients of the next steps, and drops if the signal turns.
 
-    Memory is (window + held_out) copies of the chosen matrices in float32.
+    Memory: (window + held_out) copies of the chosen matrices in float32.
 
     Args:
         model: Any module that has matrices for Muon.
-        window: Gradients to replay, ≥ 2.
-        held_out: Gradients after them for the proxy, ≥ 2.
+        window: Number of gradients to replay, ≥ 2.
+        held_out: Number of later gradients for the proxy, ≥ 2.
         layers: Regexes of parameter names. Default: all matrices that Muon would train.
 
     Raises:
-        ValueError: A number out of its range, or a pattern that matches nothing.
+        ValueError: A number is out of range, or a pattern matches nothing.
 
     Example:
         >>> probe = TrajectoryProbe(model, layers="mlp")
@@ -124,11 +124,11 @@ class TrajectoryProbe:
 
     @property
     def is_full(self) -> bool:
-        """Whether enough steps were recorded for a report."""
+        """Whether enough steps have been recorded for a report."""
         return len(self._buffer) == self.window + self.held_out
 
     def record(self) -> None:
-        """Copy the gradients that are there now; the oldest ones are dropped.
+        """Copy the current gradients; the oldest ones are dropped.
 
         Raises:
             RuntimeError: No matrix has a gradient.
@@ -136,14 +136,14 @@ class TrajectoryProbe:
         self._buffer.append(read_gradients(self._sources))
 
     def report(self, **settings: Any) -> ProbeReport:
-        """Read the buffer as it is.
+        """Compute the readings of the current buffer.
 
         Args:
             **settings: Fields of :class:`ProbeSettings`.
 
         Raises:
             RuntimeError: The buffer is not full yet.
-            ValueError: A setting that is not allowed.
+            ValueError: A setting is not allowed.
         """
         asked = ProbeSettings(**settings)
         if not self.is_full:

@@ -3,9 +3,9 @@
 In: gradients to replay and held-out gradients, matrix by matrix. Out: readings, one per matrix,
 order, momentum and proxy, each statistic beside its null.
 
-The null comes from copies of the buffers whose gradients have balanced random signs: a signal
-cancels from their mean, symmetric noise is left as it was. What a statistic shows on them, it shows
-without a signal.
+The null comes from copies of the buffers whose gradients have balanced random signs. A signal
+cancels in their mean, while symmetric noise stays the same. The value of a statistic on these
+copies is its value without a signal.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings:
-    """What a probe asks of the gradients of each matrix.
+    """What a probe computes from the gradients of each matrix.
 
     Attributes:
         orders: Orders to replay.
-        momenta: β of the momentum, each in [0, 1), or the terms of a kernel. Default: 0.95.
+        momenta: Values of β in [0, 1) to try; each may be several averages. Default: 0.95.
         nesterov: Whether the momentum looks ahead, as the optimizer's does by default.
         settings: Further fields of :class:`~hf_muon.MuonConfig`: ``momentum_weights``,
             ``prefilter``, ``matrix_map``, ``rescale``, …
-        proxy: Which mean stands for the signal: ``held_out``, ``in_buffer`` or ``both``.
+        proxy: The mean that stands for the signal: ``held_out``, ``in_buffer`` or ``both``.
         rank: r, the number of leading singular directions that count as signal.
-        flips: Sign-flipped copies of the buffers that calibrate the null, ≥ 2.
-        before: A filter of the gradients in addition, as in :func:`~hf_muon.diagnostics.replay`.
-        after: A filter of the updates in addition.
-        seed: Of the signs.
+        flips: Number of sign-flipped copies of the buffers that calibrate the null, ≥ 2.
+        before: An additional filter of the gradients, as in :func:`~hf_muon.diagnostics.replay`.
+        after: An additional filter of the updates.
+        seed: Of the random signs.
     """
 
     orders: Sequence[str] = ORDERS
@@ -62,7 +62,7 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what the metrics cannot; orders and momenta are checked by ``MuonConfig``."""
+        """Check what the metrics do not check; ``MuonConfig`` checks orders and momenta."""
         if self.proxy not in get_args(Proxy):
             raise ValueError(f"proxy={self.proxy!r} is not one of {', '.join(get_args(Proxy))}.")
         if self.flips < 2:
@@ -77,7 +77,7 @@ class ProbeSettings:
 
     @cached_property
     def configs(self) -> list[MuonConfig]:
-        """One for each order and momentum; an order without a filter comes once."""
+        """One for each order and momentum; an order without a filter appears once."""
         chosen = []
         for order, momentum in product(self.orders, self.momenta):
             config = MuonConfig(
@@ -98,7 +98,7 @@ def _filters(config: MuonConfig) -> bool:
 def probe_buffers(
     settings: ProbeSettings, buffers: dict[str, Tensor], others: dict[str, Tensor]
 ) -> ProbeReport:
-    """Readings of gradient buffers, wherever they come from.
+    """Compute readings of gradient buffers, whatever their source.
 
     Args:
         settings: What to replay.
@@ -106,7 +106,7 @@ def probe_buffers(
         others: Held-out gradients, (H, m, n), under the same names.
 
     Raises:
-        ValueError: A buffer with fewer than two gradients.
+        ValueError: A buffer has fewer than two gradients.
     """
     readings: list[Reading] = []
     for name, buffer in buffers.items():
@@ -120,7 +120,7 @@ def probe_buffers(
 
 
 def _readings(settings: ProbeSettings, name: str, buffer: Tensor, others: Tensor) -> list[Reading]:
-    """Everything that is asked of one matrix."""
+    """Return all readings of one matrix."""
     generator = torch.Generator().manual_seed(settings.seed)
     signs, other_signs = (
         balanced_signs(len(steps), settings.flips, generator).to(buffer)
@@ -150,7 +150,7 @@ def _readings(settings: ProbeSettings, name: str, buffer: Tensor, others: Tensor
 
 
 def _statistics(passed: Tensor, update: Tensor, signal: Tensor, rank: int) -> dict[str, Tensor]:
-    """Metrics of the filter's output and of the update, each (1 + flips,)."""
+    """Return metrics of the filter's output and of the update, each (1 + flips,)."""
     angles = metrics.principal_angles(passed, signal, rank)
     return {
         "alignment": metrics.signal_alignment(update, signal),
@@ -163,15 +163,15 @@ def _statistics(passed: Tensor, update: Tensor, signal: Tensor, rank: int) -> di
 
 
 def _calibrated(values: Tensor) -> Statistic:
-    """The first is the reading, the others are the null."""
+    """Combine values: the first is the reading, the others are the null."""
     null = values[1:]
     return Statistic(values[0].item(), null.mean().item(), null.std().item())
 
 
 def balanced_signs(steps: int, flips: int, generator: torch.Generator) -> Tensor:
-    """Rows of ±1, as many of one as of the other (±1 for odd numbers); the first row is all ones.
+    """Return rows of ±1, half of each sign (±1 for odd lengths); the first row is all ones.
 
-    A balanced row cancels a constant signal from the mean and leaves symmetric noise as it is.
+    A balanced row cancels a constant signal in the mean and leaves symmetric noise as it is.
 
     Returns:
         (1 + flips, steps).
@@ -186,7 +186,7 @@ def balanced_signs(steps: int, flips: int, generator: torch.Generator) -> Tensor
 
 
 class Flipped:
-    """A gradient buffer and its sign-flipped copies, replayed together and one step at a time.
+    """A gradient buffer and its sign-flipped copies, replayed together, one step at a time.
 
     Args:
         gradients: (K, m, n).
@@ -209,9 +209,9 @@ class Flipped:
         )
 
     def last_step(self, chosen: Stages) -> tuple[Tensor, Tensor]:
-        """What the filters before or, failing these, after the polar factor gave; and the update.
+        """Return the output of the filters before (or else after) the polar factor; and the update.
 
-        Only polar factors that are needed are computed: the last one if nothing follows it, and
+        Computes only the polar factors that are needed: the last one if nothing follows it; and
         those of the raw gradients once for all copies and settings, because O(−G) = −O(G).
         """
         if chosen.before and not chosen.after:

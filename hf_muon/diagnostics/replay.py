@@ -1,8 +1,8 @@
-"""Run an order of momentum and polar factor over recorded gradients, without weights.
+"""Apply an order of momentum and polar factor to recorded gradients, without weights.
 
 In: gradients in the order of their steps, and the settings of the optimizer. Out: the update
-directions it would have applied, before learning rate, step-size factor and decay. The stages are
-the optimizer's own functions; filters of one's own may stand before and after them.
+directions that the optimizer would have applied, before learning rate, step-size factor and decay.
+The stages are the optimizer's own functions; you may add filters before and after them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ so that one filter serves many streams; ``functools.partial(map, f)`` makes one 
 
 
 def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = None) -> Filter:
-    """The optimizer's momentum as a filter: M ← βM + (1−β)X, M₀ = 0; or (1−β)X + βM (Nesterov).
+    """The optimizer's momentum as a filter: M ← βM + (1−β)X, M₀ = 0; Nesterov: (1−β)X + βM.
 
     Args:
         momentum: β in [0, 1).
@@ -38,7 +38,7 @@ def ema(momentum: float, nesterov: bool = False, dtype: torch.dtype | None = Non
 
 
 def streamed(stage: Stage, settings: Mapping[str, Any], dtype: torch.dtype | None = None) -> Filter:
-    """A stage of the optimizer's rules as a filter of streams; ``dtype`` is that of its buffers."""
+    """Turn a stage of the optimizer's rules into a filter of streams; ``dtype``: of its buffers."""
 
     def run(stream: Iterable[Tensor]) -> Iterator[Tensor]:
         buffers: tuple[list[Tensor], ...] = ()
@@ -58,7 +58,7 @@ def streamed(stage: Stage, settings: Mapping[str, Any], dtype: torch.dtype | Non
 
 
 def _matrices(stage: Stage, x: Tensor) -> list[Tensor]:
-    """The tensors that a stage gets: all matrices at once, or each, if it looks at whole ones."""
+    """Return a stage's tensors: all matrices at once, or each alone if it needs whole ones."""
     return [x] if stage.needs == "entries" else list(x.reshape(-1, *x.shape[-2:]))
 
 
@@ -69,7 +69,7 @@ def _zeros(buffer: Buffer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class Stages(NamedTuple):
-    """A step as a picture: before ─► polar ─► after.
+    """A step as a sequence: before ─► polar ─► after.
 
     Attributes:
         before: Filters of the gradients, first to last.
@@ -82,12 +82,12 @@ class Stages(NamedTuple):
     after: tuple[Filter, ...]
 
     def updates(self, gradients: Iterable[Tensor]) -> Iterable[Tensor]:
-        """Update directions of a stream of gradients."""
+        """Return the update directions of a stream of gradients."""
         return through(map(self.polar, through(gradients, self.before)), self.after)
 
 
 def through(stream: Iterable[Tensor], filters: Sequence[Filter]) -> Iterable[Tensor]:
-    """A stream after some filters."""
+    """Pass a stream through some filters."""
     for one in filters:
         stream = one(stream)
     return stream
@@ -100,13 +100,13 @@ def stages(
     before: Filter | None = None,
     after: Filter | None = None,
 ) -> Stages:
-    """The stages of an order.
+    """Return the stages of an order.
 
     Args:
         config: Gives the rule and its settings.
-        dtype: Of the momentum buffer. Default: that of what is filtered.
-        before: A filter of the raw gradients, ahead of everything.
-        after: A filter of the updates, behind everything.
+        dtype: Of the momentum buffer. Default: that of the filtered tensors.
+        before: An additional filter of the raw gradients, before everything else.
+        after: An additional filter of the updates, after everything else.
     """
     settings = vars(config)
     rule = rule_of(settings)
@@ -122,7 +122,7 @@ def stages(
 
 
 def _mapping(whole: WholeMap, settings: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """The map as a function of any number of matrices."""
+    """Return the map as a function of any number of matrices."""
     run = partial(whole.run, polar=polar_function(settings), settings=settings)
     if whole.replaces:
         return run
@@ -155,10 +155,10 @@ def replay(
         momentum: β in [0, 1).
         nesterov: Whether the momentum looks ahead.
         polar_method: Default: the exact polar factor.
-        before: A filter of the gradients in addition, such as clipping of entries:
-            ``partial(map, clip)``. It takes the stream of all steps and gives a stream of as many.
-            With ``polar_only`` it is the only one, in place of the momentum.
-        after: A filter of the updates in addition.
+        before: An additional filter of the gradients, such as clipping of entries:
+            ``partial(map, clip)``. It takes the stream of all steps and returns one of the same
+            length. With ``polar_only`` it is the only filter, in place of the momentum.
+        after: An additional filter of the updates.
         **settings: Further fields of :class:`~hf_muon.MuonConfig`, such as ``filter``,
             ``matrix_map``, ``rescale``, ``match_update_rms``, ``coefficients``, ``polar_steps``.
 
@@ -166,7 +166,7 @@ def replay(
         Updates, (K, …, m, n).
 
     Raises:
-        ValueError: A setting that is not allowed, no gradient at all, or a filter that loses steps.
+        ValueError: A setting is not allowed, there are no gradients, or a filter loses steps.
 
     Example:
         >>> smoothing = lambda stream: ((x + y) / 2 for x, y in pairwise(chain([0], stream)))

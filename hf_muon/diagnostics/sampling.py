@@ -1,9 +1,9 @@
 """Measure some matrices of a Muon optimizer from inside its steps.
 
-In: an optimizer and the names of matrices. Out: numbers by name for the steps that were asked for.
-DeepSpeed has gradients inside ``optimizer.step()`` alone, so everything happens in hooks of the
-step. Nothing of the optimizer is written and no random number is drawn. All ranks must ask for the
-same steps, as matrices are brought together then.
+In: an optimizer and the names of matrices. Out: numbers by name for the sampled steps. Under
+DeepSpeed gradients exist only inside ``optimizer.step()``, so everything happens in hooks of the
+step. Nothing of the optimizer is written and no random number is drawn. All ranks must sample the
+same steps, because they gather matrices together.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Values = dict[str, dict[str, float]]
 
 
 class Sampler:
-    """Measures matrices in the steps that :meth:`ask` names.
+    """Measures matrices in the steps that :meth:`ask` selects.
 
     Args:
-        optimizer: Whose steps.
-        names: Of matrices, as :func:`~hf_muon.diagnostics.watched.matrix_names` has them.
-        count: How many singular values to name.
+        optimizer: The optimizer to watch.
+        names: Names of matrices from :func:`~hf_muon.diagnostics.watched.matrix_names`.
+        count: How many singular values to return.
     """
 
     def __init__(self, optimizer: Muon, names: Sequence[str], count: int) -> None:
@@ -61,28 +61,28 @@ class Sampler:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
     @property
     def asked(self) -> bool:
-        """Whether a sample was asked for and not yet collected."""
+        """Whether a sample was requested and not yet collected."""
         return self._step is not None
 
     def ask(self, step: int) -> None:
-        """Measure the calls of ``optimizer.step()`` from now to :meth:`answer`, as one step."""
+        """Measure the calls of ``optimizer.step()`` until :meth:`answer`, as one step."""
         self._step, self._values = step, {}
 
     def answer(self) -> Values:
-        """What was measured, on rank 0; nothing if the step was skipped. Every rank must call."""
+        """Return the measurements, on rank 0; none if the step was skipped. All ranks must call."""
         self._step = None
         self._weights.clear()
         return dict(sorted(_on_first_rank(self._values).items()))
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
-        """Keep the weights; what they change by is the update."""
+        """Keep the weights; their change is the update."""
         if self._step is None:
             return
         for call in self._watch.call():
@@ -92,7 +92,7 @@ class Sampler:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        """Measure, where it is asked for; and keep the averages that the optimizer does not."""
+        """Measure if asked to; and update the averages that the optimizer does not keep."""
         if self._step is None and all(map(is_kept_by_optimizer, self._optimizer.param_groups)):
             return
         for call in self._watch.call():
@@ -101,7 +101,7 @@ class Sampler:
                 self._measure(self._step, call)
 
     def _measure(self, step: int, call: Watched) -> None:
-        """Measure what this rank owns of the call's matrices."""
+        """Measure the matrices of this call that this rank owns."""
         weights = [local(entry.tensor) for entry in call.entries]
         gradients = [local_gradient(entry.tensor) for entry in call.entries]
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
@@ -130,21 +130,21 @@ class Sampler:
                 self._values[name] = self._numbers(name, step, matrices, momentum)
                 self._values[name].update(self._chosen(entry, unit))
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                # Of one rank alone: if it stopped, the others would wait.
+                # On one rank only: if it raised, the others would wait.
                 logger.warning("%s is not measured in step %d: %s", name, step, error)
 
     def _chosen(self, entry: Entry, unit: Unit) -> dict[str, float]:
-        """β of a matrix, where it has been chosen."""
+        """Return β of a matrix, if ``momentum="auto"`` has chosen it."""
         scores = self._optimizer.state[entry.tensor].get("momentum_scores")
         return {} if scores is None else {"momentum": momenta_in_use(scores)[unit.matrix]}
 
     def _factored(
         self, entry: Entry, momentum: float, G: Tensor, M: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """What the polar factor was taken of; and the factor, again.
+        """Return the input of the polar factor, and the polar factor, computed again.
 
-        It is the same function of the same matrix. From the weights, low precision or a rate of
-        zero would hide it.
+        It is the same function of the same matrix. Low precision, or a learning rate of zero, would
+        hide it in the weights.
         """
         group, dtype = entry.group, self._averages.dtype(entry)
         rule = rule_of(group)
@@ -160,12 +160,12 @@ class Sampler:
     def _numbers(
         self, name: str, step: int, matrices: StepMatrices, momentum: float
     ) -> dict[str, float]:
-        """The numbers of a sample, and of its distances from earlier ones."""
+        """Return the numbers of a sample, including the comparison with earlier samples."""
         values, now = measure(step, matrices, momentum, self._count)
         earlier = self._leading[name]
         if earlier:
             values.update(turned(earlier[-1], now))
-        # Only the newest sample that is far enough for advice is needed of those.
+        # Of the samples that are far enough for advice, only the newest is needed.
         far = [sample for sample in earlier if is_far_enough(sample, now, momentum)]
         values.update(advise(far[-1] if far else None, now, momentum))
         self._leading[name] = [*far[-1:], *earlier[len(far) :], now]
@@ -173,7 +173,7 @@ class Sampler:
 
 
 def _on_first_rank(values: Values) -> Values:
-    """The values of all ranks together, on rank 0."""
+    """Gather the values of all ranks on rank 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -182,7 +182,7 @@ def _on_first_rank(values: Values) -> Values:
 
 
 def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str]:
-    """What cannot be measured in a run, as the ends of sentences."""
+    """Yield what cannot be measured in a run, as the ends of sentences."""
     if resumed and not all(map(is_kept_by_optimizer, groups)):
         yield (
             "begins three windows 3/(1-momentum) from here: order={order!r} with momentum="

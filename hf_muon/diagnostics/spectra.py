@@ -1,7 +1,7 @@
-"""What one matrix shows in one step.
+"""The numbers of one matrix in one step.
 
 In: the whole matrices (m, n) of a step: gradient, moving average, weight, update, polar factor.
-Out: numbers by name, and the leading singular subspaces for the comparison with a later step. Pure
+Out: numbers by name, and the leading singular subspaces for comparison with a later step. Pure
 functions; letters as in ``metrics``.
 """
 
@@ -22,7 +22,7 @@ from hf_muon.diagnostics.metrics import (
 )
 from hf_muon.diagnostics.noise_edge import Noise, noise_in, powers_in, signal_strength
 
-# Directions that are kept for the next sample; more are rarely visible.
+# How many directions are kept for the next sample; more are rarely visible.
 _MOST_DIRECTIONS = 16
 
 
@@ -31,12 +31,12 @@ class StepMatrices:
     """One matrix in one step, (m, n) in float32 or better.
 
     Attributes:
-        gradient: G, as the optimizer got it: clipped, averaged over ranks.
+        gradient: G, as the optimizer received it: clipped, averaged over ranks.
         average: M_t = βM_{t−1} + (1−β)G_t.
         weight: W after the step.
         update: What the step added to W, weight decay included.
-        factored: X, what the polar factor was taken of: M, G, or Nesterov's (1−β)G + βM.
-        factor: P, the polar factor that was applied; None where something else was.
+        factored: X, the input of the polar factor: M, G, or Nesterov's (1−β)G + βM.
+        factor: P, the polar factor that was applied; None if another map was applied.
     """
 
     gradient: Tensor
@@ -49,14 +49,14 @@ class StepMatrices:
 
 @dataclass(frozen=True)
 class Leading:
-    """The visible part of M, the first direction if nothing is visible.
+    """The visible part of M; the first direction if nothing is visible.
 
     Attributes:
-        step: When.
+        step: The step of the sample.
         left: Leading left singular vectors, (m, r).
         right: Leading right singular vectors, (n, r).
         noise: In M and in G; None if it cannot be measured.
-        strengths: λ of the signal behind each visible direction, falling.
+        strengths: λ of the signal behind each visible direction, in decreasing order.
     """
 
     step: int
@@ -74,7 +74,7 @@ class Leading:
 def measure(
     step: int, at: StepMatrices, momentum: float, count: int
 ) -> tuple[dict[str, float], Leading]:
-    """Numbers of one sample.
+    """Return the numbers of one sample.
 
     ========================================  ===================================================
     ``gradient_sigma_k``, ``average_sigma_k``  σ_k(G), σ_k(M)
@@ -96,10 +96,11 @@ def measure(
         step: Number of the step.
         at: Its matrices.
         momentum: β of the moving average.
-        count: How many σ_k to name, k = 1 … count.
+        count: How many σ_k to return, k = 1 … count.
 
     Returns:
-        Values that are defined (none is NaN or infinite, but of weights), and the leading part.
+        The values that are defined (none is NaN or infinite, except for weights), and the leading
+        part.
     """
     sigma_g = torch.linalg.svdvals(at.gradient)
     U, sigma_m, Vh = torch.linalg.svd(at.average, full_matrices=False)
@@ -135,7 +136,7 @@ def measure(
 
 
 def turned(before: Leading, now: Leading) -> dict[str, float]:
-    """‖sin Θ‖₂ between the leading subspaces of two samples, as many directions as both show."""
+    """Return ‖sin Θ‖₂ between the leading subspaces of two samples, of their common dimension."""
     r = min(before.left.shape[1], now.left.shape[1])
     return {
         "sin_left": subspace_angles(before.left[:, :r], now.left[:, :r])[-1].sin().item(),
@@ -164,7 +165,7 @@ def _ratio(sigma_m: Tensor, sigma_g: Tensor, longer_side: int) -> Tensor:
 
 
 def _shape_of(name: str, X: Tensor) -> dict[str, float]:
-    """Size and flatness of a matrix; a weight that is not finite has a size only."""
+    """Return size and flatness of a matrix; for a weight that is not finite only its size."""
     rms = X.square().mean().sqrt().item()
     found = {f"{name}_rms": rms}
     if math.isfinite(rms) and rms > 0:

@@ -1,8 +1,8 @@
-"""Gradients whose signal is known: a low-rank matrix in noise, and an underdetermined regression.
+"""Gradients with a known signal: a low-rank matrix in noise, and an underdetermined regression.
 
 In: shapes, strengths, a kind of noise, a seed. Out: ``spiked_stream`` yields one gradient at a time
-with its signal, ``matrix_sensing`` returns a solved problem. Any number of independent copies runs
-at once along leading dimensions. The same arguments give the same numbers on the same device.
+with its signal, ``matrix_sensing`` returns a solved problem. Leading dimensions hold any number of
+independent copies. The same arguments give the same numbers on the same device.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def spiked_stream(
     Noise entries are independent of each other and uncorrelated over time. With z standard normal:
 
     * ``gaussian``: ξ = σz.
-    * ``student_t``: ξ = σt with t of ν degrees of freedom, divided by its standard deviation where
+    * ``student_t``: ξ = σt with t of ν degrees of freedom, divided by its standard deviation if
       that is finite (ν > 2); for ν ≤ 2 the variance is infinite and σ is the scale.
     * ``arch``: ξ_t = √h_t z_t with h_t = (1−α)σ² + αξ²_{t−1} and h_1 = σ²: variance σ² at every
-      step, but quiet and loud spells.
+      step, but with quiet and loud periods.
 
     With ``drift`` every singular vector turns by that angle per step, within a plane of its own.
 
@@ -84,8 +84,8 @@ def spiked_stream(
         An iterator over ``steps`` observations.
 
     Raises:
-        ValueError: An argument is out of its range, or min(m, n) has no room for r directions (2r
-            where they drift).
+        ValueError: An argument is out of range, or min(m, n) is too small for r directions (2r with
+            drift).
 
     References:
         Signal plus perturbation and ARCH noise: arXiv 2606.03899.
@@ -138,7 +138,7 @@ class _Draw:
         )
 
     def uniform(self, *shape: int) -> Tensor:
-        """In (0, 1], in float64: the tails of a transformed number need its small values."""
+        """In (0, 1], in float64, because transformed tails depend on its small values."""
         drawn = torch.rand(
             (*self.batch, *shape),
             generator=self.generator,
@@ -148,9 +148,9 @@ class _Draw:
         return 1 - drawn
 
     def orthonormal(self, size: int, count: int) -> Tensor:
-        """Columns of a random rotation, (…, size, count)."""
+        """Return the first columns of a random rotation, (…, size, count)."""
         Q, R = torch.linalg.qr(self.normal(size, count))
-        # The signs of R's diagonal make Q unique, and thereby uniformly distributed.
+        # The signs of R's diagonal make Q unique, and therefore uniformly distributed.
         uniform: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
         return uniform
 
@@ -158,7 +158,7 @@ class _Draw:
 def _signals(
     left: Tensor, right: Tensor, values: Tensor, drift: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(S, U, V) at each step; the second half of the bases holds the directions to turn to."""
+    """Yield (S, U, V) at each step; the second half of the bases are the directions to turn to."""
     rank, step = len(values), 0
     U, V = left[..., :rank], right[..., :rank]
     S = (U * values) @ V.mT
@@ -205,7 +205,7 @@ def _observed(
 
 
 class Descent(NamedTuple):
-    """Where a rule of descent arrived.
+    """The result of a descent.
 
     Attributes:
         weight: W after the last step, (…, m, n).
@@ -217,12 +217,12 @@ class Descent(NamedTuple):
 
 
 class MatrixSensing(NamedTuple):
-    """An underdetermined regression and two descents on it, from zero, with steps of one size.
+    """An underdetermined regression, and two descents on it from zero, with steps of equal norm.
 
     Attributes:
         operators: A_i with standard normal entries, (…, p, m, n).
         targets: y_i = ⟨A_i, W*⟩_F, (…, p).
-        truth: W* of the asked rank, ‖W*‖_F = 1, (…, m, n).
+        truth: W* of the requested rank, ‖W*‖_F = 1, (…, m, n).
         polar: W ← W − η_t O(∇L).
         gradient: The control W ← W − η_t ‖O(∇L)‖_F ∇L/‖∇L‖_F.
     """
@@ -249,10 +249,10 @@ def matrix_sensing(
 ) -> MatrixSensing:
     """Fit W to p < mn linear measurements by polar steps, and by gradient steps of equal norm.
 
-    L(W) = Σ_i(⟨A_i, W⟩ − y_i)²/(2p). Many W reach zero loss; which one is found shows the bias of
-    the rule. Polar steps arrive at a flatter spectrum (larger ``effective_rank``) than the control,
-    so the flatness is not the effect of the normalization. The rate falls linearly to zero, as
-    steps of fixed size would not settle.
+    L(W) = Σ_i(⟨A_i, W⟩ − y_i)²/(2p). Many W reach zero loss; the one that is found shows the bias
+    of the method. Polar steps reach a flatter spectrum (larger ``effective_rank``) than the
+    control, so the flatness does not come from the normalization. The learning rate falls linearly
+    to zero, because steps of fixed size would not converge.
 
     Args:
         m: Rows of W.
@@ -270,7 +270,7 @@ def matrix_sensing(
         The problem and both solutions.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
 
     References:
         arXiv 2606.08388, the matrix-sensing experiments.

@@ -1,8 +1,8 @@
-"""Which matrices of a step are looked at, and how they are brought together.
+"""Which matrices of a step are watched, and how they are brought together.
 
-In: a Muon optimizer inside a call of its ``step()``, and names. Out: for each group of that call
-the tensors that hold named matrices, and the buckets in which their pieces travel. A call trains
-all groups, one of them (DeepSpeed ZeRO-1 and 2), or a part of one (ZeRO-3).
+In: a Muon optimizer inside a call of its ``step()``, and names. Out: for each group of that call,
+the tensors that contain the named matrices, and the buckets in which their pieces travel. A call
+may train all groups, one of them (DeepSpeed ZeRO-1 and 2), or a part of one (ZeRO-3).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry, Group
 
-# Elements of whole matrices that a rank gathers at a time, of each kind.
+# How many elements of whole matrices, of each kind, a rank gathers at a time.
 _LIMIT = 2**24
 
 
 def matrix_names(group: Group) -> list[list[str]]:
-    """A name for each matrix of each parameter of a group; the second of a stack is ``name[1]``."""
+    """Name each matrix of each parameter of a group; the second of a stack is ``name[1]``."""
     inside = group["matrices"]
     unnamed = [f"group {group['group_id']} parameter {index}" for index in range(len(inside))]
     return [
@@ -36,13 +36,13 @@ def matrix_names(group: Group) -> list[list[str]]:
 def chosen_matrices(
     optimizer: Muon, layers: str | Sequence[str] | None, most: int
 ) -> dict[str, list[int]]:
-    """Names and shapes (m, n) of the matrices to watch.
+    """Return names and shapes (m, n) of the matrices to watch.
 
     Args:
-        optimizer: Whose.
-        layers: Regexes, of which one must be found in the name; None for ``most`` matrices, spread
+        optimizer: The optimizer that trains them.
+        layers: Regexes, one of which must match in the name; None for ``most`` matrices, spread
             evenly over the model.
-        most: How many, where nobody says which.
+        most: How many matrices if ``layers`` is None.
 
     Raises:
         ValueError: A pattern matches no matrix.
@@ -65,10 +65,10 @@ class Watched:
     """The watched matrices of one group in one call of ``step()``.
 
     Attributes:
-        entries: The tensors that hold them.
-        names: Of the watched matrices in each.
-        buckets: How they are brought together; ``unit.parameter`` and ``unit.matrix`` are places
-            in ``names``.
+        entries: The tensors that contain them.
+        names: Names of the watched matrices in each of these tensors.
+        buckets: How they are brought together; ``unit.parameter`` and ``unit.matrix`` are
+            positions in ``names``.
     """
 
     entries: list[Entry]
@@ -81,11 +81,11 @@ class Watched:
         return self.entries[0].group
 
     def name(self, unit: Unit) -> str:
-        """The name of a matrix."""
+        """Return the name of a matrix."""
         return self.names[unit.parameter][unit.matrix]
 
     def pieces(self) -> Iterator[tuple[Unit, Piece]]:
-        """What this rank reads."""
+        """Yield the pieces that this rank reads."""
         for bucket in self.buckets:
             yield from bucket.reads
 
@@ -94,8 +94,8 @@ class Watch:
     """Finds named matrices in the calls of ``step()``.
 
     Args:
-        optimizer: Whose.
-        names: As :func:`matrix_names` has them.
+        optimizer: The optimizer to watch.
+        names: From :func:`matrix_names`.
     """
 
     def __init__(self, optimizer: Muon, names: Sequence[str]) -> None:
@@ -104,8 +104,8 @@ class Watch:
         self._buckets: dict[Any, list[Bucket]] = {}
 
     def call(self) -> Iterator[Watched]:
-        """What the call that is being made trains of them, group by group."""
-        # The parameters that the groups were built from say what is inside DeepSpeed's tensors.
+        """Yield what the current call trains of them, group by group."""
+        # DeepSpeed's tensors are described by the parameters that the groups were built from.
         origins, groups = self._optimizer._origins, self._optimizer.param_groups
         replicate = replicate_ranks(self._optimizer.replicate_group)
         for entries in origins.entries(groups):
@@ -124,7 +124,7 @@ class Watch:
                 kept.append(entry)
                 names.append([inside[number] for number in numbers])
                 places.append(numbers)
-        # Where matrices lie stays the same, so buckets are made once.
+        # Matrices stay where they are, so buckets are made once.
         key = tuple(map(tuple, names))
         if key not in self._buckets:
             some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, places, strict=True)]
@@ -134,7 +134,7 @@ class Watch:
 
 
 def _layout(entry: Entry, replicate: Ranks) -> Layout:
-    """Where the matrices of a tensor are."""
+    """Return where the matrices of a tensor are."""
     if entry.flat is None:
         return find_layout(entry.tensor, entry.matrices, entry.name, replicate)
     inside = [[Matrix(*matrix) for matrix in part] for part in entry.group["matrices"]]

@@ -1,8 +1,8 @@
-"""Whole matrices from the pieces that ranks hold, for looking at them.
+"""Whole matrices from the pieces that ranks hold, for diagnostics.
 
-In: buckets of the matrices in question, and functions that read a piece of something: a gradient, a
-weight, momentum. Out: the whole matrices, each on one rank, so that looking is divided among the
-ranks as training is. The layouts are those of a step: plain tensors, DTensors, flat tensors.
+In: buckets of the matrices in question, and functions that read a piece of a gradient, a weight or
+a momentum. Out: the whole matrices, each on one rank, so that diagnostics are divided among ranks
+as training is. The layouts are those of a step: plain tensors, DTensors, flat tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def some_of(layout: Layout, numbers: Sequence[int]) -> Layout:
-    """The layout of some of the matrices of a parameter, in the order of ``numbers``."""
+    """Return the layout of some matrices of a parameter, in the order of ``numbers``."""
     pieces = tuple(tuple(member[number] for number in numbers) for member in layout.pieces)
     shapes = tuple(layout.shapes[number] for number in numbers)
     return dataclasses.replace(layout, shapes=shapes, pieces=pieces)
@@ -35,7 +35,7 @@ def whole_matrices(
 
     Args:
         buckets: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
-        reads: Each gives a piece, (rows, cols), of one of the things to look at.
+        reads: Functions; each returns a piece, (rows, cols), of one quantity.
         dtype: Of the results and on the wire.
 
     Yields:

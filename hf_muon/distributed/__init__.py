@@ -1,1 +1,1 @@
-"""Where each matrix of a parameter lives."""
+"""Where the pieces of each matrix are, and how whole matrices are brought together."""

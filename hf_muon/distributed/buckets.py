@@ -1,9 +1,9 @@
-"""Which matrices travel together, and who computes them: the plan of a step.
+"""The plan of a step: which matrices travel together, and which rank computes each of them.
 
-In: the layouts of some parameters. Out: buckets of units; a unit is one matrix with its owner, and
-matrices that are needed together are a team with one owner. The plan follows from layouts alone, so
-that every rank makes the same one without a message; what a rank sends and receives is read from
-it.
+In: the layouts of some parameters. Out: buckets of units. A unit is one matrix with its owner;
+matrices that are needed together form a team with one owner. The plan depends only on layouts, so
+every rank computes the same plan without communication, and reads from it what to send and to
+receive.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _TRAVELLING_MB = 32
 _ALONE_MB = 512
 """Where nothing travels an accelerator waits for launches otherwise: a batch takes as many for one
 matrix as for dozens."""
-# On a CPU hardly more memory is held than for one large matrix, and small ones are computed
-# together. Four megabytes of float32.
+# On a CPU, a bucket takes hardly more memory than one large matrix, while small matrices are
+# computed together: four megabytes of float32.
 _ALONE_ON_CPU_ELEMENTS = 2**20
 
 
 @dataclass(eq=False)
 class Unit:
-    """One matrix of one parameter, and who owns it: (replica, member of the shard group)."""
+    """One matrix of one parameter, and its owner: (replica, member of the shard group)."""
 
     parameter: int
     matrix: int
@@ -45,12 +45,12 @@ class Unit:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole matrix."""
+        """Number of elements of the whole matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
     def held(self) -> list[int]:
-        """Elements that each member of the shard group holds."""
+        """Number of elements that each member of the shard group holds."""
         return [sum(piece.numel for piece in pieces) for pieces in self.pieces]
 
 
@@ -62,17 +62,17 @@ Place = tuple[int, int]
 
 @dataclass(eq=False)
 class Bucket:
-    """Matrices that travel together, between the same ranks; ``back`` is the dtype of results."""
+    """Matrices that travel together between the same ranks; ``back`` is the dtype of results."""
 
     shard: Ranks
     replicate: Ranks
     device: torch.device
     wire: torch.dtype = torch.float32
     units: list[Unit] = field(default_factory=list)
-    back: torch.dtype | None = None  # the same as the inputs
+    back: torch.dtype | None = None  # None: the dtype of the inputs
 
     def only(self, units: list[Unit]) -> Bucket:
-        """The bucket with some of its units, each with the owner it has."""
+        """Return the bucket with some of its units; they keep their owners."""
         return Bucket(self.shard, self.replicate, self.device, self.wire, units, self.back)
 
     @cached_property
@@ -87,13 +87,13 @@ class Bucket:
 
     @cached_property
     def batches(self) -> list[list[Unit]]:
-        """The units that this rank computes by their shape; transposes of the first come last."""
+        """The units that this rank computes, grouped by shape; in a group, transposes come last."""
         batches = batched([unit.shape for unit in self.mine])
         return [[self.mine[index] for index in batch] for batch in batches]
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether nothing travels."""
+        """Whether nothing needs to travel."""
         return self.shard.size == self.replicate.size == 1
 
     @cached_property
@@ -107,7 +107,7 @@ class Bucket:
         return [(unit, piece) for unit in self.mine for piece in unit.pieces[self.shard.index]]
 
     def blocks(self, matrices: Mapping[Unit, Tensor]) -> list[Tensor]:
-        """The blocks of :attr:`own` in whole matrices, as views."""
+        """Return the blocks of :attr:`own` as views of whole matrices."""
         if self._are_whole:
             return [matrices[unit] for unit, _ in self.own]
         return [piece.of_matrix(matrices[unit]) for unit, piece in self.own]
@@ -118,22 +118,22 @@ class Bucket:
 
     @cached_property
     def reads(self) -> list[Item]:
-        """What this rank hands over: its pieces of what its replica computes, its own first."""
+        """This rank's pieces of the units that its replica computes; its own units come first."""
         return [*self.own, *chain.from_iterable(self.outgoing)]
 
     @cached_property
     def outgoing(self) -> list[list[Item]]:
-        """For each member of the shard group the pieces that this rank sends to it."""
+        """For each member of the shard group, the pieces that this rank sends to it."""
         return [self._sent(self.shard.index, owner) for owner in range(self.shard.size)]
 
     @cached_property
     def incoming(self) -> list[list[Item]]:
-        """For each member of the shard group the pieces that this rank gets from it."""
+        """For each member of the shard group, the pieces that this rank gets from it."""
         return [self._sent(member, self.shard.index) for member in range(self.shard.size)]
 
     @cached_property
     def by_replica(self) -> list[list[Item]]:
-        """For each replica this rank's pieces of what that replica computes."""
+        """For each replica, this rank's pieces of the units that the replica computes."""
         return [
             [item for item in self.held if item[0].owner[0] == replica]
             for replica in range(self.replicate.size)
@@ -141,7 +141,7 @@ class Bucket:
 
     @cached_property
     def gathers(self) -> bool:
-        """Whether any piece lies elsewhere than on the owner: known to every rank."""
+        """Whether some rank holds a piece that it does not own; the same on every rank."""
         return any(
             pieces and member != unit.owner[1]
             for unit in self.units
@@ -149,18 +149,18 @@ class Bucket:
         )
 
     def _sent(self, member: int, owner: int) -> list[Item]:
-        """What a member of the shard group sends to an owner, in the order it is packed."""
+        """Return the pieces that a shard-group member sends to an owner, in packing order."""
         if member == owner:
             return []
         return [(u, piece) for u in self.row if u.owner[1] == owner for piece in u.pieces[member]]
 
 
 def bucket_elements(bucket_mb: float | Literal["auto"], bytes_each: int) -> tuple[int, int]:
-    """How many elements fill a bucket: one that travels, and one of a process alone.
+    """Return how many elements fill a bucket that is communicated, and one in a single process.
 
     Args:
-        bucket_mb: The user's bound in MiB; ``auto`` for what suits each of the two.
-        bytes_each: What an element takes, of all that is brought together.
+        bucket_mb: The user's bound in MiB; ``auto`` suits each of the two cases.
+        bytes_each: Bytes per element, of everything that is brought together.
     """
     both = (_TRAVELLING_MB, _ALONE_MB) if bucket_mb == "auto" else (bucket_mb, bucket_mb)
     travelling, alone = (int(size * 2**20 / bytes_each) for size in both)
@@ -180,11 +180,11 @@ def plan_buckets(
     Args:
         layouts: One for each parameter.
         devices: Where each parameter is computed; a bucket is on one device.
-        limit: Elements of whole matrices per owner and bucket, or the largest team if it has more.
-        together: Teams of matrices that one owner needs at the same time, and that lie on the same
-            ranks. They follow each other in their bucket. Other matrices are teams of one.
+        limit: Elements of whole matrices per owner and bucket; a larger team raises it.
+        together: Teams of matrices that one owner needs at the same time, and that are on the same
+            ranks. They are adjacent in their bucket. Other matrices are teams of one.
         wires: The dtype in which each parameter travels; a bucket has one. Default: float32.
-        alone: The limit where nothing travels, of 2²⁰ elements or one team at most on a CPU.
+        alone: The limit where nothing travels; on a CPU at most 2²⁰ elements or one team.
             Default: ``limit``.
     """
     units = {
@@ -212,11 +212,11 @@ def plan_buckets(
 
 
 def _elements_of(teams: list[Team], limit: int, device: torch.device, *, is_alone: bool) -> int:
-    """How much a bucket holds, if it holds more than one team."""
+    """Return the capacity of a bucket that holds more than one team."""
     if is_alone and devices.is_cpu(device):
         return min(limit, _ALONE_ON_CPU_ELEMENTS)
-    # A bucket of the largest team takes this much anyway; with less in the others there would be
-    # more of them, and in each some would wait for the owner of a large one.
+    # The bucket of the largest team takes this much in any case. Smaller buckets would be more in
+    # number, and in each of them some ranks would wait for the owner of a large team.
     return max([limit, *(sum(unit.numel for unit in team) for team in teams)])
 
 
@@ -225,7 +225,7 @@ def _cost(team: Team) -> int:
 
 
 def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
-    """The teams in order of falling cost, each with its owner among all replicas."""
+    """Return the teams by decreasing cost, each with its owner among all replicas."""
     teams.sort(key=lambda team: (-_cost(team), team[0].shape, team[0].parameter, team[0].matrix))
     candidates, preferred = [], []
     for team in teams:
@@ -234,7 +234,7 @@ def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
         holders = [member for member, part in enumerate(held) if part == numel]
         columns = holders if holders and team[0].holders_own else range(shards)
         candidates.append([r * shards + c for r in range(replicas) for c in columns])
-        # Only who holds most of it saves most of the messages.
+        # Only the rank that holds most of a matrix saves most of the messages.
         saves = not team[0].holders_own and 2 * max(held) > numel
         preferred.append(held.index(max(held)) if saves else None)
     costs = [_cost(team) for team in teams]
@@ -246,7 +246,7 @@ def _with_owners(teams: list[Team], shards: int, replicas: int) -> list[Team]:
 
 
 def _bucketfuls(teams: list[Team], limit: int) -> Iterator[list[Unit]]:
-    """The k-th bucketful of every owner together: equally much work for all, as far as it goes."""
+    """Yield the k-th bucketful of all owners together, so that they get equal work if possible."""
     bucketfuls: list[list[Unit]] = []
     number: dict[tuple[int, int], int] = defaultdict(int)
     filled: dict[tuple[int, int], int] = defaultdict(int)

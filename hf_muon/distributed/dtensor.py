@@ -1,9 +1,9 @@
-"""Layouts of DTensors: FSDP2, HSDP, tensor and expert parallelism, and their products.
+"""Layouts of DTensors: FSDP2, HSDP, tensor and expert parallelism, and combinations of them.
 
 In: a DTensor parameter and its matrices. Out: a :class:`Layout`. Mesh dimensions that shard the
-tensor make up the shard group, the others the replicate group. What a rank holds is found by
-pushing the indices of each dimension through the placements, in DTensor's own order and with its
-own splitting, so that uneven, empty and strided shards need no case of their own.
+tensor form the shard group, the others the replicate group. To find what a rank holds, the indices
+of each tensor dimension go through the placements in DTensor's own order and with its own
+splitting, so that uneven, empty and strided shards need no special case.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_b
 
 
 def dtensor_layout(parameter: DTensor, matrices: Sequence[Matrix], name: str) -> Layout:
-    """The layout of a DTensor.
+    """Return the layout of a DTensor.
 
     Raises:
-        ValueError: A placement that says nothing of which elements a rank holds.
+        ValueError: A placement does not determine which elements a rank holds.
     """
     mesh, placements = parameter.device_mesh, parameter.placements
     for placement in placements:
@@ -53,12 +53,12 @@ def dtensor_layout(parameter: DTensor, matrices: Sequence[Matrix], name: str) ->
 
 
 def _held(size: int, splits: Sequence[tuple[Placement, int, int]], dim: int) -> Tensor:
-    """Global indices along one tensor dimension that a rank holds, in local order."""
+    """Return the global indices along one tensor dimension that a rank holds, in local order."""
     indices = torch.arange(size, device="cpu")
     for placement, parts, part in splits:
         assert isinstance(placement, Shard | _StridedShard)
         if placement.dim == dim:
-            # The same split of a one-dimensional tensor.
+            # The same split, of a one-dimensional tensor.
             flat: Any = Shard(0)
             if isinstance(placement, _StridedShard):
                 flat = _StridedShard(0, split_factor=placement.split_factor)
@@ -69,7 +69,7 @@ def _held(size: int, splits: Sequence[tuple[Placement, int, int]], dim: int) -> 
 
 
 def _ranks(mesh: DeviceMesh, dims: Sequence[int]) -> Ranks:
-    """The ranks that differ from this one in some dimensions of a mesh only."""
+    """Return the ranks that differ from this one only in the given dimensions of a mesh."""
     if not dims:
         return ALONE
     if len(dims) == 1:
@@ -83,12 +83,12 @@ def _ranks(mesh: DeviceMesh, dims: Sequence[int]) -> Ranks:
     return Ranks(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
 
 
-# By the world they belong to, which ends with destroy_process_group.
+# By the world they belong to, which destroy_process_group ends.
 _groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A process group of these ranks, the whole world where that is what they are."""
+    """Return a process group of these ranks; the world group if they are all ranks."""
     world = dist.group.WORLD
     assert world is not None
     if sorted(ranks) == list(range(dist.get_world_size())):
@@ -99,5 +99,5 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def mesh_ranks(mesh: DeviceMesh) -> Ranks:
-    """All ranks of a mesh."""
+    """Return all ranks of a mesh."""
     return _ranks(mesh, [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1])

@@ -1,12 +1,13 @@
-"""Bring whole matrices together on their owners, and the results back: buckets of collectives.
+"""Bring whole matrices together on their owners, and send the results back: bucketed collectives.
 
-In: a bucket of the plan, and two functions: one writes pieces of the inputs, the other maps a batch
-of whole matrices. Out: the result for every piece that this rank holds. A bucket runs
+In: a bucket of the plan, and two functions: one writes pieces of the inputs, the other replaces a
+batch of whole matrices by results. Out: the result for every piece that this rank holds. A bucket
+runs
 
     pieces ── all-to-all ──► owner ── function ── all-to-all ──► pieces ── all-gather ──► replicas
 
-and leaves out what its groups do not need. Every decision follows from the plan, which is the same
-on every rank; nothing depends on what a rank happens to hold.
+and skips what its groups do not need. Every decision follows from the plan, which is the same on
+every rank, and never from what a rank happens to hold.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Result = dict[Item, Tensor]
 
 
 def reading(bucket: Bucket, read: Read) -> Fill:
-    """A :data:`Fill` from a function that gives one piece, (rows, cols)."""
+    """Return a :data:`Fill` from a function that returns one piece, (rows, cols)."""
 
     def fill(blocks: Sequence[Tensor]) -> None:
         for item, block in zip(bucket.reads, blocks, strict=True):
@@ -47,7 +48,7 @@ def reading(bucket: Bucket, read: Read) -> Fill:
 def newly_allocated(
     name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The plain :data:`Empty`."""
+    """Allocate a new tensor: the plain :data:`Empty`."""
     return torch.empty(*shape, dtype=dtype, device=device)
 
 
@@ -62,19 +63,19 @@ def exchange(
 ) -> Generator[None, None, Result]:
     """Apply ``function`` to every matrix of a bucket.
 
-    Yields after each collective is launched, so that others can overlap it, and as often on every
-    rank, so that all launch theirs in the same order.
+    Yields after it launches a collective, so that other work can overlap it. It yields equally
+    often on every rank, so that all ranks launch collectives in the same order.
 
     Args:
         bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`.
         fill: Writes the pieces that this rank holds of what its replica computes.
         function: Replaces matrices, alone (m, n) or in a batch (k, m, n), by their results.
-        wire: Dtype of the matrices, on the wire as well: with the digits of the one that
-            ``function`` computes in, or fewer where it computes in more.
-        empty: Makes the matrices. Their memory must not be used for another bucket before the
-            result of this one is.
+        wire: Dtype of the matrices, also on the wire: as precise as the dtype that ``function``
+            computes in, or less precise if that one is wider.
+        empty: Allocates the matrices. Their memory must not be used for another bucket before this
+            one's result has been used.
         together: Whether ``function`` also takes batches and transposes.
-        seen: Gets the results for the whole matrices that this rank owns.
+        seen: Receives the results for the whole matrices that this rank owns.
 
     Returns:
         This rank's pieces of all units, each with its part of the result.
@@ -94,7 +95,7 @@ def exchange(
 def gather(
     bucket: Bucket, fill: Fill, wire: torch.dtype
 ) -> Generator[None, None, dict[Unit, Tensor]]:
-    """The first half of :func:`exchange`: the whole matrices that this rank owns."""
+    """Return the whole matrices that this rank owns: the first half of :func:`exchange`."""
     matrices = _by_unit(bucket, _batches(bucket, wire, newly_allocated))
     yield from _gather(bucket, matrices, fill, wire)
     return matrices
@@ -103,9 +104,9 @@ def gather(
 def scatter(
     bucket: Bucket, outputs: dict[Unit, Tensor], wire: torch.dtype
 ) -> Generator[None, None, Result]:
-    """The second half of :func:`exchange`: from whole results in ``wire`` to pieces of all.
+    """Distribute whole results in ``wire`` as pieces of all units: the second half of ``exchange``.
 
-    On the way they are in :attr:`Bucket.back`, of fewer digits where the results have no more.
+    They travel in the dtype :attr:`Bucket.back`, which may be less precise if the results are.
     """
     results = dict(zip(bucket.own, bucket.blocks(outputs), strict=True))
     if bucket.gathers:
@@ -116,9 +117,9 @@ def scatter(
 
 
 def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
-    """Memory (k, m, n) for each batch of the matrices that this rank owns, m and n of the first."""
+    """Return memory (k, m, n) for each batch of this rank's matrices, in the first one's shape."""
     shapes = [(len(units), *units[0].shape) for units in bucket.batches]
-    # Each begins at a multiple of 64 elements, as if it had been allocated by itself.
+    # Each begins at a multiple of 64 elements, as a separate allocation would.
     sizes = (64 * math.ceil(math.prod(shape) / 64) for shape in shapes)
     *starts, total = accumulate(sizes, initial=0)
     flat = empty("matrices", (total,), wire, bucket.device)
@@ -129,9 +130,9 @@ def _batches(bucket: Bucket, wire: torch.dtype, empty: Empty) -> list[Tensor]:
 
 
 def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
-    """Each matrix in its memory, row by row whichever way it lies."""
+    """Return each matrix as a view of its memory, row by row also if it is a transpose."""
     places = zip(chain(*bucket.batches), chain(*batches), strict=True)
-    # A view is a call of the library, which costs a step on small matrices more than the question.
+    # For small matrices a needless call of view costs more than this check.
     return {
         unit: place if place.shape == unit.shape else place.view(unit.shape)
         for unit, place in places
@@ -141,9 +142,9 @@ def _by_unit(bucket: Bucket, batches: Sequence[Tensor]) -> dict[Unit, Tensor]:
 def _gather(
     bucket: Bucket, matrices: dict[Unit, Tensor], fill: Fill, wire: torch.dtype
 ) -> Generator[None, None, None]:
-    """Write the matrices that this rank owns: what it holds of them, and what others do.
+    """Write the matrices that this rank owns, from its own pieces and those of others.
 
-    A function of its own, so that no name keeps the buffers through the polar factors.
+    A separate function, so that no name keeps the buffers alive while polar factors are computed.
     """
     own = bucket.blocks(matrices)
     if not bucket.gathers:
@@ -162,7 +163,7 @@ def _gather(
 def _scattered(
     bucket: Bucket, outputs: dict[Unit, Tensor], results: Result, wire: torch.dtype
 ) -> Generator[None, None, None]:
-    """Add what the other members of the shard group computed."""
+    """Add the results that the other members of the shard group computed."""
     packed = _flat(bucket.incoming, bucket.back or wire, bucket.device)
     blocks = list(_unpacked(bucket.incoming, packed))
     found = [piece.of_matrix(outputs[unit]) for (unit, piece), _ in blocks]
@@ -174,11 +175,11 @@ def _scattered(
 
 
 def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator[None, None, None]:
-    """Add what the other replicas computed: an all-gather, padded to the largest of them."""
+    """Add the results of the other replicas: an all-gather, padded to the largest contribution."""
     replicate = bucket.replicate
     counts = _counts(bucket.by_replica)
     width = max(counts)
-    if width == 0:  # this rank and its replicas hold nothing, but their peers do
+    if width == 0:  # this rank and its replicas hold nothing, but other shards do
         yield
         return
     send = torch.empty(width, dtype=bucket.back or wire, device=bucket.device)
@@ -202,9 +203,9 @@ def combined(
     op: Any = dist.ReduceOp.SUM,
     by: torch.device | None = None,
 ) -> Generator[None, None, None]:
-    """Sum, or another operation, over the members of a group, in place.
+    """All-reduce values over the members of a group, in place; the default is the sum.
 
-    ``by`` is the device that they communicate by, if values may lie elsewhere.
+    ``by`` is the device that they communicate on, if the values may be elsewhere.
     """
     if members.size > 1:
         there = values if by is None else values.to(by)
@@ -216,7 +217,7 @@ def combined(
 
 
 def _copy(places: list[Tensor], blocks: list[Tensor]) -> None:
-    """Write each block to its place, in one call for all of them."""
+    """Write each block to its place, all in one call."""
     if places:
         torch._foreach_copy_(places, blocks)
 
@@ -226,12 +227,12 @@ def _counts(lists: Iterable[list[Item]]) -> list[int]:
 
 
 def _flat(lists: Iterable[list[Item]], wire: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for the blocks of all items, one after the other."""
+    """Return memory for the blocks of all items, one after the other."""
     return torch.empty(sum(_counts(lists)), dtype=wire, device=device)
 
 
 def _unpacked(lists: Iterable[list[Item]], flat: Tensor) -> Iterator[tuple[Item, Tensor]]:
-    """Each item with its block, a view (rows, cols) of the beginning of a flat tensor."""
+    """Yield each item with its block, a view (rows, cols) of its section of a flat tensor."""
     items = [item for items in lists for item in items]
     ends = accumulate(piece.numel for _, piece in items)
     for item, end in zip(items, ends, strict=True):
@@ -251,11 +252,11 @@ def _all_to_all(
 
 
 def run_overlapped(steps: Iterable[Generator[None, None, None]]) -> None:
-    """Run generators to their ends, with collectives of some while others compute.
+    """Run generators to completion, so that collectives of some overlap with the work of others.
 
-    A round starts one and moves all others on, the youngest first: what it sends is on its way
-    before an older one computes, and what that one sends before a still older one waits. Every rank
-    does so in the same order. As many are in flight as a step has collectives, and one.
+    Each round starts one generator and advances all others, the youngest first: its data is on the
+    way before an older one computes, and that one's before a still older one waits. Every rank does
+    this in the same order. One more generator is in flight than a step has collectives.
     """
     running: list[Generator[None, None, None]] = []
     for youngest in steps:

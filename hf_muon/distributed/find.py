@@ -1,6 +1,6 @@
-"""What a parameter is to the ranks: its layout, its local tensor, and who shares it.
+"""How a parameter is distributed: its layout, its local tensor, and the ranks that share it.
 
-In: parameters as the optimizer sees them at a step, plain or DTensor. Out: layouts, local tensors,
+In: parameters as the optimizer sees them in a step, plain or DTensor. Out: layouts, local tensors,
 and the groups of ranks that train them together.
 """
 
@@ -18,14 +18,14 @@ from hf_muon.distributed.replicated import ranks_of, replicated_layout
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether a tensor is a DTensor, without importing the class, which takes a second."""
+    """Whether a tensor is a DTensor; does not import the class, which takes a second."""
     return hasattr(tensor, "placements")
 
 
 def find_layout(
     parameter: Tensor, matrices: Sequence[Matrix], name: str, replicate: Ranks
 ) -> Layout:
-    """The layout of a parameter; plain tensors are copies on the ranks of ``replicate``."""
+    """Return a parameter's layout; the ranks of ``replicate`` hold copies of plain tensors."""
     if is_dtensor(parameter):
         from hf_muon.distributed.dtensor import dtensor_layout
 
@@ -34,17 +34,17 @@ def find_layout(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def locals_of(tensors: Iterable[Any]) -> list[Tensor]:
-    """The same for many, without a call for each."""
+    """The same for many tensors, without one call each."""
     return [t.to_local() if hasattr(t, "placements") else t for t in tensors]
 
 
 def local_gradient(parameter: Any) -> Tensor:
-    """This rank's part of the gradient, placed like the parameter; zeros where there is none."""
+    """Return this rank's part of the gradient, placed like the parameter; zeros if it has none."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(local(parameter))
@@ -57,16 +57,16 @@ def local_gradient(parameter: Any) -> Tensor:
 
 
 def replicate_ranks(group: dist.ProcessGroup | str | None) -> Ranks:
-    """The ranks of a replicate group; ``"world"`` is all of them, once they are known."""
+    """Return the ranks of a replicate group; ``"world"`` is all ranks, once there are any."""
     if not dist.is_initialized():
         return ALONE
     return ranks_of(dist.group.WORLD if isinstance(group, str) else group)
 
 
 def sent_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Numbers as int32 on a device, without a wait for what it has to do before they arrive.
+    """Copy numbers to a device as int32, without waiting for the device's earlier work.
 
-    From memory that is not pinned, a copy to a CUDA device waits.
+    They go through pinned memory: from other memory, a copy to a CUDA device waits.
     """
     pin = device.type == "cuda" and torch.cuda.is_available()
     here = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pin)
@@ -74,7 +74,7 @@ def sent_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
 
 
 def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
-    """The flags that are set on any rank of some groups.
+    """Return the flags that are set on any rank of some groups.
 
     Args:
         flags: Integers, of the same shape and meaning on every rank.
@@ -86,7 +86,7 @@ def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
 
 
 def sharing_ranks(parameters: Iterable[Any], replicate: Ranks) -> list[Ranks]:
-    """The groups of ranks that train some tensors together.
+    """Return the groups of ranks that train some tensors together.
 
     Args:
         parameters: Plain tensors, of which ``replicate`` holds copies, and DTensors.
@@ -101,7 +101,7 @@ def sharing_ranks(parameters: Iterable[Any], replicate: Ranks) -> list[Ranks]:
 
 
 def compute_device(parameter: Any, flat: bool) -> torch.device:
-    """Where matrices are computed and sent: the accelerator, also for what is offloaded to the CPU.
+    """Return where matrices are computed: the accelerator, even for weights offloaded to the CPU.
 
     Args:
         parameter: The tensor in the optimizer.

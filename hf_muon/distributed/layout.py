@@ -1,9 +1,9 @@
 """Where the matrices of a parameter are: inside it, and on which rank.
 
 In: nothing. Out: plain data. :class:`Matrix` is a strided region of a whole parameter; routing
-writes it and checkpoints carry it as nested tuples. :class:`Piece` is a block of a matrix in the
-tensor that a rank holds. :class:`Layout` lists the pieces of every rank; below it nothing knows
-which library sharded the parameter.
+creates it and checkpoints carry it as nested tuples. :class:`Piece` is a block of a matrix in the
+tensor that a rank holds. :class:`Layout` lists the pieces of every rank; code that works on layouts
+does not know which library sharded the parameter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Matrix(NamedTuple):
 
     Attributes:
         offset: Index of the first element.
-        shape: ``(rows, cols)``; more leading dimensions are read as one, so that the rows of a
+        shape: ``(rows, cols)``. More leading dimensions count as one, so that the rows of a
             projection that is interleaved per head, ``(heads, head_dim, cols)``, are one matrix.
         strides: One stride for each entry of ``shape``.
-        fan_out_dim: 0 where the rows are the outputs (``nn.Linear``), 1 where the columns are
-            (``Conv1D``), None where the layer does not say.
+        fan_out_dim: 0 if the rows are the outputs (``nn.Linear``), 1 if the columns are
+            (``Conv1D``), None if the layer does not declare it.
     """
 
     offset: int
@@ -53,7 +53,7 @@ class Matrix(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of the matrix."""
+        """Number of elements of the matrix."""
         return math.prod(self.shape)
 
     @property
@@ -77,8 +77,8 @@ class Matrix(NamedTuple):
 class Piece(NamedTuple):
     """A block of a matrix in a rank's tensor.
 
-    The block is ``matrix[row : row + rows, col : col + cols]``; it lies at ``offset`` of the rank's
-    tensor, in row-major order of that tensor, with the two strides.
+    The block is ``matrix[row : row + rows, col : col + cols]``. It starts at ``offset`` in the
+    rank's tensor, counted in that tensor's row-major order, and has the two strides.
     """
 
     row: int
@@ -91,7 +91,7 @@ class Piece(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of the block."""
+        """Number of elements of the block."""
         return self.rows * self.cols
 
     def of_matrix(self, matrix: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ class Layout:
         shard: The ranks that together hold one copy.
         replicate: The ranks that hold the same pieces as this one.
         holders_own: Whether a rank that holds all of a matrix must compute it. Experts and copies
-            need no message then; where whole matrices are an accident of flat partitions, balance
-            is worth one.
+            then need no message. Flat partitions contain some whole matrices by accident; there,
+            balancing the work is worth a message.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -168,7 +168,7 @@ def pieces_in_range(matrix: Matrix, start: int, stop: int, offset: int) -> tuple
         offset: Where the range begins in the rank's flat tensor.
 
     Returns:
-        Blocks of whole rows and the parts of rows at the ends; none where the range has nothing of
+        Blocks of whole rows, and parts of rows at the ends; nothing if the range does not touch
         the matrix.
     """
     if list(matrix.strides) == _row_major(matrix.shape):
@@ -187,7 +187,7 @@ def pieces_in_range(matrix: Matrix, start: int, stop: int, offset: int) -> tuple
 
 
 def _in_consecutive_rows(matrix: Matrix, start: int, stop: int, offset: int) -> tuple[Piece, ...]:
-    """The end of a row, whole rows, the beginning of a row: fast, for thousands of ranks."""
+    """Return the end of a row, whole rows, the start of a row: fast, for thousands of ranks."""
     pieces = []
     here, end = max(start - matrix.offset, 0), min(stop - matrix.offset, matrix.numel)
     while here < end:
@@ -203,7 +203,7 @@ def _in_consecutive_rows(matrix: Matrix, start: int, stop: int, offset: int) -> 
 def pieces_in_box(
     matrix: Matrix, shape: Sequence[int], held: Sequence[Tensor]
 ) -> tuple[Piece, ...]:
-    """Pieces of a matrix in a tensor that keeps some indices of each dimension.
+    """Pieces of a matrix in a tensor that holds some of the indices of each dimension.
 
     Args:
         matrix: The region.
@@ -211,10 +211,10 @@ def pieces_in_box(
         held: For each dimension the global indices that the rank holds, ascending in local order.
 
     Returns:
-        Blocks of rows times blocks of columns; none where the rank holds nothing of the matrix.
+        Blocks of rows times blocks of columns; nothing if the rank holds none of the matrix.
 
     Raises:
-        ValueError: Rows and columns of the matrix run along one dimension of the parameter.
+        ValueError: Rows and columns of the matrix share a dimension of the parameter.
     """
     places = [_inverse(indices, size) for indices, size in zip(held, shape, strict=True)]
     strides = _row_major([len(indices) for indices in held])
@@ -244,7 +244,7 @@ def pieces_in_box(
 
 
 def _inverse(indices: Tensor, size: int) -> Tensor:
-    """Local index of each global one, -1 where it is not held."""
+    """Return the local index of each global index, -1 if it is not held."""
     places = torch.full((size,), -1, device="cpu")
     places[indices] = torch.arange(len(indices), device="cpu")
     return places
@@ -255,7 +255,7 @@ def _row_major(shape: Sequence[int]) -> list[int]:
 
 
 def _runs(local: Tensor, held: Tensor) -> list[tuple[int, int, int, int]]:
-    """(index, length, first local index, step) of each evenly spaced run of held entries."""
+    """Return (index, length, first local index, step) of each evenly spaced run of held entries."""
     indices = held.nonzero().flatten()
     if len(indices) == 0:
         return []

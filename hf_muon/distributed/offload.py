@@ -1,8 +1,8 @@
-"""Pieces that lie on the host while their matrices are computed on an accelerator.
+"""Pieces in host memory whose matrices are computed on an accelerator.
 
-In: blocks on one side. Out: the same on the other, in one copy for all of them through pinned
-memory, from which an accelerator reads while the host goes on. torch holds on to pinned memory that
-is freed until the copies from it are done, and gives it out again (its CachingHostAllocator, 2.13).
+In: blocks on one side. Out: the same blocks on the other side, in one copy through pinned memory,
+from which an accelerator can read while the host continues. torch reuses freed pinned memory only
+after the copies from it are done (its CachingHostAllocator, 2.13).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 @contextmanager
 def staged(places: Sequence[Tensor], here: torch.device) -> Iterator[Sequence[Tensor]]:
-    """Where to write, on a device, what some places are to get when the block ends.
+    """Yield tensors to write on a device; when the block ends, they are copied to their places.
 
     Args:
         places: (rows, cols) each, of one dtype and device.
-        here: Where what is written lies. The host does not wait for what it sends elsewhere.
+        here: The device that is written on. The host does not wait for copies to other devices.
 
     Yields:
         The places themselves, or memory of their shapes.
@@ -36,11 +36,11 @@ def staged(places: Sequence[Tensor], here: torch.device) -> Iterator[Sequence[Te
 
 
 def fetched(blocks: list[Tensor], here: torch.device) -> list[Tensor]:
-    """The blocks on a device; for what comes from elsewhere the host waits once.
+    """Return the blocks on a device; the host waits once if they come from elsewhere.
 
     Args:
         blocks: (rows, cols) each, of one dtype and device.
-        here: Where they are read.
+        here: The device that they are read on.
 
     Returns:
         The blocks themselves, or copies.
@@ -68,7 +68,7 @@ def _numel(blocks: Sequence[Tensor]) -> int:
 
 
 def _blocks(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat tensor, one after the other, of the shapes of some tensors."""
+    """Return consecutive views of a flat tensor, with the shapes of some tensors."""
     ends = accumulate(one.numel() for one in like)
     return [
         flat[end - one.numel() : end].view(one.shape) for one, end in zip(like, ends, strict=True)

@@ -1,7 +1,7 @@
-"""Elementwise work in portions: whatever happens to some entries happens while they are cached.
+"""Elementwise work in portions, so that all of it happens while the entries are in the cache.
 
-In: the shapes of tensors, each with a key. Out: portions; large tensors are cut between their rows,
-small ones with one key share a portion, so that a call on a list serves many of them.
+In: the shapes of tensors, each with a key. Out: portions. Large tensors are cut between rows; small
+ones with the same key share a portion, so that one foreach call serves many of them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _T = TypeVar("_T")
 
 
 def portion_elements(device: torch.device) -> int:
-    """The most elements of a portion, unless one row has more.
+    """Return the most elements of a portion, unless one row has more.
 
-    On a CPU half a megabyte of float32, which its cache holds; elsewhere 512, because each list
-    costs the host as much as a launch, whatever is in it.
+    On a CPU that is half a megabyte of float32, which fits the cache; elsewhere 512 MiB, because
+    each foreach call costs the host a launch, however many elements it has.
     """
     return 2**17 if devices.is_cpu(device) else 2**27
 
 
 class Portion(NamedTuple):
-    """Some tensors of a list, or rows of one.
+    """Some tensors of a list, or some rows of one tensor.
 
     Attributes:
-        key: What they have in common.
-        places: Their places in the list.
-        rows: Which rows of the only tensor; None for all of each.
+        key: The key that they share.
+        places: Their positions in the list.
+        rows: The rows of the only tensor; None for all rows of each.
     """
 
     key: Any
@@ -40,13 +40,13 @@ class Portion(NamedTuple):
     rows: slice | None = None
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The portion of a list of tensors."""
+        """Return this portion of a list of tensors."""
         if self.rows is None:
             return [tensors[place] for place in self.places]
         return [tensors[self.places[0]][self.rows]]
 
     def each(self, values: Sequence[_T]) -> list[_T]:
-        """What belongs to each of its tensors, from a list that is aligned with theirs."""
+        """Return the values of its tensors, from a list aligned with the tensors."""
         return [values[place] for place in self.places]
 
 
@@ -57,7 +57,7 @@ def portions(
     *,
     cut: bool = True,
 ) -> list[Portion]:
-    """Cut and join.
+    """Return the portions that tensors are cut or joined into.
 
     Args:
         keys: One for each tensor; only tensors with the same key share a portion.

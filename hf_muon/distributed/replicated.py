@@ -1,6 +1,6 @@
 """Layouts of plain tensors: one process, or ranks that hold copies.
 
-In: a shape, its matrices, the ranks that hold copies. Out: a :class:`Layout` of whole pieces.
+In: a shape, its matrices, and the ranks that hold copies. Out: a :class:`Layout` of whole pieces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_b
 
 
 def replicated_layout(shape: Sequence[int], matrices: Sequence[Matrix], replicate: Ranks) -> Layout:
-    """Every member of ``replicate`` holds every matrix."""
+    """Return the layout in which every member of ``replicate`` holds every matrix."""
     held = [torch.arange(size, device="cpu") for size in shape]
     return Layout(
         shapes=tuple((matrix.rows, matrix.cols) for matrix in matrices),
@@ -25,7 +25,7 @@ def replicated_layout(shape: Sequence[int], matrices: Sequence[Matrix], replicat
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
-    """The members of a process group; None is this rank alone."""
+    """Return the members of a process group; for None, this rank alone."""
     if group is None or dist.get_world_size(group) == 1:
         return ALONE
     return Ranks(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)

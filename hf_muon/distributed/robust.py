@@ -1,8 +1,8 @@
-"""Gradients that a few bad ranks cannot spoil: a median, or a trimmed mean, over DDP's ranks.
+"""Gradients that a few bad ranks cannot spoil: a median or a trimmed mean over DDP's ranks.
 
-In: the buckets of gradients of a DistributedDataParallel. Out: entry by entry the median of what
-the ranks have, or the mean without the lowest and the highest, in place of the mean of all. Every
-entry is computed on one rank and sent to the others, so that all have the same bits.
+In: the gradient buckets of a DistributedDataParallel. Out: entry by entry, the median of the ranks'
+values, or their mean without the lowest and the highest, in place of the mean of all. Each entry is
+computed on one rank and sent to the others, so that all ranks have the same bits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 METHODS = ("median", "trimmed_mean")
-# Up to here, pairwise comparisons of whole rows beat torch.sort along them: on one core of a CPU
-# 5 times at 4 ranks, 3 times at 16.
+# Up to this many ranks, pairwise comparisons of whole rows beat torch.sort along them: on one CPU
+# core 5 times at 4 ranks, 3 times at 16.
 _MOST_COMPARED = 16
 
 
@@ -29,15 +29,15 @@ class Robust:
 
     Args:
         method: ``median``, or ``trimmed_mean``.
-        trim: Of a trimmed mean: how many of the lowest, and of the highest, do not count.
+        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
         group: The ranks; None is all.
 
     Attributes:
-        not_finite: Ranks whose gradients were seen to hold NaN or infinity, (ranks,); by this rank,
-            which sees a part of the entries. None before the first bucket.
+        not_finite: Flags (ranks,) for ranks whose gradients held NaN or infinity, in the share of
+            the entries that this rank sees. None before the first bucket.
 
     Raises:
-        ValueError: An unknown method, or ``trim`` is no whole number ≥ 1.
+        ValueError: An unknown method, or ``trim`` is not a whole number ≥ 1.
     """
 
     method: str = "median"
@@ -46,17 +46,17 @@ class Robust:
     not_finite: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse wrong settings."""
+        """Raise for wrong settings."""
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}.")
         if isinstance(self.trim, bool) or not isinstance(self.trim, int) or self.trim < 1:
             raise ValueError(f"trim={self.trim!r}: a whole number ≥ 1 is expected.")
 
     def left_out(self, ranks: int) -> int:
-        """How many ranks do not count at either end.
+        """Return how many ranks are left out at either end.
 
         Raises:
-            ValueError: There is nothing to compare, or nothing would be left.
+            ValueError: There is only one rank, or none would be left.
         """
         if ranks < 2:
             raise ValueError(
@@ -74,22 +74,23 @@ class Robust:
 
 
 def robust_mean(values: Tensor, method: str = "median", trim: int = 1) -> Tensor:
-    """The median or the trimmed mean over the first dimension, entry by entry.
+    """Return the median or the trimmed mean over the first dimension, entry by entry.
 
-    NaN counts as +∞. With k ranks left out at either end (half of all, rounded down to keep one or
-    two, for the median), up to k arbitrary ones cannot move the result beyond the values of the
-    others. Where more than k are NaN or infinite on one side, it is infinite or NaN.
+    NaN counts as +∞. Let k ranks be left out at either end (for the median, all but the middle one
+    or two). Then up to k arbitrary ranks cannot move the result beyond the values of the others. If
+    more than k are NaN or infinite on one side, the result is infinite or NaN.
 
     Args:
-        values: What each rank has, (ranks, …), floating point.
-        method: ``median`` (the mean of the two middle ones of an even number), or ``trimmed_mean``.
-        trim: How many of the lowest, and of the highest, a trimmed mean leaves out.
+        values: The ranks' values, (ranks, …), floating point.
+        method: ``median`` (for an even number, the mean of the two middle ones), or
+            ``trimmed_mean``.
+        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
 
     Returns:
         One value per entry, (…), in the dtype of ``values``; summed in float32 or better.
 
     Raises:
-        ValueError: An unknown method, one rank, or ``trim`` leaves nothing.
+        ValueError: An unknown method, only one rank, or ``trim`` leaves nothing.
 
     References:
         arXiv 1803.01498: both tolerate a share of arbitrary ranks below one half.
@@ -100,9 +101,9 @@ def robust_mean(values: Tensor, method: str = "median", trim: int = 1) -> Tensor
 def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
     """A communication hook of DDP: ``model.register_comm_hook(Robust("median"), robust_hook)``.
 
-    An all-to-all brings a share of the entries from all ranks to each; an all-gather returns the
-    results. Together they move what a ring all-reduce does, and need the memory of one to two
-    buckets, however many ranks there are. Backward does not go on meanwhile.
+    An all-to-all brings each rank a share of the entries from all ranks; an all-gather returns the
+    results. Together they send as much as a ring all-reduce, and need memory for one to two
+    buckets, however many ranks there are. The backward pass does not continue meanwhile.
 
     Args:
         state: What to compute.
@@ -117,24 +118,24 @@ def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
     return done
 
 
-# DDP compares annotations with its classes, and here they are strings (torch 2.9 to 2.13).
+# DDP compares annotations with its classes, but here they are strings (torch 2.9 to 2.13).
 robust_hook.__annotations__.clear()
 
 
 def make_robust(model: DistributedDataParallel, state: Robust) -> Robust:
-    """Let a DDP model aggregate its gradients robustly from now on.
+    """Make a DDP model aggregate its gradients robustly from now on.
 
     Args:
-        model: The wrapped model, before its first backward pass. If it is robust already, what it
-            computes changes.
-        state: What to compute; its group becomes that of the model.
+        model: The wrapped model, before its first backward pass. If it has this hook already, the
+            new state replaces the old one.
+        state: What to compute; its group becomes the model's.
 
     Returns:
         The state that the model uses.
 
     Raises:
         TypeError: The model is not wrapped by DDP.
-        ValueError: One rank, or ``trim`` leaves none.
+        ValueError: There is only one rank, or ``trim`` leaves none.
         RuntimeError: The model has another communication hook.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -163,7 +164,7 @@ _STATES: WeakKeyDictionary[DistributedDataParallel, Robust] = WeakKeyDictionary(
 
 
 def _aggregate(flat: Tensor, state: Robust) -> Tensor:
-    """Replace the entries by those of all ranks together, in place."""
+    """Replace the entries by the aggregate over all ranks, in place."""
     ranks = dist.get_world_size(state.group)
     width = -(-flat.numel() // ranks)
     padded = flat
@@ -180,7 +181,7 @@ def _aggregate(flat: Tensor, state: Robust) -> Tensor:
 
 
 def _mean_of_middle(values: Tensor, left_out: int) -> Tensor:
-    """The mean without some at either end, over the first dimension; ``values`` is overwritten."""
+    """Return the mean over the first dimension without both ends; overwrites ``values``."""
     values.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     middle = _sorted(values)[left_out : len(values) - left_out]
     if len(middle) == 1:
@@ -190,7 +191,7 @@ def _mean_of_middle(values: Tensor, left_out: int) -> Tensor:
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """Sorted over the first dimension, in place where there are few: by odd-even transposition."""
+    """Sort over the first dimension; for few ranks in place, by odd-even transposition."""
     if len(values) > _MOST_COMPARED:
         return values.sort(0).values
     for turn in range(len(values)):

@@ -1,9 +1,9 @@
-"""Layouts of DeepSpeed's flat tensors: ZeRO 1, 2 and 3 and its bfloat16 optimizer.
+"""Layouts of DeepSpeed's flat tensors: ZeRO 1, 2 and 3, and its bfloat16 optimizer.
 
 In: a flat tensor and the model's parameters of its param group. DeepSpeed (0.19) flattens them,
-gives each rank a part, and leaves on the parameters themselves what went where. Out: the spans of
-parameters that each rank's flat tensor holds, and from them a :class:`Layout`. DeepSpeed is only
-looked at, never imported.
+gives each rank a part, and records on the parameters themselves where it went. Out: the spans of
+parameters that each rank's flat tensor holds, and from them a :class:`Layout`. Reads DeepSpeed's
+attributes, and never imports it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_muon.distributed.replicated import ranks_of
 
 
 class Span(NamedTuple):
-    """Elements [start, stop) of a parameter, row-major, at ``offset`` of a flat tensor."""
+    """Elements [start, stop) of a row-major parameter, at ``offset`` in a flat tensor."""
 
     parameter: int
     start: int
@@ -33,12 +33,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FlatTensor:
-    """What a flat tensor holds.
+    """The contents of a flat tensor.
 
     Attributes:
         parameters: Positions in the param group of the parameters that are flattened into it.
-        spans: For each rank what its flat tensor holds of them.
-        ranks: The ranks that together hold all.
+        spans: For each rank, what its flat tensor holds of them.
+        ranks: The ranks that together hold all of them.
     """
 
     parameters: tuple[int, ...]
@@ -47,11 +47,11 @@ class FlatTensor:
 
     @property
     def held(self) -> tuple[Span, ...]:
-        """What this rank holds."""
+        """The spans that this rank holds."""
         return self.spans[self.ranks.index]
 
     def layout(self, matrices: Sequence[Sequence[Matrix]]) -> Layout:
-        """The layout of all matrices, in the order of :attr:`parameters`.
+        """Return the layout of all matrices, in the order of :attr:`parameters`.
 
         Args:
             matrices: Those of every parameter of the param group.
@@ -81,19 +81,19 @@ class FlatTensor:
 
 
 def is_flattened(parameters: Sequence[Tensor]) -> bool:
-    """Whether DeepSpeed has flattened these parameters of a model."""
+    """Whether DeepSpeed has flattened these model parameters."""
     return any(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in parameters)
 
 
 def find_flat(flat: Tensor, parameters: Sequence[Any]) -> FlatTensor:
-    """What every rank's flat tensor holds; all ranks that share the parameters must call it.
+    """Return what every rank's flat tensor holds; all ranks that share the parameters must call it.
 
     Args:
         flat: The tensor in the optimizer's param group.
         parameters: The model's parameters of that group.
 
     Raises:
-        ValueError: On all ranks: DeepSpeed runs in a mode that is not supported, or its map does
+        ValueError: On all ranks: DeepSpeed runs in a mode that is not supported, or its records do
             not say where the parameters are.
     """
     _refuse_other_parallelism(parameters)
@@ -121,7 +121,7 @@ def find_flat(flat: Tensor, parameters: Sequence[Any]) -> FlatTensor:
 
 
 def _check_complete(flat: FlatTensor, parameters: Sequence[Any]) -> None:
-    """Raise, on all ranks, where their spans are not each element of each parameter once."""
+    """Raise, on all ranks, unless the spans cover each element of each parameter exactly once."""
     spans: dict[int, list[Span]] = {number: [] for number in flat.parameters}
     for span in chain.from_iterable(flat.spans):
         spans[span.parameter].append(span)
@@ -140,7 +140,7 @@ def _check_complete(flat: FlatTensor, parameters: Sequence[Any]) -> None:
 def _partitions(
     flat: Tensor, parameters: Sequence[Any]
 ) -> tuple[tuple[int, ...], Any, tuple[Span, ...]]:
-    """Stage 3: each parameter is cut into equal parts, of which a rank's flat tensor holds one."""
+    """Stage 3: each parameter is cut into equal parts; a rank's flat tensor holds one of each."""
     zero = parameters[0]._z3_optimizer
     if getattr(zero, "swap_optimizer", False):
         raise ValueError(
@@ -170,7 +170,7 @@ def _partitions(
 
 
 def _fragments(parameters: Sequence[Any]) -> tuple[Span, ...]:
-    """Stages 1 and 2: all parameters in a row, of which a rank's flat tensor holds a stretch."""
+    """Stages 1 and 2: all parameters are concatenated; a rank's flat tensor holds one stretch."""
     spans = []
     for index, parameter in enumerate(parameters):
         if parameter._hp_mapping is not None:
@@ -181,7 +181,7 @@ def _fragments(parameters: Sequence[Any]) -> tuple[Span, ...]:
 
 
 def _holds(flat: Tensor, span: Span, parameter: Tensor) -> bool:
-    """Whether a flat tensor has, where the map says so, what the parameter has."""
+    """Whether a flat tensor's values agree with the parameter where the records say."""
     master = flat.detach().narrow(0, span.offset, span.stop - span.start)
     weight = parameter.detach().flatten()[span.start : span.stop]
     return torch.equal(master.to(weight.device, weight.dtype), weight)

@@ -1,1 +1,1 @@
-"""How the optimizer enters the Hugging Face libraries."""
+"""How the optimizer plugs into the Hugging Face libraries."""

@@ -1,9 +1,9 @@
-"""From the Trainer's arguments to our settings, and to the routes of its model: once for a run.
+"""From the Trainer's arguments to the settings and the routes of its model, once per run.
 
 In: ``TrainingArguments`` and a model. Out: a :class:`~hf_muon.MuonConfig` and a
 :class:`~hf_muon.RoutePlan`. The Trainer's standard fields give the defaults, ``optim_args``
-overrides them. What was checked when the Trainer was built is handed over when it makes the
-optimizer, if arguments and parameters are still the same.
+overrides them. Everything is checked when the Trainer is built; the result is reused when it
+creates the optimizer, if arguments and parameters are still the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Prepared:
 
     Attributes:
         config: The settings.
-        plan: The routes; None where no model is known.
-        asked: The fields of the arguments that they follow from.
+        plan: The routes; None if no model is known.
+        asked: The fields of the arguments that they depend on.
     """
 
     config: MuonConfig
@@ -40,7 +40,7 @@ class Prepared:
     asked: tuple[Any, ...]
 
 
-# Models of Trainers that name our optimizer; None once the optimizer is being made.
+# Models of Trainers that use our optimizer; None once the optimizer is being created.
 _prepared: WeakKeyDictionary[nn.Module, Prepared | None] = WeakKeyDictionary()
 
 _FIELDS = (
@@ -50,10 +50,10 @@ _FIELDS = (
 
 
 def prepare(args: TrainingArguments, model: object) -> Prepared:
-    """Read the settings of a run and route its model, or find both as they were.
+    """Read the settings of a run and route its model, or return the earlier result if it is valid.
 
     Raises:
-        ValueError: A setting or a pattern that is not allowed.
+        ValueError: A setting or a pattern is not allowed.
     """
     asked = tuple(getattr(args, name) for name in _FIELDS)
     if not isinstance(model, nn.Module):
@@ -71,19 +71,19 @@ def prepare(args: TrainingArguments, model: object) -> Prepared:
 
 
 def forget(model: object) -> None:
-    """Let go of the plan of a model: it holds parameters, which FSDP2 is about to replace."""
+    """Drop the plan of a model: it holds parameters, which FSDP2 is about to replace."""
     if isinstance(model, nn.Module) and model in _prepared:
         _prepared[model] = None
 
 
 def model_of(parameters: Iterable[Tensor]) -> nn.Module | None:
-    """The model of a Trainer that names our optimizer which holds all of some parameters."""
+    """Return the model of a Trainer with our optimizer that holds all the given parameters."""
     wanted = set(map(id, parameters))
     return next((m for m in list(_prepared) if wanted <= set(map(id, m.parameters()))), None)
 
 
 def config_from_arguments(args: TrainingArguments) -> MuonConfig:
-    """Settings of a run that names the optimizer.
+    """Return the settings of a run that selects the optimizer by name.
 
     ``learning_rate`` is Muon's, and also AdamW's unless ``adamw_lr`` is given; ``weight_decay``
     is that of both halves; ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The
@@ -102,7 +102,7 @@ def config_from_arguments(args: TrainingArguments) -> MuonConfig:
 def _with_target_modules(
     config: MuonConfig, args: TrainingArguments, model: nn.Module
 ) -> MuonConfig:
-    """``optim_target_modules`` as an explicit choice of matrices; the rest keeps its routes."""
+    """Turn ``optim_target_modules`` into ``muon_params``; other parameters keep their routes."""
     targets = args.optim_target_modules
     if not targets or targets == "all-linear":
         return config

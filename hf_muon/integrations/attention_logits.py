@@ -1,9 +1,9 @@
-"""The largest attention logit of each head, seen while a model computes.
+"""The largest attention logit of each head, observed while a model computes.
 
 In: attention modules of transformers, and the forward passes between ``open()`` and ``close()``.
-Out: max q·k·scale of each head over all pairs that the attention mask leaves. Queries and keys are
-those that the model hands to its attention kernel, rotated and all; the kernel itself, which keeps
-its logits to itself, runs as it would.
+Out: for each head, the largest q·k·scale over all pairs that the attention mask admits. Queries and
+keys are those that the model passes to its attention kernel, after rotation. The kernel does not
+expose its logits; it runs unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_muon.integrations.attentions import Attention
 from hf_muon.polar import in_own_dtype
 
-_LIMIT = 2**24  # logits of a block of queries that are held at a time: 64 MiB
+_LIMIT = 2**24  # logits that are held at a time, in a block of queries: 64 MiB
 
 
 class LogitObserver:
@@ -36,10 +36,10 @@ class LogitObserver:
         self._original: Callable[..., Any] | None = None
 
     def open(self) -> None:
-        """Look on from now on.
+        """Start observing.
 
-        All models ask one table for their attention function, at each call. What is put into the
-        table's place does not reach modules that a compiler has already traced.
+        All models look up their attention function in one table, at each call. A replacement in
+        that table does not reach modules that a compiler has already traced.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
 
@@ -64,7 +64,7 @@ class LogitObserver:
         vars(TABLE)["get_interface"] = get_interface
 
     def close(self) -> None:
-        """Look on no longer."""
+        """Stop observing."""
         if self._original is not None:
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
 
@@ -89,12 +89,12 @@ class LogitObserver:
         self._largest[id(module)] = found if before is None else torch.maximum(before, found)
 
     def take(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """The largest logit of each head on all ranks, (heads,), for each module, on the CPU.
+        """Return the largest logit of each head over all ranks, (heads,) per module, on the CPU.
 
-        It is -∞ where nothing was seen, and ∞ where a query or a key is not finite.
+        It is -∞ if nothing was observed, and ∞ if a query or a key is not finite.
 
         Args:
-            device: Where the ranks exchange it.
+            device: The device on which ranks communicate.
             dtype: Of the result.
         """
         every = torch.cat(
@@ -106,29 +106,29 @@ class LogitObserver:
             ]
         )
         self._largest = {}
-        # Infinity stands for NaN, of which no maximum can be taken.
+        # Infinity stands for NaN, because NaN has no maximum.
         every = every.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(every, op=dist.ReduceOp.MAX)
-        # Decisions are made on the CPU, the same on all ranks.
+        # On the CPU, so that all ranks decide the same.
         return list(torch.split(every.cpu(), [one.heads for one in self._attentions]))
 
 
 def largest_logits(
     module: Any, query: Tensor, key: Tensor, mask: Any, kind: str, more: dict[str, Any]
 ) -> Tensor:
-    """The largest visible logit of each head.
+    """Return the largest visible logit of each head.
 
     Args:
         module: The attention module.
         query: Queries, (batch, heads, tokens, size).
         key: Keys, (batch, key heads, keys, size).
-        mask: As the attention function gets it.
+        mask: As the attention function receives it.
         kind: Name of the attention function.
         more: Its keyword arguments.
 
     Returns:
-        (heads,), -∞ where a head sees nothing.
+        (heads,), -∞ for a head that sees nothing.
     """
     batch, heads, tokens, size = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -150,14 +150,14 @@ def largest_logits(
 def visibility(
     module: Any, tokens: int, key: Tensor, mask: Any, kind: str, more: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
-    """Which keys some queries see, by their indices: True where they do."""
+    """Return a function of query indices: which keys they see, as booleans."""
     keys = key.shape[3]
     if hasattr(mask, "mask_mod"):  # a BlockMask of flex attention
         from torch.nn.attention.flex_attention import create_mask
 
         mask = create_mask(mask.mask_mod, len(key), None, tokens, keys, device=str(key.device))
     if mask is not None and mask.ndim == 4:
-        if mask.dtype != torch.bool:  # added to the logits: hidden where it is huge
+        if mask.dtype != torch.bool:  # it is added to the logits: hugely negative hides a key
             mask = mask > torch.finfo(mask.dtype).min / 2
         return lambda rows: mask[:, :, rows, :keys].to(key.device)
     return _without_mask(module, tokens, key, mask, kind, more)
@@ -166,17 +166,17 @@ def visibility(
 def _without_mask(
     module: Any, tokens: int, key: Tensor, padding: Any, kind: str, more: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
-    """The same where the kernel is told the rules and, at most, which keys are padding."""
+    """The same for kernels that get rules and, at most, a padding mask."""
     keys, flash = key.shape[3], "flash" in kind
     causal = more.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = bool(causal) and tokens > 1 and kind != "eager"  # which knows masks only
+    causal = bool(causal) and tokens > 1 and kind != "eager"  # eager uses only masks
     window = more.get("sliding_window") if flash else None
     segments = _segments(tokens, key, more) if flash and padding is None else None
     columns = torch.arange(keys, device=key.device)
 
     def seen(rows: Tensor) -> Tensor:
-        # With more keys than queries, flash attention lines up their ends, SDPA their beginnings.
+        # With more keys than queries, flash attention aligns their ends, SDPA their beginnings.
         distance = (rows + (keys - tokens if flash else 0))[:, None] - columns
         found = torch.ones_like(distance, dtype=torch.bool)
         if causal:
@@ -185,14 +185,14 @@ def _without_mask(
             found &= distance.abs() < window
         if segments is not None:
             found &= segments[rows][:, None] == segments
-        # Padding is (batch, keys).
+        # The padding mask is (batch, keys).
         return found if padding is None else found & padding[:, None, None, :keys].bool()
 
     return seen
 
 
 def _segments(tokens: int, key: Tensor, more: dict[str, Any]) -> Tensor | None:
-    """The sequence of each token, where flash attention gets several in one row."""
+    """Return the sequence of each token, if flash attention gets several sequences in one row."""
     ends, positions = more.get("cu_seq_lens_q"), more.get("position_ids")
     if ends is not None:
         places = torch.arange(tokens, device=key.device)

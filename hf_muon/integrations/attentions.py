@@ -1,8 +1,8 @@
-"""The attention modules whose logits can be bounded, and what their projections are scaled by.
+"""The attention modules whose logits can be bounded, and how to scale their projections.
 
-In: a model, and a bound γ ≤ 1 for each head: its logits are to become γ times as large. Out: the
-modules in the order of the model, and one factor for each output of their projections. Modules are
-declared by class after reading their forward; any other attention that is trained is refused.
+In: a model, and a bound γ ≤ 1 for each head, by which its logits are to be multiplied. Out: the
+modules in the model's order, and a multiplier for each output of their projections. Modules are
+declared by class, after reading their forward; any other trained attention is refused.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _REMEDY = "Remove QKClip from the callbacks, or freeze this module."
 
 @dataclass(frozen=True)
 class Layout:
-    """What a class of attention modules computes its logits from.
+    """How a class of attention modules computes its logits.
 
     Attributes:
         users: Names of the classes (transformers 5.23).
-        projections: Names of the linear layers that are scaled, where a module has them.
-        factors: One factor per output of each of them, given the module and γ of each head.
+        projections: Names of the linear layers to scale, where a module has them.
+        factors: Given the module and γ of each head, one multiplier per output of each layer.
     """
 
     users: frozenset[str]
@@ -52,21 +52,21 @@ class Attention:
 
     @property
     def projections(self) -> dict[str, nn.Module]:
-        """The linear layers that are scaled."""
+        """The linear layers to scale."""
         return _projections(self.module, self.layout)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of its weights."""
         return next(iter(self.projections.values())).weight.dtype  # type: ignore[return-value]
 
     def factors(self, gamma: Tensor) -> Factors:
-        """One factor per output of each projection, for γ of each head, (heads,)."""
+        """Return one multiplier per output of each projection, for γ of each head, (heads,)."""
         return self.layout.factors(self.module, gamma)
 
 
 def separate(module: nn.Module, gamma: Tensor) -> Factors:
-    """Queries and keys of projections of their own; a key head serves a group of query heads."""
+    """Separate query and key projections; a key head may serve a group of query heads."""
     size = _required(module, "head_dim")
     query, key = _shared(gamma, outputs(module.get_submodule("k_proj")) // size)
     return {"q_proj": query.repeat_interleave(size), "k_proj": key.repeat_interleave(size)}
@@ -87,14 +87,14 @@ def columns_in_turn(module: nn.Module, gamma: Tensor) -> Factors:
 
 
 def interleaved(module: nn.Module, gamma: Tensor) -> Factors:
-    """GPT-NeoX: head by head, each with query, key and value."""
+    """GPT-NeoX: rows ordered by head, each head with query, key and value."""
     root = gamma.sqrt()
     each = torch.stack((root, root, torch.ones_like(root)), dim=1)  # (heads, 3)
     return {"query_key_value": each.flatten().repeat_interleave(_required(module, "head_size"))}
 
 
 def latent(module: nn.Module, gamma: Tensor) -> Factors:
-    """DeepSeek: the rotated key is shared by all heads, so that the rotated query takes all of γ.
+    """DeepSeek: all heads share the rotated key, so the rotated query takes all of γ.
 
     The latent vectors are normalized before q_b_proj and kv_b_proj, whose rows are scaled.
     """
@@ -107,18 +107,18 @@ def latent(module: nn.Module, gamma: Tensor) -> Factors:
 
 
 def _shared(gamma: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
-    """Factors of the query heads and of the key heads: γ/√γ_min and √γ_min of each group."""
+    """Return multipliers of query heads and key heads: γ/√γ_min and √γ_min of each group."""
     smallest = gamma.view(key_heads, -1).amin(dim=1).sqrt()
     return gamma / smallest.repeat_interleave(len(gamma) // key_heads), smallest
 
 
 def _parts(*parts: tuple[Tensor, int]) -> Tensor:
-    """For each head in turn, each factor as often as its part has outputs."""
+    """For each head in turn, repeat each multiplier for the outputs of its part."""
     return torch.cat([f[:, None].expand(-1, size) for f, size in parts], dim=1).flatten()
 
 
 def _padded(factors: Tensor, total: int) -> Tensor:
-    """Factors of the first outputs, and ones for the rest: values are not scaled."""
+    """Pad multipliers with ones: values are not scaled."""
     return torch.cat((factors, factors.new_ones(total - len(factors))))
 
 
@@ -151,12 +151,12 @@ LAYOUTS = (
 
 
 def find_attentions(model: nn.Module) -> list[Attention]:
-    """The attention modules of a model whose queries or keys are trained.
+    """Return the attention modules of a model whose queries or keys are trained.
 
     Raises:
-        ValueError: A module that is trained normalizes queries or keys, is of a class that is not
-            known, or has adapters, frozen parts or parts on other ranks where it is scaled; or
-            there is nothing to bound.
+        ValueError: A trained module normalizes queries or keys, is of an unknown class, or has
+            adapters, frozen parts or parts on other ranks in the weights to scale; or there is
+            nothing to bound.
     """
     found = [one for name, module in _modules(model) if (one := _attention(name, module))]
     if not found:
@@ -168,7 +168,7 @@ def find_attentions(model: nn.Module) -> list[Attention]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The innermost attention modules that hold something to train, with their names."""
+    """Yield the innermost attention modules that train something, with their names."""
     for _, name, module in named_modules(model):
         inside = [m for m in module.modules() if _ATTENTION.search(type(m).__name__)]
         if inside == [module] and any(p.requires_grad and p.ndim for p in module.parameters()):
@@ -209,7 +209,7 @@ def _projections(module: nn.Module, layout: Layout) -> dict[str, nn.Module]:
 
 
 def _count(module: nn.Module, layout: Layout) -> int:
-    """The number of query heads."""
+    """Return the number of query heads."""
     if layout.factors is separate:
         return outputs(module.get_submodule("q_proj")) // _required(module, "head_dim")
     return _required(module, "num_heads", "num_attention_heads")
@@ -222,7 +222,7 @@ def _required(module: nn.Module, *names: str) -> int:
 
 
 def outputs(projection: nn.Module) -> int:
-    """Outputs of a linear layer, wherever its weight is."""
+    """Return the number of outputs of a linear layer, wherever its weight is."""
     size: int = getattr(projection, "nf" if columns_are_outputs(projection) else "out_features")
     return size
 

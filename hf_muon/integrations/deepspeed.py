@@ -1,8 +1,8 @@
-"""DeepSpeed configurations under which Muon would be replaced, or would train something else.
+"""DeepSpeed configurations that would replace Muon, or make it train something else.
 
-In: the configuration of DeepSpeed as a dict. Out: nothing, or an error that names each setting and
-what to do. Most of these settings raise nowhere else: DeepSpeed and accelerate take another
-optimizer without a word.
+In: DeepSpeed's configuration as a dict. Out: nothing, or an error that names each setting and what
+to do. Most of these settings raise nowhere else: DeepSpeed and accelerate silently use another
+optimizer.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def check_deepspeed(run: MuonConfig | None = None) -> None:
 
 
 def check_config(config: Config, run: MuonConfig | None = None) -> None:
-    """Refuse what Muon cannot train under.
+    """Raise for settings that Muon cannot train under.
 
     Args:
-        config: A configuration of DeepSpeed (0.19), or a part of one.
-        run: The settings of the run. Default: what depends on them is not checked.
+        config: A DeepSpeed configuration (0.19), or a part of one.
+        run: The settings of the run. Default: skip the checks that depend on them.
 
     Raises:
         ValueError: Names every setting that has to change.
@@ -49,7 +49,7 @@ def check_config(config: Config, run: MuonConfig | None = None) -> None:
 
 
 def _rates_of_their_own(run: MuonConfig | None) -> list[tuple[str, object]]:
-    """The settings that give some parameters another rate than the others."""
+    """Return the settings that give some parameters a learning rate of their own."""
     if run is None:
         return []
     lost: list[tuple[str, object]] = []
@@ -60,12 +60,12 @@ def _rates_of_their_own(run: MuonConfig | None) -> list[tuple[str, object]]:
     return lost
 
 
-# Schedules that write rates; WarmupCosineLR scales those of the groups (DeepSpeed 0.19).
+# Schedules that overwrite learning rates; WarmupCosineLR scales each group's (DeepSpeed 0.19).
 _ABSOLUTE = ("WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest")
 
 
 def _at(config: Config, *path: str) -> Any:
-    """The value at a path of keys, None where there is none."""
+    """Return the value at a path of keys, or None."""
     value: Any = config
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -73,7 +73,7 @@ def _at(config: Config, *path: str) -> Any:
 
 
 def _offload(config: Config) -> Config | None:
-    """The section of optimizer offload, if it is switched on."""
+    """Return the section of optimizer offload, if it is enabled."""
     section = _at(config, "zero_optimization", "offload_optimizer")
     return section if _at(section or {}, "device") not in (None, "none") else None
 
@@ -92,7 +92,7 @@ def _is_below(value: object, bound: float) -> bool:
 
 
 def _number(*path: str, default: int) -> Callable[[Config], bool]:
-    """Whether a setting is above its default."""
+    """Return a check for whether a setting is above its default."""
 
     def is_above(config: Config) -> bool:
         value = _at(config, *path)
@@ -101,7 +101,7 @@ def _number(*path: str, default: int) -> Callable[[Config], bool]:
     return is_above
 
 
-# (setting, whether a configuration has it, what to do about it)
+# (setting, whether a configuration enables it, what to do about it)
 _REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     (
         "optimizer",

@@ -1,8 +1,8 @@
 """From a model, or from groups of its parameters, to the optimizer.
 
-In: a model and settings; groups that a client made itself, where it did. Out: a
-:class:`~hf_muon.Muon` whose groups follow the routes. The factory is the form that
-``Trainer(optimizer_cls_and_kwargs=…)``, axolotl, and trainers with groups of their own call.
+In: a model and settings, and any groups that a client built. Out: a :class:`~hf_muon.Muon` whose
+groups follow the routes. The factory class is what ``Trainer(optimizer_cls_and_kwargs=…)``,
+axolotl, and trainers with groups of their own call.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def create_muon_optimizer(
         The optimizer. ``optimizer.routes`` is the routing table as plain data.
 
     Raises:
-        ValueError: A setting that is not allowed, or nothing in the model is a hidden matrix.
+        ValueError: A setting is not allowed, or nothing in the model is a hidden matrix.
 
     Example:
         >>> optimizer = create_muon_optimizer(model, lr=1e-3, weight_decay=0.1)
@@ -76,7 +76,7 @@ def _optimizer(
     optimizer.routes = plan.to_dict()
     if model is not None:
         watched = watch(optimizer, model)
-        if given is not None:  # what they leave out, another optimizer may train
+        if given is not None:  # another optimizer may train what the groups leave out
             watched.begin(model, untrained(model, optimizer))
     totals = plan.totals()
     logger.info(
@@ -90,12 +90,12 @@ def _optimizer(
 
 
 class MuonOptimizerFactory:
-    """Builds the optimizer: an instance from a model, the class itself from groups of parameters.
+    """Builds the optimizer: an instance builds it from a model, the class itself from groups.
 
-    The Trainer makes an instance and calls it with the model. Trainers that make groups of their
-    own call the class as any optimizer's; the groups are split by the routes, and keep their
-    learning rates and decay. The routes are those of ``plan``, else of the model of a Trainer with
-    ``optim="muon"`` that holds the parameters.
+    The Trainer makes an instance and calls it with the model. Trainers that build groups of their
+    own call the class like any optimizer class; the groups are split by the routes, and keep their
+    learning rates and decay. The routes are those of ``plan``, or else those of the model that
+    holds the parameters and belongs to a Trainer with ``optim="muon"``.
 
     Example:
         >>> Trainer(..., optimizer_cls_and_kwargs=(MuonOptimizerFactory, {"lr": 1e-3}))
@@ -105,14 +105,14 @@ class MuonOptimizerFactory:
     """
 
     def __new__(cls, params: Iterable[Any] | None = None, **settings: Any) -> Any:
-        """An instance; a :class:`~hf_muon.Muon` where there are parameters.
+        """Return an instance; given parameters, return a :class:`~hf_muon.Muon`.
 
         Args:
             params: Parameters, or groups of them.
-            **settings: Fields of :class:`~hf_muon.MuonConfig`; ``plan``, their routes.
+            **settings: Fields of :class:`~hf_muon.MuonConfig`; ``plan``: the parameters' routes.
 
         Raises:
-            ValueError: It is not known to which model the parameters belong.
+            ValueError: The parameters belong to no known model.
         """
         return super().__new__(cls) if params is None else _built(None, params, settings)
 
@@ -121,11 +121,11 @@ class MuonOptimizerFactory:
 
         Args:
             model: The model to train.
-            *ignored: Further arguments that some trainers pass, such as their own.
+            *ignored: Further arguments that some trainers pass.
             **settings: Fields of :class:`~hf_muon.MuonConfig`; strings are converted.
         """
         settings.pop("training_args", None)  # axolotl passes it by name
-        given = settings.pop("optimizer_dict", None)  # sentence-transformers: its groups
+        given = settings.pop("optimizer_dict", None)  # groups from sentence-transformers
         return _built(model, given, settings)
 
 
@@ -151,7 +151,7 @@ def _built(model: nn.Module | None, given: Iterable[Any] | None, settings: dict[
 
 
 def _config(settings: dict[str, Any]) -> MuonConfig:
-    """The settings as they were read already, or from what a client passes."""
+    """Return the settings as already parsed, or from what a client passes."""
     read = settings.pop("config", None)
     if not isinstance(read, MuonConfig):
         return MuonConfig.from_mapping(settings if read is None else {**settings, "config": read})
@@ -171,7 +171,7 @@ def _model_of(groups: Iterable[dict[str, Any]] | None) -> nn.Module:
 
 
 def _warn_of_losses(model: nn.Module | None) -> None:
-    """sentence-transformers keeps parameters in its losses, which a factory does not get to see."""
+    """Warn that a factory cannot see the parameters in sentence-transformers' losses."""
     if any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
         logger.warning(
             "optimizer_cls_and_kwargs leaves out what the losses of sentence-transformers hold "

@@ -1,9 +1,9 @@
-"""A model card that names the optimizer truthfully.
+"""A model card that names the optimizer correctly.
 
-In: the Trainer at the end of a run. Out: its "optimizer" line. transformers (5.23) writes that line
-from ``TrainingArguments`` alone, which say nothing of defaults, and name AdamW when the optimizer
-came through ``optimizer_cls_and_kwargs``. No callback runs after the card is written, so the
-function that collects the line is wrapped.
+In: the Trainer at the end of a run. Out: the "optimizer" line of its model card. transformers
+(5.23) writes that line from ``TrainingArguments`` alone, which do not contain our defaults, and
+which say AdamW if the optimizer came through ``optimizer_cls_and_kwargs``. No callback runs after
+the card is written, so the function that collects the line is wrapped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_muon.integrations.report import describe, find_muon
 
 
 def describe_in_model_cards() -> None:
-    """Let model cards of runs with our optimizer describe it; others stay as they are."""
+    """Make model cards describe our optimizer if the run used it; others stay unchanged."""
     from transformers import modelcard
 
     original: Any = modelcard.extract_hyperparameters_from_trainer

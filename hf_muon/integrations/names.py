@@ -1,8 +1,8 @@
 """The names ``muon``, ``hf_muon``, ``normuon`` and ``adamuon`` among the Trainer's optimizers.
 
-In: the enum ``OptimizerNames`` and the handler table of transformers. Out: members and entries in
-them. transformers has no hook for names of other packages (5.23), so members are added
-to the enum at run time, as its metaclass would.
+In: the enum ``OptimizerNames`` and the handler table of transformers. Out: new members and entries
+in them. transformers has no hook for other packages' names (5.23), so members are added to the enum
+at run time, as its metaclass would do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 logger = logging.getLogger(__name__)
 
-# What each name sets by default; ``optim_args`` may say otherwise.
+# The default settings of each name; ``optim_args`` may override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "muon": {},
     "hf_muon": {},
@@ -26,9 +26,9 @@ NAMES = tuple(PRESETS)
 
 
 def add_names(handler: Callable[..., Any]) -> None:
-    """Make the free ones of :data:`NAMES` valid values of ``optim`` that call ``handler``.
+    """Make each of :data:`NAMES` that is free a valid value of ``optim`` that calls ``handler``.
 
-    Calling it again changes nothing. A name that transformers itself owns stays its own.
+    Calling it again changes nothing. A name that transformers itself defines keeps its meaning.
 
     Raises:
         ImportError: This release of transformers has no table of optimizer handlers.
@@ -68,14 +68,14 @@ def is_ours(optim: str) -> bool:
 
 
 def _add_member(enum: Any, value: str) -> Enum:
-    """Add a member to a ``(str, Enum)`` class, with the tables that look-ups read."""
+    """Add a member to a ``(str, Enum)`` class, including its lookup tables."""
     name = value.upper()
     member = str.__new__(enum, value)
     member._name_, member._value_ = name, value
     member.__objclass__ = enum
     member._sort_order_ = len(enum._member_names_)
     member._from_hf_muon = True
-    # A process without hf_muon reads a pickled TrainingArguments; there the value is a string.
+    # In a process without hf_muon, a pickled TrainingArguments holds the plain string.
     member.__reduce_ex__ = lambda protocol: (str, (value,))
     enum._member_names_.append(name)
     enum._member_map_[name] = member

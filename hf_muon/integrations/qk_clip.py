@@ -1,8 +1,7 @@
 """Bound attention logits while a Trainer trains.
 
-In: the events of a Trainer, whatever its optimizer. Out: query and key weights that are scaled down
-every so many steps where logits were larger than a threshold, and ``max_attention_logit`` in the
-Trainer's logs.
+In: the events of a Trainer, with any optimizer. Out: query and key weights, scaled down at sampled
+steps if logits exceeded a threshold; and ``max_attention_logit`` in the Trainer's logs.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from hf_muon.integrations.transformers import install_callback
 
 
 class QKClip(TrainerCallback):
-    r"""QK-clip, the bound on attention logits of MuonClip, for any model that it knows.
+    r"""QK-clip, MuonClip's bound on attention logits, for the attention classes it knows.
 
     Let S_h be the largest logit of head h, q·k/√d before the softmax and inside the attention mask,
-    over all tokens of the step and all ranks. Where S_h > τ, the weights of queries and keys
-    are scaled so that the same q·k becomes γ_h = τ/S_h times as large: both by √γ_h. Heads that
-    share a key scale it by √γ_min of the smallest of their γ, and each query by γ_h/√γ_min. In
-    multi-head latent attention the part without rotation is scaled by √γ_h on both sides, the
-    rotated query by γ_h, and the rotated key, which all heads share, not at all.
+    over all tokens of the step and all ranks. If S_h > τ, the weights of queries and keys are
+    scaled so that the same q·k is multiplied by γ_h = τ/S_h: both by √γ_h. Heads that share a key
+    scale it by √γ_min, with the smallest of their γ, and each query by γ_h/√γ_min. In multi-head
+    latent attention, the part without rotation is scaled by √γ_h on both sides, the rotated query
+    by γ_h, and the rotated key, which all heads share, not at all.
 
     The logits are those of the step's own forward passes, computed a second time beside the
     attention kernel; only sampled steps cost anything. Weights are scaled after the optimizer's
-    step. Every sample asks the Trainer for a record with ``max_attention_logit``, the largest S_h
-    before it was clipped. Pass it to any Trainer, with any optimizer, in one process or under DDP,
+    step. Every sample makes the Trainer log ``max_attention_logit``, the largest S_h before
+    clipping. Pass the callback to any Trainer, with any optimizer, in one process or under DDP,
     FSDP2 and DeepSpeed ZeRO.
 
     Args:
         threshold: τ, > 0.
-        every: Steps from one sample to the next, ≥ 1.
+        every: Steps between samples, ≥ 1.
 
     Raises:
-        ValueError: A number out of its range; when training begins, an attention module that
-            normalizes queries or keys, or one that is not known.
-        RuntimeError: After a sampled step, no logits were seen.
+        ValueError: A number is out of range; or, when training begins, an attention module
+            normalizes queries or keys, or is of an unknown class.
+        RuntimeError: After a sampled step: no logits were observed.
 
     References:
         arXiv 2507.20534, Algorithm 1.
@@ -59,7 +58,7 @@ class QKClip(TrainerCallback):
             raise ValueError(f"threshold={threshold!r}: a finite number > 0 is expected.")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}: a whole number ≥ 1 is expected.")
-        install_callback()  # which adds to the logs; Trainers that exist already may not have it
+        install_callback()  # it adds values to the logs; existing Trainers may lack it
         self.threshold = float(threshold)
         self.every = every
         self._attentions: list[Attention] = []
@@ -69,7 +68,7 @@ class QKClip(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the attention modules, or refuse the model."""
+        """Find the attention modules, or raise."""
         self._close()
         _refuse_divided_tokens(args)
         self._attentions = find_attentions(kwargs["model"])
@@ -79,7 +78,7 @@ class QKClip(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the logits of a step that is sampled."""
+        """Observe the logits if the step is sampled."""
         self._sampled = (state.global_step + 1) % self.every == 0
         if self._observer is not None and self._sampled:
             self._observer.open()
@@ -87,7 +86,7 @@ class QKClip(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Scale what was too large. The step is over, and the next forward has not begun."""
+        """Scale heads above the threshold; the step is done, the next forward has not begun."""
         if self._observer is None or not self._sampled:
             return
         self._observer.close()
@@ -110,7 +109,7 @@ class QKClip(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the value where the Trainer was made before the callback that does it."""
+        """Add the value if the Trainer was built before the callback that adds values."""
         if logs is not None and (missed := take_waiting(kwargs.get("optimizer"))):
             logs.update(missed)
             state.log_history[-1].update(missed)
@@ -118,11 +117,11 @@ class QKClip(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the attention functions as they were."""
+        """Restore the attention functions."""
         self._close()
 
     def _clip(self, device: torch.device) -> float:
-        """Scale the heads above the threshold; the largest logit before that."""
+        """Scale the heads above the threshold; return the largest logit before that."""
         assert self._observer is not None
         dtype = self._attentions[0].dtype
         found = self._observer.take(device, torch.promote_types(dtype, torch.float32))
@@ -140,7 +139,7 @@ class QKClip(TrainerCallback):
 
 
 def _refuse_divided_tokens(args: TrainingArguments) -> None:
-    """Queries see keys of other ranks there, which the logits of a rank lack."""
+    """Raise if tokens are divided among ranks: queries see keys that this rank does not have."""
     parallelism = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
         if (getattr(parallelism, name, None) or 1) > 1:
@@ -151,7 +150,7 @@ def _refuse_divided_tokens(args: TrainingArguments) -> None:
 
 
 def _check_trained_here(attentions: list[Attention], optimizer: Any) -> None:
-    """Raise where the optimizer trains copies of the weights that nothing says where to find."""
+    """Raise if the optimizer trains copies of the weights that cannot be found."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,7 +1,7 @@
-"""What trained the model: ``muon_report.json`` and one sentence for the model card.
+"""How the model was trained: ``muon_report.json`` and one sentence for the model card.
 
-In: a :class:`~hf_muon.Muon`. Out: plain data and text, taken from the groups that train, which a
-loaded checkpoint may have changed, not from what was asked for.
+In: a :class:`~hf_muon.Muon`. Out: plain data and text, from the groups that actually train; a
+loaded checkpoint may have changed them since they were configured.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _PACKAGES = ("hf-muon", "torch", "transformers", "accelerate", "peft", "deepspee
 
 
 def find_muon(optimizer: object) -> Muon | None:
-    """The Muon inside the wrappers of accelerate, or None."""
+    """Return the Muon inside the wrappers of accelerate, or None."""
     while optimizer is not None and not isinstance(optimizer, Muon):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 def build_report(optimizer: Muon) -> dict[str, Any]:
-    """Settings, routes with reasons and fingerprint, what the groups train with, versions.
+    """Return settings, routes with reasons and fingerprint, the groups' values, and versions.
 
-    ``lr`` of a group is its rate before any schedule, ``scheduled_lr`` the one of this moment.
+    ``lr`` of a group is its learning rate before any schedule, ``scheduled_lr`` the current one.
     """
     return {
         "optimizer": describe(optimizer),
@@ -59,29 +59,29 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds: schedulers leave scalars of NumPy and tensors in the groups."""
+    """Return a value as JSON allows it: schedulers leave NumPy scalars and tensors in groups."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
     try:
-        return value.item()  # of one element
+        return value.item()  # it has one element
     except (AttributeError, RuntimeError, ValueError):
         return str(value)
 
 
 def _not_routed(optimizer: Muon) -> list[str]:
-    """Parameters that were added to the groups by hand."""
+    """Return the names of parameters that were added to the groups by hand."""
     routed = {route["name"] for route in (optimizer.routes or {}).get("routes", [])}
     names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
     return [name for name in names if name not in routed]
 
 
 def write_report(optimizer: Muon, folder: str | Path) -> None:
-    """Write ``muon_report.json`` into a folder, which is made if it does not exist.
+    """Write ``muon_report.json`` into a folder, which is created if it does not exist.
 
-    A disk that is full or read-only costs the report, with a warning, and not the run; whoever
-    reads meanwhile finds the old file or the new one.
+    If the disk is full or read-only, this warns and the run continues. The file is replaced
+    atomically: a reader sees the old one or the new one.
     """
     path = Path(folder) / FILE_NAME
     text = json.dumps(build_report(optimizer), indent=1)
@@ -97,18 +97,18 @@ def write_report(optimizer: Muon, folder: str | Path) -> None:
 
 
 def describe(optimizer: Muon) -> str:
-    """The optimizer in one sentence: rule, filter and window, polar factor, the AdamW half."""
+    """Describe the optimizer in a sentence: rule, filter and window, polar factor, AdamW half."""
     group = optimizer.param_groups[0]
     text = f"Muon (hf_muon {_version('hf-muon')}) with order={group['order']}"
     others = {key: value for key, value in _RULE.items() if group[key] != value}
     text += "".join(f", {key}={group[key]}{_number_of(key, group)}" for key in others)
     text += ", match_update_rms=true" if group["match_update_rms"] else ""
     text += _momentum(group)
-    if not rule_of(group).whole.decomposes:  # an SVD of its own
+    if not rule_of(group).whole.decomposes:  # such a map takes its own SVD
         text += f", polar_method={group['polar_method']}"
         if group["polar_method"] != "svd":
             text += f" ({group['coefficients']}, {group['polar_steps']} steps)"
-    if group["step_rule"] == "additive":  # the others have no step-size factor
+    if group["step_rule"] == "additive":  # other step rules have no step-size factor
         text += f", adjust_lr={group['adjust_lr']}"
     text += f", lr={_rate(group):g}"
     if group["step_rule"] != "hyperball":
@@ -125,7 +125,7 @@ def describe(optimizer: Muon) -> str:
     return text
 
 
-# What is written where it is not this, and the number that belongs to a value.
+# Settings that are described if they differ from this value, with the number that belongs to each.
 _RULE = {
     "prefilter": "none",
     "filter": "ema",
@@ -148,7 +148,7 @@ def _number_of(key: str, group: dict[str, Any]) -> str:
 
 
 def _momentum(group: dict[str, Any]) -> str:
-    """The filter of the package, its window and its schedule; nothing where another one filters."""
+    """Describe the package's filter, its window and schedule; empty for a registered filter."""
     if group["order"] == "polar_only" or group["filter"] != "ema":
         return ""
     momentum, ahead = group["momentum"], ", Nesterov" if group["nesterov"] else ""
@@ -185,7 +185,7 @@ def _joined(numbers: float | Sequence[float], by: str = ":") -> str:
 
 
 def _rate(group: dict[str, Any]) -> float:
-    """The learning rate before the scheduler changed it."""
+    """Return the learning rate before the scheduler changed it."""
     return float(group.get("initial_lr", group["lr"]))
 
 

@@ -1,8 +1,8 @@
-"""The median over ranks, or a trimmed mean, in place of the mean: for a Trainer under DDP.
+"""The median over ranks, or a trimmed mean, instead of the mean: for a Trainer under DDP.
 
-In: the events of a Trainer. Out: a communication hook on the DDP model that the Trainer makes, or
-an error that says why the gradients of single ranks cannot be seen; warnings of ranks whose
-gradients were not finite.
+In: the events of a Trainer. Out: a communication hook on the Trainer's DDP model, or an error that
+says why the gradients of single ranks are not available; warnings that name ranks with gradients
+that are not finite.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class RobustAggregation(TrainerCallback):
     """Aggregates the gradients of DDP's ranks so that a few bad ones do not spoil them.
 
     Pass it to any Trainer, with any optimizer:
-    ``Trainer(..., callbacks=[RobustAggregation("median")])``. Gradients of micro-batches add up on
-    each rank first, and the hook runs once a step. It keeps nothing from step to step.
+    ``Trainer(..., callbacks=[RobustAggregation("median")])``. Each rank first sums the gradients of
+    its micro-batches; the hook runs once per step. It keeps no state between steps.
 
     Args:
         method: ``median``, entry by entry, or ``trimmed_mean``.
-        trim: How many of the lowest, and of the highest, a trimmed mean leaves out.
+        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
 
     Raises:
-        ValueError: An unknown method or number; when training begins, one process, FSDP or
-            DeepSpeed, or ``trim`` leaves no rank.
+        ValueError: An unknown method or number; or, when training begins, there is only one
+            process, FSDP or DeepSpeed is used, or ``trim`` leaves no rank.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[RobustAggregation()])
@@ -50,10 +50,10 @@ class RobustAggregation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work, and wait for the first call of the wrapped model.
+        """Raise for what cannot work, and wait for the first call of the wrapped model.
 
-        A Trainer does not show its wrapped model to callbacks; ranks call it for the first batch,
-        which is soon enough: before the first backward pass.
+        A Trainer does not show its wrapped model to callbacks. The model's first call comes before
+        the first backward pass, which is early enough.
         """
         self._stop_waiting()
         self._state, self._said = None, set()
@@ -74,7 +74,7 @@ class RobustAggregation(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before a step whose gradients were averaged after all."""
+        """Raise before a step whose gradients were averaged after all."""
         if self._state is None:
             self._stop_waiting()
             raise RuntimeError(
@@ -85,7 +85,7 @@ class RobustAggregation(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Name the ranks whose gradients were not finite, once each; every rank sees a part."""
+        """Warn once about each rank whose gradients were not finite; every rank sees a part."""
         if self._state is None or self._state.not_finite is None:
             return
         bad = self._state.not_finite.nonzero().flatten().tolist()
@@ -101,7 +101,7 @@ class RobustAggregation(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop waiting, if the model was never called."""
+        """Stop waiting if the model was never called."""
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
@@ -111,7 +111,7 @@ class RobustAggregation(TrainerCallback):
 
 
 def _wrapper(called: nn.Module, model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP around a model, if it is what was called; a compiled module is looked into."""
+    """Return the DDP around a model, if that is what was called; looks into compiled modules."""
     called = getattr(called, "_orig_mod", called)
     if isinstance(called, DistributedDataParallel):
         inside: object = getattr(model, "_orig_mod", model)
@@ -121,7 +121,7 @@ def _wrapper(called: nn.Module, model: nn.Module) -> DistributedDataParallel | N
 
 
 def _require_ddp(model: nn.Module) -> None:
-    """Raise where gradients are reduced before any rank could compare them."""
+    """Raise where gradients are reduced before ranks can compare them."""
     from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 
     kind = AcceleratorState().distributed_type.value

@@ -1,8 +1,8 @@
-"""Weights whose outputs are scaled, wherever a launcher keeps them.
+"""Scale the outputs of weights, wherever a launcher keeps the weights.
 
-In: a parameter and one factor for each of its outputs. Out: the parameter, changed in place: each
-rank scales what it holds. DeepSpeed has a second copy in float32 and, in stage 3, parts on each
-rank; both change.
+In: a parameter and one multiplier for each of its outputs. Out: the parameter, changed in place:
+each rank scales what it holds. DeepSpeed also has a copy in float32 and, in stage 3, parts on each
+rank; both are scaled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hf_muon.routing.matrices import columns_are_outputs
 
 @torch.no_grad()
 def scale_attention(attention: Attention, gamma: Tensor) -> None:
-    """Make the logits of an attention module γ times as large; all ranks must call it.
+    """Multiply the logits of an attention module by γ; all ranks must call it.
 
     Args:
         attention: The module.
-        gamma: γ of each head, (heads,). Where it is 1, weights stay as they are, bit for bit,
-            except those of heads that share a key with others.
+        gamma: γ of each head, (heads,). Where it is 1, weights stay the same bit for bit, except
+            those of heads that share a key with other heads.
     """
     for name, factors in attention.factors(gamma).items():
         projection = attention.projections[name]
@@ -34,7 +34,7 @@ def scale_attention(attention: Attention, gamma: Tensor) -> None:
 
 
 def scale_outputs(parameter: Any, factors: Tensor, dim: int) -> None:
-    """Multiply a parameter with one factor per index of a dimension."""
+    """Multiply a parameter by one number per index of a dimension."""
     shape = [1] * len(getattr(parameter, "ds_shape", parameter.shape))
     shape[dim] = -1
     factors = factors.view(shape)
@@ -52,14 +52,14 @@ def scale_outputs(parameter: Any, factors: Tensor, dim: int) -> None:
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed keeps a copy of the parameter in float32."""
+    """Whether DeepSpeed keeps a float32 copy of the parameter."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _scale_under_deepspeed(parameter: Any, factors: Tensor) -> None:
-    """The copy that the optimizer trains, and the weight that the model computes with.
+    """Scale the copy that the optimizer trains, and the weight that the model computes with.
 
-    Setting the first does not change the second (DeepSpeed 0.19).
+    Setting the copy does not change the weight (DeepSpeed 0.19).
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -67,5 +67,5 @@ def _scale_under_deepspeed(parameter: Any, factors: Tensor) -> None:
     whole = safe_get_full_fp32_param(parameter)
     whole = whole.view(getattr(parameter, "ds_shape", parameter.shape)) * factors.to(whole)
     safe_set_full_fp32_param(parameter, whole)
-    with GatheredParameters([parameter], modifier_rank=0):  # does nothing but in stage 3
+    with GatheredParameters([parameter], modifier_rank=0):  # has an effect only in stage 3
         parameter.data.copy_(whole)

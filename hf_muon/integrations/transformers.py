@@ -1,7 +1,7 @@
 """``optim="muon"`` for the Hugging Face Trainer.
 
-In: a call of :func:`register`. Out: two optimizer names that ``TrainingArguments`` accepts, the
-handler behind them, one callback in every Trainer, and a truthful line in model cards.
+In: a call of :func:`register`. Out: optimizer names that ``TrainingArguments`` accepts, the
+handler behind them, one callback in every Trainer, and a correct line in model cards.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make ``optim="muon"`` (and ``"hf_muon"``) a valid name.
+    """Make ``optim="muon"`` a valid name, and ``"hf_muon"``, ``"normuon"`` and ``"adamuon"``.
 
-    Call it before ``TrainingArguments`` or ``HfArgumentParser`` are built; ``import hf_muon.auto``
-    does. Calling it again changes nothing.
+    Call it before ``TrainingArguments`` or ``HfArgumentParser`` are built, or ``import
+    hf_muon.auto``, which calls it. Calling it again changes nothing.
 
     Raises:
         ImportError: transformers is older than 5.2, or has renamed its handler table.
@@ -32,7 +32,7 @@ def register() -> None:
 
 
 def install_callback() -> None:
-    """Give every Trainer that is made from now on our callback, ahead of its reporters."""
+    """Give every Trainer built from now on our callback, before its reporters."""
     from transformers import trainer
 
     from hf_muon.integrations.callback import MuonCallback
@@ -43,7 +43,7 @@ def install_callback() -> None:
 
 
 def handle_muon(context: OptimizerContext) -> tuple[type[MuonOptimizerFactory], dict[str, Any]]:
-    """What the Trainer calls for our names: the factory and its keyword arguments, fresh."""
+    """Return the factory and its keyword arguments; the Trainer calls this for our names."""
     found = prepare(context.args, context.model)
     forget(context.model)
     return MuonOptimizerFactory, {"lr": found.config.lr, "config": found.config, "plan": found.plan}

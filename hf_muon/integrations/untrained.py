@@ -1,8 +1,8 @@
-"""Parameters that need a gradient and that the optimizer does not hold.
+"""Parameters that need a gradient but are not in the optimizer.
 
-In: the steps of an optimizer, and the model that it was made for. Out: one warning for each
-parameter that was unfrozen, added or replaced since, by name, within ten steps. A warning, because
-such runs go on with any optimizer, and a callback may add the group later.
+In: the steps of an optimizer, and the model that it was built for. Out: one warning, within ten
+steps, for each parameter that was unfrozen, added or replaced since. It is only a warning, because
+with any optimizer such runs continue, and a callback may still add the group.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from hf_muon.routing.survey import trainable
 
 logger = logging.getLogger(__name__)
 
-# A look costs 0.2 ms for a LLaMA of 32 layers, and a step 0.05 ms more in the mean, with the count
-# of gradients; the Trainer walks through `model.parameters()`, which takes 0.4 ms, several times.
+# A check costs 0.2 ms for a LLaMA of 32 layers, plus 0.05 ms per step on average for counting
+# gradients. For comparison: the Trainer walks through `model.parameters()` several times per step,
+# which takes 0.4 ms.
 EVERY = 10
 
 
 class Watch:
-    """Looks for parameters that the optimizer does not train, now and then.
+    """Checks for parameters that the optimizer does not train.
 
-    At the first step, whenever the number of gradients in the groups changes (as when adapters are
-    switched), and at every tenth step.
+    It checks at the first step, whenever the number of gradients in the groups changes (as when
+    adapters are switched), and at every tenth step.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.begin(model)
 
     def begin(self, model: nn.Module, known: Iterable[str] = ()) -> None:
-        """Training begins: say all anew, but what is known not to be trained here."""
+        """Start over when training begins; do not warn about names that are known."""
         self.model: ReferenceType[nn.Module] = ref(model)
         self.said = set(known)
         self.steps, self.gradients = 0, -1
 
     def before_step(self, optimizer: Muon, *_: Any) -> None:
-        """A hook of the optimizer."""
-        if optimizer.is_flattened:  # it is called for some groups at a time
+        """Check before a step of the optimizer, if it is time to."""
+        if optimizer.is_flattened:  # each call gets only some of the groups
             return
         groups = optimizer.param_groups
         gradients = sum([p.grad is not None for group in groups for p in group["params"]])
@@ -52,7 +53,7 @@ class Watch:
         self.gradients, self.steps = gradients, self.steps + 1
 
     def look(self, optimizer: Muon) -> None:
-        """Warn of each parameter once."""
+        """Warn once about each parameter."""
         model = self.model()
         found = untrained(model, optimizer) if model is not None else []
         names = [name for name in found if name not in self.said]
@@ -73,7 +74,7 @@ _watches: WeakKeyDictionary[Muon, Watch] = WeakKeyDictionary()
 
 
 def watch(optimizer: Muon, model: nn.Module) -> Watch:
-    """The watch of an optimizer, which a first call begins."""
+    """Return the watch of an optimizer; create it on the first call."""
     found = _watches.get(optimizer)
     if found is None:
         found = _watches[optimizer] = Watch(model)
@@ -82,20 +83,20 @@ def watch(optimizer: Muon, model: nn.Module) -> Watch:
 
 
 def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
-    """Names of the parameters that need a gradient and are in no group."""
+    """Return the names of parameters that need a gradient and are in no group."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     every = list(_parameters(model))
     if all([id(p) in held for p in every if p.requires_grad]):
         return []
     if any(id(p) in held for p in every):
         return [name for name, p in trainable(model) if id(p) not in held]
-    # DeepSpeed has put tensors of its own into the groups; the names are still there.
+    # DeepSpeed replaces the tensors in the groups, but the names are still there.
     named = {name for group in optimizer.param_groups for name in group.get("param_names", [])}
     return [name for name, _ in trainable(model) if name not in named] if named else []
 
 
 def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of a model, tied ones several times; ``parameters()`` takes several times as long."""
+    """Yield the parameters, tied ones repeatedly; ``parameters()`` takes several times as long."""
     modules: list[nn.Module | None] = [model]
     while modules:
         module = modules.pop()

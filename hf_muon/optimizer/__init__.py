@@ -1,6 +1,6 @@
-"""One optimizer step on matrices, and AdamW for everything else."""
+"""The optimizer: Muon for hidden matrices, and AdamW for everything else."""
 
-# ruff: noqa: F401  (modules that fill the tables of rules)
+# ruff: noqa: F401  (importing these modules registers the entries of update rules)
 from hf_muon.optimizer import auto_momentum, maps, momentum, pair_maps, prefilters, rescales, writes
 from hf_muon.optimizer.importer import import_state
 from hf_muon.optimizer.muon import Muon

@@ -18,7 +18,7 @@ from hf_muon.distributed.find import is_dtensor, local
 
 
 def new_state(parameter: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter before its first step."""
+    """Return the state of a parameter before its first step."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -29,28 +29,28 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
 def adamw_step(
     group: dict[str, Any], state: MutableMapping[Tensor, dict[str, Tensor]], active: list[Tensor]
 ) -> None:
-    """One AdamW step (arXiv 1711.05101) on parameters of a group; no gradient counts as zero.
+    """Do one AdamW step (arXiv 1711.05101) on some parameters of a group.
 
     Args:
-        group: Settings. ``momentum`` is β₁ where a scheduler that cycles it (``OneCycleLR``,
-            ``CyclicLR``) has written one; ``fused=False`` keeps to torch's default kernels.
+        group: Settings. ``momentum``, if a scheduler that cycles it (``OneCycleLR``, ``CyclicLR``)
+            has written it, is β₁; ``fused=False`` keeps to torch's default kernels.
         state: Of each parameter.
-        active: The parameters that take part.
+        active: The parameters to train; a missing gradient counts as zero.
     """
     kinds: dict[tuple[bool, bool], list[tuple[Tensor, Tensor]]] = {}
     for p in active:
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         fused = group.get("fused") is not False and _may_fuse(p, gradient, state[p])
         kinds.setdefault((is_dtensor(p), fused), []).append((p, gradient))
-    for (_, fused), members in kinds.items():  # a kernel takes no mixture
+    for (_, fused), members in kinds.items():  # one kernel call takes no mixture
         _functional_adamw(group, members, [state[p] for p, _ in members], fused)
 
 
 def _may_fuse(p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether torch's fused kernel is right here.
+    """Whether torch's fused kernel gives the right result here.
 
-    It runs through the memory of the four tensors side by side, whatever their strides (torch
-    2.13), and would pair the wrong entries or write beyond those of a slice.
+    It walks the memory of the four tensors in parallel and ignores their strides (torch 2.13), so
+    it may pair the wrong entries, or write outside a slice.
     """
     first, *others = map(local, (p, gradient, state["exp_avg"], state["exp_avg_sq"]))
     kind = (first.dtype, first.device, first.shape)
@@ -65,13 +65,13 @@ def _may_fuse(p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """The strides that count: gradients have others where a dimension has one entry."""
+    """The strides that matter: gradients have different ones in dimensions of one entry."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return [stride for stride, size in pairs if size != 1]
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its entries fill their memory, in any order of dimensions."""
+    """Whether the entries fill the tensor's memory, in any order of dimensions."""
     dense = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != dense:
@@ -88,7 +88,7 @@ def _functional_adamw(
 ) -> None:
     beta1, beta2 = group["betas"]
     for (p, _), state in zip(members, states, strict=True):
-        # The kernel counts on its own device; the others would wait for it to learn each count.
+        # The fused kernel counts on its device; the others would wait for the device at each count.
         if fused or not state["step"].is_cpu:
             state["step"] = state["step"].to(p.device if fused else "cpu")
     adamw(

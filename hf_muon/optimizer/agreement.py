@@ -1,9 +1,9 @@
 """What the ranks must agree on before a step writes anything: one all-reduce.
 
-In: the entries of all param groups, and what went wrong in preparing the step. Out: the entries
-that have a gradient on any rank; or an error on all of them. It is one message for the gradients
-that exist, for those that cannot be used, and for settings: a number that follows from them is
-compared at every step, and the settings themselves at the first one and where the numbers differ.
+In: the entries of all param groups, and any error in preparing the step. Out: the entries that have
+a gradient on some rank; or an error on all ranks. One message covers missing gradients, unusable
+gradients, and settings: ranks compare a hash of the settings at every step, and the settings
+themselves at the first step and wherever the hashes differ.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Given = list[tuple[Entry, Tensor]]
 
 
 class Agreement:
-    """What ranks that train together have agreed on so far."""
+    """What the ranks that train together have agreed on so far."""
 
     def __init__(self) -> None:
-        # What was compared, by its first entry, which is not to be kept alive.
+        # By the first entry of what was compared; weak, so as not to keep it alive.
         self._compared: WeakKeyDictionary[Entry, int] = WeakKeyDictionary()
         self._said_small = False
 
@@ -48,17 +48,17 @@ class Agreement:
         problem: Exception | None,
         facts: Callable[[], Facts],
     ) -> set[Entry]:
-        """The entries that have a gradient on any rank.
+        """Return the entries that have a gradient on some rank.
 
         Args:
-            groups: The entries of each group of this call.
+            groups: The entries of each group in this call.
             members: The groups of ranks that must agree.
-            problem: What this rank could not prepare, if anything.
-            facts: What must be the same on all ranks beside the settings; asked for once.
+            problem: The error that this rank met in preparing the step, if any.
+            facts: Returns what else must be the same on all ranks; called only once.
 
         Raises:
             ValueError: Settings differ, or a gradient is sparse or complex.
-            FloatingPointError: A gradient holds NaN or infinity, or is out of range, on some rank.
+            FloatingPointError: A gradient on some rank holds NaN or infinity, or is out of range.
         """
         entries = [entry for of_group in groups for entry in of_group]
         given = _given(entries)
@@ -74,7 +74,7 @@ class Agreement:
         rank = _Rank(groups, members, _device(entries), problem, fine)
         settings, key = _settings(groups), hash(tuple(entries))
         if self._compared.get(entries[0]) != key:
-            # Before the first message whose length follows from what is compared.
+            # Before the first message, whose length depends on what is compared.
             _told(rank, {**settings, **facts()}, [])
         small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
         self._say(groups, [False, bool(small)])
@@ -82,7 +82,7 @@ class Agreement:
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
 
     def _say(self, groups: Sequence[Sequence[Entry]], doubts: Sequence[bool]) -> None:
-        """Look at entries where a flag says so: raise for what is wrong, and warn once."""
+        """Inspect the entries that a flag points to: raise for errors, and warn once."""
         bad, small = [*doubts, False, False][:2]
         problem = _problem(groups) if bad else None
         if problem is not None:
@@ -93,7 +93,7 @@ class Agreement:
 
 
 class _Rank(NamedTuple):
-    """What a rank tells the others with: its entries, whom, where, and what it knows so far."""
+    """What a rank needs to talk to the others: its entries, its peers, its device, its problem."""
 
     groups: Sequence[Sequence[Entry]]
     members: Sequence[Ranks]
@@ -107,19 +107,20 @@ def _device(entries: Sequence[Entry]) -> torch.device:
 
 
 def _number(said: Facts) -> tuple[int, int]:
-    """A number that follows from facts, and its negative: of both the largest is asked for."""
+    """Return a hash of the facts and its negative, so that one MAX shows whether ranks differ."""
     number = zlib.crc32(repr(said).encode()) >> 1
     return number, -number
 
 
 def _told(rank: _Rank, said: Facts, flags: Sequence[int]) -> list[int]:
-    """What is set on any rank: whether gradients are too small, and the flags.
+    """Return what is set on any rank: whether gradients are too small, and the flags.
 
-    One wait for the device: what it alone knows, it writes into the message itself. Where that
-    leaves a doubt, which a norm that overflows does as well, all ranks look and say what they see.
+    This waits for the device once: the device writes what only it knows into the message itself. If
+    that leaves a doubt, which also happens when a norm overflows, all ranks inspect their gradients
+    and report.
 
     Raises:
-        Exception: On all ranks, if one has a problem or they do not say the same.
+        Exception: On all ranks, if one has a problem or their facts differ.
     """
     sent = sent_to(rank.device, [_kind(rank.problem), 0, *_number(said), *flags])
     for place, one in enumerate(rank.fine):
@@ -159,9 +160,10 @@ def _of_others(kind: int) -> Exception:
 def agree_on_failure(
     failures: Sequence[Exception], members: Sequence[Ranks], device: torch.device
 ) -> Exception | None:
-    """What stopped some rank's maps in a step, known to all ranks; messages are on a device.
+    """Return the error that stopped some rank's maps in a step, if any, on all ranks.
 
-    A second wait, but only for rules that may fail: they are over when it is known.
+    This is a second wait for the device, but only for rules that may fail; by then their maps are
+    done.
     """
     others = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
     if others and not agreed(sent_to(device, [len(failures)]), others).item():
@@ -186,7 +188,7 @@ def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:
 
 
 def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
-    """What ranks say that do not say the same; all of them must call."""
+    """Describe where the facts of ranks differ; all of them must call this."""
     found: dict[str, str] = {}
     for ranks in members:
         everyone: list[Any] = [None] * ranks.size
@@ -224,10 +226,10 @@ def _given(entries: Iterable[Entry]) -> Given:
 
 
 def _fine(groups: Sequence[Sequence[Entry]], given: Given, said_small: bool) -> list[Tensor]:
-    """What only the device knows, (), without waiting for it: whether gradients can be used.
+    """Return flags, (), that only the device knows, without waiting: whether gradients are usable.
 
     A norm of all gradients within the limits proves that every entry is. Where momentum is kept in
-    float16 the second flag is whether none is too small for it.
+    float16, the second flag says whether none is too small for it.
     """
     norm = torch.nn.utils.get_total_norm(locals_of([gradient for _, gradient in given]))
     kinds = {(id(entry.group), entry.tensor.dtype): entry for entry, _ in given}
@@ -237,12 +239,12 @@ def _fine(groups: Sequence[Sequence[Entry]], given: Given, said_small: bool) -> 
 
 
 def _read(flags: Sequence[Tensor]) -> list[bool]:
-    """The flags of a device, with one wait."""
+    """Read the flags of a device, with one wait."""
     return torch.stack(list(flags)).tolist() if len(flags) > 1 else [bool(one) for one in flags]
 
 
 def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
-    """What is wrong with the gradients of this rank, if anything is; it looks at all of them."""
+    """Return what is wrong with the gradients of this rank, if anything; inspects all of them."""
     given = _given(chain(*groups))
     bad: list[str] = []
     large: list[str] = []
@@ -270,7 +272,7 @@ def _problem(groups: Sequence[Sequence[Entry]]) -> Exception | None:
 
 
 def _too_small(groups: Sequence[Sequence[Entry]]) -> list[tuple[str, Tensor]]:
-    """Which tensors keep momentum in float16, and whether it rounds all of their gradient away."""
+    """Return which tensors keep momentum in float16, and whether it rounds their gradient away."""
     kept = [
         (entry, local(entry.tensor.grad))
         for of_group in groups
@@ -284,9 +286,9 @@ def _too_small(groups: Sequence[Sequence[Entry]]) -> list[tuple[str, Tensor]]:
 
 
 def _say_too_small(groups: Sequence[Sequence[Entry]]) -> None:
-    """Warn where momentum in float16 rounds all of a gradient away."""
+    """Warn where momentum in float16 rounds a whole gradient away."""
     small = [name for name, is_small in _too_small(groups) if is_small]
-    if small:  # else another rank has them
+    if small:  # empty if they are on another rank
         warnings.warn(
             f"The gradient is too small for momentum in float16, which stays zero, in "
             f"{_listed(small)}. Set momentum_dtype='bfloat16' or 'float32'.",
@@ -301,7 +303,7 @@ _ALL_BAD = (
 
 
 def _newest_share(entry: Entry) -> float:
-    """What momentum takes of a new gradient; of several averages the quickest one's."""
+    """The weight of a new gradient in the momentum; with several averages that of the quickest."""
     momentum = entry.group["momentum"]
     if momentum == "auto":
         return 1 - min(MOMENTA)
@@ -309,15 +311,15 @@ def _newest_share(entry: Entry) -> float:
 
 
 def _limit(entry: Entry) -> float:
-    """The largest gradient with which nothing that is made of it can overflow."""
+    """The largest gradient for which nothing computed from it can overflow."""
     group, dtype = entry.group, entry.tensor.dtype
-    if group["algorithm"] == "adamw":  # which keeps squares
+    if group["algorithm"] == "adamw":  # it keeps squares
         return math.sqrt(torch.finfo(dtype).max) / 2
     if group["momentum_dtype"] == "int8":  # computed in float32
         dtype = torch.float32
     elif group["momentum_dtype"] != "parameter":
         dtype = getattr(torch, group["momentum_dtype"])
-    largest = torch.finfo(dtype).max / (4 if rule_of(group).buffers else 1)  # differences, too
+    largest = torch.finfo(dtype).max / (4 if rule_of(group).buffers else 1)  # room for differences
     if group["matrix_map"] == "polargrad":  # a nuclear norm
         largest /= max(1, entry.tensor.numel())
     in_double = group["polar_method"] == "svd" and group["polar_dtype"] == "auto"
@@ -331,10 +333,10 @@ def _listed(names: list[str]) -> str:
 
 
 def check_placement(entry: Entry, buffer: Tensor | None = None) -> None:
-    """Raise for a Muon parameter whose matrices cannot be found, or whose state lies elsewhere.
+    """Raise for a Muon parameter whose matrices cannot be found, or whose state is elsewhere.
 
-    Launchers swap parameters for shards after the optimizer is built, so it is asked whenever they
-    are others than before. A polar factor of a shard would be another algorithm.
+    Checked whenever the tensors change, because launchers swap parameters for shards after the
+    optimizer is built. The polar factor of a shard would be another algorithm.
 
     Raises:
         ValueError: Names the parameter and what to do.

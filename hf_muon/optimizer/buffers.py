@@ -1,7 +1,7 @@
-"""Whether state fits its tensors, and what torch's loader would lose of it.
+"""Whether state fits its tensors, and what torch's loader would get wrong.
 
-In: the state of parameters, as it was saved, loaded, or left by others. Out: the same in the dtype,
-layout and place that a step needs, or an error that names the parameter and what is wrong.
+In: the state of parameters, as saved, loaded, or edited by others. Out: the same state in the
+dtype, layout and place that a step needs, or an error that names the parameter and the problem.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OF_ADAMW = (Buffer("exp_avg"), Buffer("exp_avg_sq", squares=True))
 
 
 def buffer_dtype(group: Group, parameter: Tensor, buffer: Buffer) -> torch.dtype:
-    """The dtype of what a stage keeps of a parameter."""
+    """Return the dtype of a stage's buffer for a parameter."""
     if buffer.dtype is not None:
         return buffer.dtype
     if buffer.kind != "entries":
@@ -40,12 +40,12 @@ def buffer_dtype(group: Group, parameter: Tensor, buffer: Buffer) -> torch.dtype
 
 
 def buffers_of(group: Group) -> tuple[Buffer, ...]:
-    """What a step keeps of each parameter of a group."""
+    """Return the buffers of each parameter of a group."""
     return _OF_ADAMW if group["algorithm"] == "adamw" else kept_by(group)
 
 
 def new_state(entry: Entry) -> dict[str, Tensor]:
-    """Step count and the buffers of the rule, which begin with zeros."""
+    """Return the step count and the buffers of the rule, which begin as zeros."""
     group, parameter = entry.group, entry.tensor
     if group["algorithm"] == "adamw":
         return new_adamw_state(parameter)
@@ -54,30 +54,30 @@ def new_state(entry: Entry) -> dict[str, Tensor]:
         dtype = buffer_dtype(group, parameter, buffer)
         if buffer.kind == "entries":
             state[buffer.name] = torch.zeros_like(parameter, dtype=dtype)
-        else:  # plain also where the parameter is a DTensor: every rank has all of it
+        else:  # a plain tensor even if the parameter is a DTensor: every rank has all of it
             shape, device = shape_of(entry, buffer), local(parameter).device
             state[buffer.name] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
 
 def shape_of(entry: Entry, buffer: Buffer) -> tuple[int, ...]:
-    """Shape of a buffer."""
+    """Return the shape of a buffer."""
     if buffer.kind == "entries":
         return tuple(entry.tensor.shape)
     return buffer.shape([(matrix.rows, matrix.cols) for matrix in entry.matrices])
 
 
 def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None:
-    """Raise for state that a parameter cannot be trained with.
+    """Raise for state that cannot be trained with.
 
     Args:
-        name: Of the parameter, for the message.
+        name: The parameter's name, for the message.
         group: Its group.
-        parameter: What the state belongs to.
+        parameter: The parameter that the state belongs to.
         state: Its ``step`` and buffers, in any real dtype.
 
     Raises:
-        ValueError: Something is missing, of another shape, not a real tensor, or not finite.
+        ValueError: Something is missing, has another shape, is not a real tensor, or is not finite.
     """
     name = name[:90]
     if not isinstance(state, Mapping):
@@ -108,12 +108,12 @@ def _lost(key: str) -> str:
 
 
 def _number(value: Any) -> float:
-    """A step count; NaN where it is none."""
+    """Return a step count as a float; NaN if it is not a number."""
     if not isinstance(value, Tensor | numbers.Real):
         return math.nan
     try:
         return float(value)
-    except (OverflowError, ValueError, RuntimeError):  # huge; of many entries; complex; meta
+    except (OverflowError, ValueError, RuntimeError):  # huge; several entries; complex; meta
         return math.nan
 
 
@@ -152,7 +152,7 @@ def _check_buffer(
 
 
 def step_count(value: Any) -> Tensor:
-    """The count as a tensor of its own on the CPU; torch before 1.12 saved a Python number."""
+    """Return the count as its own tensor on the CPU; torch before 1.12 saved a Python number."""
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
@@ -188,7 +188,7 @@ def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
 
 
 def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -> bool:
-    """Whether :func:`check_fit` finds nothing in the states of a group; without a call for each."""
+    """Whether :func:`check_fit` would accept the states of a group; without a call for each."""
     group, tensors = entries[0].group, [entry.tensor for entry in entries]
     one_of = {t.dtype: t for t in tensors}
     for buffer in buffers_of(group):
@@ -211,9 +211,9 @@ def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -
 
 
 def check_state(entry: Entry, state: MutableMapping[str, Any]) -> None:
-    """Raise for state that others have left; reads it all, so only for the step after a load.
+    """Raise for unusable state; reads all of it, so call it only in the step after a load.
 
-    A step count that is a number becomes a tensor.
+    Turns a step count that is a number into a tensor.
 
     Raises:
         ValueError: As :func:`check_values` and :func:`check_fit`.
@@ -227,14 +227,14 @@ def check_state(entry: Entry, state: MutableMapping[str, Any]) -> None:
 def restore(
     own: Sequence[Group], state: MutableMapping[Any, Any], loaded: Mapping[str, Any]
 ) -> None:
-    """Give loaded buffers the dtype and layout of new ones, and step counts their own memory.
+    """Give loaded buffers the dtype and layout of new ones, and step counts memory of their own.
 
     torch's loader (2.13, ``Optimizer._process_value_according_to_param_policy``) casts momentum to
-    the parameter's dtype, and keeps the strides and step counts of the checkpoint.
+    the parameter's dtype, and keeps the checkpoint's strides and step-count tensors.
 
     Args:
-        own: The optimizer's groups, loaded.
-        state: Its state, loaded; written.
+        own: The optimizer's groups, after loading.
+        state: Its state, after loading; written.
         loaded: The state dict that was loaded.
     """
     for group, theirs in zip(own, loaded["param_groups"], strict=True):
@@ -252,7 +252,7 @@ def restore(
 
 def _laid_out(parameter: Tensor, cast: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     if is_dtensor(cast) != is_dtensor(parameter):
-        return cast  # refused by the step, which says what to do
+        return cast  # the step refuses it with a message that says what to do
     strides = torch.empty_like(local(parameter), device="meta").stride()
     if cast.dtype == dtype and local(cast).stride() == strides:
         return cast

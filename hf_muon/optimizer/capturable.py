@@ -1,6 +1,7 @@
-"""What of a step can be captured: on which devices, by which rules, and in which steps.
+"""Which parts of a step a CUDA graph can capture: which devices, which rules, which steps.
 
-In: plans, and what a step trains of each. Out: how their device captures, or why it cannot.
+In: plans, and the entries that a step trains of each. Out: how to capture on their device, or why
+it is impossible.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ Work = Callable[[], None]
 
 
 class Graphs(NamedTuple):
-    """How a kind of device captures.
+    """How to capture work on a type of device.
 
     Attributes:
-        aside: Runs work that is to be captured later.
-        capture: Records work, without running it, and gives what replays it.
+        aside: Runs work before it is captured, as a warmup.
+        capture: Records work without running it, and returns a function that replays it.
     """
 
     aside: Callable[[Work, torch.device], None]
@@ -45,9 +46,9 @@ def _capture(work: Work, device: torch.device) -> Work:
     graph = torch.cuda.CUDAGraph()
     with (
         torch.cuda.device(device),
-        # Set again in the end: torch.cuda.graph (2.13) leaves its own stream if a capture fails.
+        # Restores the stream: torch.cuda.graph (2.13) leaves its own behind if a capture fails.
         torch.cuda.stream(torch.cuda.current_stream(device)),
-        # Threads that load data may allocate pinned memory meanwhile.
+        # Data-loading threads may allocate pinned memory meanwhile.
         torch.cuda.graph(graph, capture_error_mode="thread_local"),
     ):
         work()
@@ -59,7 +60,7 @@ KINDS = {"cuda": Graphs(_aside, _capture)}
 
 
 def why_not(chosen: Chosen) -> str | None:
-    """Why a step on some plans cannot be replayed at all."""
+    """Say why a step on some plans can never be replayed; None if it can."""
     found = [_reason_of(plan, entries) for plan, entries in chosen]
     where = {bucket.device for plan, _ in chosen for bucket in plan.buckets}
     more = "matrices are on several devices" if len(where) > 1 else None
@@ -79,7 +80,7 @@ def _reason_of(plan: Plan, entries: Sequence[Entry]) -> str | None:
 
 
 def is_due(chosen: Chosen) -> bool:
-    """Whether factors of adapters are balanced in this step, which happens now and then."""
+    """Whether this step balances the norms of LoRA's A and B, which only some steps do."""
     return any(
         due_for_balance(held.bucket, plan.counts, plan.group["tangent_balance_every"])
         for plan, entries in chosen

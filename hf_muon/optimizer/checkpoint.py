@@ -1,8 +1,8 @@
-"""Loading a checkpoint: what must agree, and what torch's loader would lose.
+"""Loading a checkpoint: what must match, and what torch's loader would lose.
 
 In: the optimizer's groups and a state dict, after the user's own hooks. Out: a state dict that
-torch's loader can take as it is, or an error or a warning that names what differs. Everything is
-checked before anything is changed. :mod:`~hf_muon.optimizer.buffers` looks at the state itself.
+torch's loader can use as it is, or an error or a warning that names the differences. Everything is
+checked before anything changes. :mod:`~hf_muon.optimizer.buffers` checks the state itself.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from hf_muon.optimizer.buffers import check_values, step_count
 from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.groups import ADAMW_SETTINGS, STRUCTURE, hyperparameters
 
-# Compared elsewhere, or not.
+# Compared elsewhere, or not at all.
 _NOT_COMPARED = STRUCTURE | {"lr", "initial_lr", "order", "filter", "rescale"}
 
 
 def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) -> dict[str, Any]:
-    """The state dict, if all of it fits, with complete plain groups in the optimizer's order.
+    """Return the state dict with complete, plain groups in the optimizer's order, if it all fits.
 
-    Groups are matched by their parameters' names; where a side has none, by place and size.
+    Groups are matched by the names of their parameters, or by position and size if one side has no
+    names.
 
     Args:
-        own: The optimizer's groups; their settings complete those of an older checkpoint.
-        state_dict: What ``state_dict()`` returned, perhaps through ``torch.distributed.checkpoint``
-            (torch 2.13), which makes lists of tuples and names of numbers.
+        own: The optimizer's groups; their settings fill in what an older checkpoint lacks.
+        state_dict: The result of ``state_dict()``, possibly after ``torch.distributed.checkpoint``
+            (torch 2.13), which turns tuples into lists and numbers into names.
         stepped: Whether the optimizer has state that would be lost.
 
     Raises:
@@ -47,12 +48,12 @@ def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) 
 
 
 def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None:
-    """The same check for one group, by a loader that wrote over it.
+    """Check one group that a loader has written over.
 
     Args:
         loaded: What the loader wrote.
-        own: What stood there.
-        every: What stood in all groups.
+        own: The group before.
+        every: All groups before.
 
     Raises:
         ValueError: Names up to five of the parameters that differ, or a setting out of range.
@@ -73,7 +74,7 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
 
 
 def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
-    """The groups of a checkpoint, which must have the form of one."""
+    """Return the groups of a checkpoint; raise unless they have the form of groups."""
     groups = state_dict.get("param_groups")
     formed = isinstance(state_dict.get("state"), Mapping) and isinstance(groups, list | tuple)
     if not formed or not groups or not all(map(_is_group, groups)):
@@ -108,7 +109,7 @@ def _all(values: Any, kind: Any) -> bool:
 
 
 def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
-    """The saved groups in the order of the optimizer's own."""
+    """Return the saved groups in the order of the optimizer's own."""
     named = all("param_names" in group for group in (*own, *saved))
     if named:
         own, saved = _without_wrappers(own), _without_wrappers(saved)
@@ -136,9 +137,9 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
 
 
 def _without_wrappers(groups: Sequence[Group]) -> list[Group]:
-    """Groups whose names are those inside ``torch.compile``, DDP and DataParallel.
+    """Return groups with names as inside ``torch.compile``, DDP and DataParallel wrappers.
 
-    Only ``module.`` before every name is a wrapper's for sure.
+    ``module.`` is taken for a wrapper's prefix only if every name has it.
     """
     names = [[_COMPILED.sub("", name) for name in group["param_names"]] for group in groups]
     while any(names) and all(name.startswith("module.") for of_group in names for name in of_group):
@@ -151,14 +152,14 @@ _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
 
 def _identity(group: Group, named: bool) -> Any:
-    """What torch's loader goes by: the names of a group in turn, or their number."""
+    """Return what torch's loader goes by: the names of a group in order, or their number."""
     return tuple(group["param_names"]) if named else len(group["params"])
 
 
 def _labels(number: int, *groups: Group) -> list[str]:
-    """Names of a group's tensors where one of the sides has them, else their places.
+    """Return the names of a group's tensors if either side has names, else their positions.
 
-    DeepSpeed has put several parameters into one tensor.
+    DeepSpeed may have put several parameters into one tensor.
     """
     count = len(groups[0]["params"])
     for group in groups:
@@ -181,7 +182,7 @@ def _warn_of_another_order(saved: list[Group], ordered: list[Group]) -> None:
 def _routes(
     groups: Sequence[Group], labels: Sequence[list[str]] | None = None
 ) -> dict[str, tuple[str, Any]]:
-    """Parameter name, or label -> (algorithm, matrices)."""
+    """Map each parameter name, or label, to (algorithm, matrices)."""
     routes = {}
     for number, group in enumerate(groups):
         names = labels[number] if labels else group.get("param_names", [])
@@ -226,26 +227,26 @@ def _routing_message(
 
 
 def _loaded_group(own: Group, loaded: Group, number: int) -> Group:
-    """A group of the checkpoint with its own settings, and this optimizer's structure."""
+    """Return a checkpoint's group with its own settings and this optimizer's structure."""
     structure = {key: own[key] for key in STRUCTURE & own.keys()}
     settings = _loaded_settings(own, loaded, f"Group {number}")
     if "param_names" not in own and len(loaded.get("param_names", ())) == len(loaded["params"]):
-        structure["param_names"] = list(loaded["param_names"])  # torch takes them over too
+        structure["param_names"] = list(loaded["param_names"])  # as torch does
     return {**structure, **settings, "params": list(loaded["params"])}
 
 
 def _loaded_settings(own: Group, loaded: Group, which: str) -> Group:
-    """The settings of a loaded group, checked as those of a new one are."""
+    """Return the settings of a loaded group, checked like those of a new one."""
     _check_order(own, loaded)
-    if "momentum" in loaded and "momentum_weights" not in loaded:  # of an older version
+    if "momentum" in loaded and "momentum_weights" not in loaded:  # from an older version
         own = {key: value for key, value in own.items() if key != "momentum_weights"}
-    if "lr_multiplier" not in loaded:  # its rate is that of the run
+    if "lr_multiplier" not in loaded:  # it has the learning rate of the run
         own = {key: value for key, value in own.items() if key != "lr_multiplier"}
     known = {key: value for key, value in loaded.items() if key not in STRUCTURE}
     if isinstance(known.get("lr"), float) and -1e-12 < known["lr"] < 0:
-        known["lr"] = 0.0  # a schedule that ends at zero has rounded
+        known["lr"] = 0.0  # rounding in a schedule that ends at zero
     try:
-        return hyperparameters({**own, **known}, MuonConfig(lr=0.0))  # all come from the groups
+        return hyperparameters({**own, **known}, MuonConfig(lr=0.0))  # the groups have every value
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(
             f"{which} of the checkpoint cannot be used: {str(error)[:700]} Use another "
@@ -276,7 +277,7 @@ def _check_order(own: Group, loaded: Group) -> None:
 
 
 def _warn_of_changes(groups: list[tuple[Group, Group]], stacklevel: int) -> None:
-    """Say once which values train where those of this optimizer are others."""
+    """Warn once about the loaded settings that differ from this optimizer's."""
     changed = {text: None for own, loaded in groups for text in _changes(own, loaded)}
     if changed:
         warnings.warn(
@@ -289,7 +290,7 @@ def _warn_of_changes(groups: list[tuple[Group, Group]], stacklevel: int) -> None
 def _changes(own: Group, loaded: Group) -> list[str]:
     skipped = set(_NOT_COMPARED)
     if not own.get("momentum_warmup_steps") and not loaded.get("momentum_warmup_steps"):
-        skipped.add("momentum_start")  # follows from momentum, and is not used
+        skipped.add("momentum_start")  # derived from momentum, and unused
     if not own.get("momentum_cooldown_steps") and not loaded.get("momentum_cooldown_steps"):
         skipped.add("momentum_end")
     if "max_momentum" in loaded:
@@ -313,7 +314,7 @@ def _changes(own: Group, loaded: Group) -> list[str]:
 def _loaded_state(
     own: Sequence[Group], loaded: Sequence[Group], saved: Mapping[Any, Any], stepped: bool
 ) -> dict[Any, Any]:
-    """The state of a checkpoint, with step counts as tensors; without what is empty."""
+    """Return the state of a checkpoint, with step counts as tensors and without empty entries."""
     state, missing, trained = dict(saved), [], 0
     indices = [index for group in loaded for index in group["params"]]
     if len(set(indices)) != len({id(p) for group in own for p in group["params"]}):
@@ -331,7 +332,7 @@ def _loaded_state(
                 check_values(name, theirs, p, entry)
                 state[index] = {**entry, "step": step_count(entry["step"])}
             trained += p.requires_grad
-    if missing and (stepped or len(missing) < trained):  # else: it was saved before a first step
+    if missing and (stepped or len(missing) < trained):  # else it was saved before its first step
         listed = ", ".join(name[:90] for name in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         warnings.warn(

@@ -1,7 +1,7 @@
-"""What a step has of a param group.
+"""The data of one param group during a step.
 
-In: the settings, the rule and the gradients of a group. Out: a record that the parts of a step
-hand on; errors of what may fail are collected in it.
+In: the settings, the rule and the gradients of a group. Out: a record that the parts of a step pass
+on, and in which they collect errors of stages and maps that may fail.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Settings = Mapping[str, Any]
 
 @dataclass
 class Step:
-    """What a step has of a param group.
+    """The data of one param group during a step.
 
-    ``gradients`` are this rank's parts, ``momenta`` the β of each matrix and ``counts`` the steps
-    before, of each parameter. What half precision is not enough for is in ``outliers``, and what a
-    map that may fail raised in ``failures``.
+    ``gradients`` are this rank's pieces, ``momenta`` the β of each matrix, and ``counts`` the
+    number of earlier steps of each parameter. ``outliers`` tracks matrices that overflow in half
+    precision, and ``failures`` the errors of a map that may fail.
     """
 
     settings: Settings
@@ -41,18 +41,18 @@ class Step:
 
     @contextmanager
     def guarded(self) -> Iterator[list[Tensor]]:
-        """Keep an error of what may fail, and go on with a list that may stay empty.
+        """Keep an error of work that may fail, and go on with a list that may stay empty.
 
-        It may be of one rank alone, and others wait for its part of the step.
+        The error may be on one rank only, while others wait for that rank's part of the step.
         """
         found: list[Tensor] = []
         try:
             yield found
-        except Exception as error:  # whatever a decomposition or a stranger's function raises
+        except Exception as error:  # anything that a decomposition or a user's function raises
             found.clear()
             self.failures.append(error)
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The number of this step, from 1, of each parameter."""
+        """The number of this step, from 1, for each parameter."""
         return [int(count) + 1 for count in self.counts]

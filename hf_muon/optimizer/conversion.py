@@ -1,7 +1,7 @@
-"""From the state of the Trainer's AdamW to Muon's, and back.
+"""Conversion of state between the Trainer's AdamW and Muon.
 
 In: the state dicts of an optimizer and of its schedule, and the model's parameters by name. Out:
-the state dicts with which the other optimizer goes on. Nothing that is given is changed.
+the state dicts with which the other optimizer continues. The inputs are not changed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ State = dict[str, Tensor]
 
 _OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _DEFAULTS = MuonConfig(lr=0.0).muon_group()
-_TYPICAL = 0.2  # root mean square of AdamW's updates, which match_rms_adamw gives Muon's
+_TYPICAL = 0.2  # RMS of AdamW's updates, and of Muon's under match_rms_adamw
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def to_muon(
     state_dict: Mapping[str, Any], parameters: Sequence[Named], optimizer: Muon
 ) -> dict[str, Any]:
-    """The state dict of a Muon that goes on where the Trainer's AdamW stopped.
+    """Return the state dict of a Muon that continues where the Trainer's AdamW stopped.
 
-    What AdamW trains in both keeps its state. A matrix begins with AdamW's first moment where the
-    rule filters gradients by one average: it is the same M ← βM + (1−β)G, with AdamW's β₁. All else
-    that the rule keeps begins with zeros, and the step count of a matrix at zero.
+    Parameters that AdamW trains in both keep their state. If the rule filters gradients by one
+    average, a matrix begins with AdamW's first moment, which is the same M ← βM + (1−β)G with
+    AdamW's β₁. All other state begins as zeros, and so does the step count of a matrix.
 
     Args:
         state_dict: AdamW's.
-        parameters: Those that the Trainer decays, and the others; each in the model's order.
-        optimizer: The one to go on with, built for the same model, on any device.
+        parameters: Those with weight decay under the Trainer, then the others, both in the model's
+            order.
+        optimizer: The Muon to continue with, built for the same model, on any device.
 
     Raises:
         ValueError: The state is not that of the Trainer's AdamW for this model.
@@ -69,10 +70,11 @@ def to_adamw(
     parameters: Sequence[Named],
     settings: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The state dict of an AdamW of the Trainer that goes on where Muon stopped.
+    """Return the state dict of the Trainer's AdamW that continues where Muon stopped.
 
-    What AdamW trains in both keeps its state. A matrix begins as :func:`as_after_a_window` says
-    where Muon kept one average of its gradients, and else as at AdamW's first step.
+    Parameters that AdamW trains in both keep their state. A matrix for which Muon kept one average
+    of its gradients begins as :func:`as_after_a_window` describes; other matrices begin as at
+    AdamW's first step.
 
     Args:
         state_dict: Muon's.
@@ -104,12 +106,13 @@ def to_adamw(
 def as_after_a_window(
     state: Mapping[str, Tensor], beta: float, betas: tuple[float, float]
 ) -> dict[str, Tensor]:
-    """AdamW's state of a matrix as if it had seen the gradients in Muon's window.
+    """Return AdamW's state of a matrix as if it had seen the gradients in Muon's window.
 
-    They had the mean M̂ = M/(1−βᵗ). Their mean squares V̂ are not known: those of M̂, as products of
-    a row's and a column's mean (Adafactor, arXiv 1804.04235), are divided by 0.2², the square of
-    the typical size of AdamW's updates M̂/√V̂ (arXiv 2502.16982, eq. 4). With s = min(t, 1/(1−β))
-    steps, both moments are what bias correction turns into M̂ and V̂, and V̂ soon counts for little.
+    Their mean is M̂ = M/(1−βᵗ). Their mean squares V̂ are unknown. As an estimate, the squares of M̂
+    are replaced by products of row and column means (Adafactor, arXiv 1804.04235) and divided by
+    0.2², because AdamW's updates M̂/√V̂ typically have RMS 0.2 (arXiv 2502.16982, eq. 4). Both
+    moments are set so that bias correction after s = min(t, 1/(1−β)) steps gives M̂ and V̂; the
+    estimate soon counts for little.
 
     Args:
         state: Muon's, with M as ``exp_avg`` after t > 0 ``step``.
@@ -130,16 +133,16 @@ def as_after_a_window(
 
 
 def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """The state of a schedule for other groups, each at the same share of its own rate.
+    """Return the state of a schedule for other groups, each at the same share of its peak rate.
 
     Args:
-        schedule: State of a ``LambdaLR``, as all schedules of transformers are but those that
+        schedule: State of a ``LambdaLR``, as are all schedules of transformers except those that
             follow the loss.
-        groups: The new groups, whose ``lr`` is that before any schedule; it is kept as
-            ``initial_lr``, and ``lr`` becomes the scheduled one.
+        groups: The new groups, whose ``lr`` is the rate before any schedule; it is kept as
+            ``initial_lr``, and ``lr`` becomes the scheduled rate.
 
     Raises:
-        ValueError: The schedule does not multiply all rates by one factor.
+        ValueError: The schedule does not multiply all rates by the same number.
     """
     bases, rates = schedule.get("base_lrs"), schedule.get("_last_lr")
     factors = schedule.get("lr_lambdas")
@@ -170,20 +173,20 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
 
 
 def keeps_average(group: Group) -> bool:
-    """Whether a group keeps one average of gradients, in numbers that can be copied."""
-    group = {**_DEFAULTS, **group}  # an older version may have written it
+    """Whether a group keeps one average of gradients, in a dtype that can be copied."""
+    group = {**_DEFAULTS, **group}  # an older version may have written the group
     return filters_by_one_average(group) and group["momentum_dtype"] != "int8"
 
 
 def _entry(group: Group, position: int) -> Entry:
-    """A parameter of a group, in memory that is not touched before it is written."""
+    """Return an entry for one parameter, without touching its memory before it is written."""
     return Entry(group, torch.empty_like(group["params"][position], device="cpu"), (position,))
 
 
 def _states_of_adamw(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
 ) -> dict[str, State]:
-    """The state of each parameter by name; the Trainer's AdamW has none in its groups."""
+    """Return each parameter's state by name; the groups of the Trainer's AdamW have no names."""
     groups = state_dict["param_groups"]
     sizes, expected = ([len(one) for one in kind] for kind in (_params(groups), parameters))
     if sizes != expected:
@@ -229,7 +232,7 @@ def _check_shapes(name: str, state: Mapping[str, Any], parameter: Tensor) -> Non
 def _states_of_muon(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
 ) -> dict[str, tuple[Group, Mapping[str, Tensor]]]:
-    """The group and the state of each parameter by name."""
+    """Return each parameter's group and state by name."""
     groups = state_dict["param_groups"]
     if any("param_names" not in group for group in groups):
         raise ValueError(

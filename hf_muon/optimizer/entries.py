@@ -1,8 +1,8 @@
-"""What the tensors in the groups are: the model's parameters, their shards, or several in one.
+"""The tensors in param groups: the model's parameters, their shards, or several in one tensor.
 
 In: param groups as a launcher left them. Out: an :class:`Entry` for each tensor, with the names and
 matrices of what it holds. Launchers replace the parameters that an optimizer was built from: FSDP2
-by DTensors, DeepSpeed by copies (stage 0) or by flat tensors that hold a part of many.
+by DTensors, DeepSpeed by copies (stage 0) or by flat tensors that hold parts of many parameters.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Entry:
 
     Attributes:
         group: Its param group.
-        tensor: What the optimizer trains.
-        indices: Positions in the group, when it was built, of the parameters it holds.
+        tensor: The tensor that the optimizer trains.
+        indices: Positions in the group, when it was built, of the parameters that it holds.
         flat: Where they are in it, if it is a flat tensor of DeepSpeed.
-        is_copy: Whether it is a whole copy that a launcher made of the model's parameter.
+        is_copy: Whether it is a whole copy of the model's parameter, made by a launcher.
     """
 
     group: Group
@@ -43,19 +43,19 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Names of the parameters, or position and shape where the group has no names."""
+        """The names of its parameters, or position and shape if the group has no names."""
         names = [self._name(index) for index in self.indices]
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     @cached_property
     def matrices(self) -> list[Matrix]:
-        """The matrices inside it; those of one parameter after those of the other."""
+        """The matrices in it, one parameter after the other."""
         inside = self.group["matrices"]
         return [Matrix(*matrix) for index in self.indices for matrix in inside[index]]
 
     @property
     def scalings(self) -> list[float]:
-        """The adapter's c of W + cBA for each of :attr:`matrices`; none where nothing has one."""
+        """The adapter scale c of W + cBA for each of :attr:`matrices`; empty if there is none."""
         inside, of_group = self.group["matrices"], self.group.get("scalings")
         return [of_group[i] for i in self.indices for _ in inside[i]] if of_group else []
 
@@ -67,12 +67,12 @@ class Entry:
 
     @property
     def momenta(self) -> list[Any]:
-        """β for each of :attr:`matrices`, where the group gives them by parameter."""
+        """β for each of :attr:`matrices`, if the group gives one per parameter."""
         inside, of_group = self.group["matrices"], self.group["momenta"]
         return [of_group[i] for i in self.indices for _ in inside[i]]
 
     def parts(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The name of each parameter that this rank has a part of, with that part of ``values``."""
+        """Yield each parameter that this rank has a part of: its name, and its part of a tensor."""
         if self.flat is None:
             yield self.name, values
             return
@@ -88,22 +88,22 @@ class Entry:
 class Origins:
     """The parameters that the groups were built from, which launchers may have replaced.
 
-    DeepSpeed writes on them where their parts are. The references are weak: under FSDP2, others
-    would keep the unsharded model in memory.
+    DeepSpeed records on them where their parts are. The references are weak: under FSDP2, strong
+    ones would keep the unsharded model in memory.
     """
 
     def __init__(self) -> None:
         self._groups: list[list[TensorWeakRef]] = []
-        # By the id of a tensor, which its entry keeps alive.
+        # By the id of a tensor; the entry keeps the tensor alive.
         self._flats: dict[int, Entry] = {}
         self._entries: dict[int, tuple[list[Entry], Group | None]] = {}
 
     def add_group(self, parameters: Iterable[Tensor]) -> None:
-        """Remember the parameters of one more group, whose ``group_id`` counts the earlier ones."""
+        """Remember the parameters of a further group; its ``group_id`` counts the earlier ones."""
         self._groups.append([TensorWeakRef(parameter) for parameter in parameters])
 
     def forget_flats(self) -> None:
-        """Look for flat tensors again: a checkpoint was loaded."""
+        """Look for flat tensors again, because a checkpoint was loaded."""
         self._flats, self._entries = {}, {}
 
     @property
@@ -113,12 +113,12 @@ class Origins:
         return first is not None and is_flattened([first])
 
     def entries(self, groups: list[Group]) -> list[list[Entry]]:
-        """One entry for each tensor of each group; the same ones while the tensors are the same.
+        """Return one entry for each tensor of each group; the same ones while the tensors stay.
 
-        Under ZeRO it talks to the other ranks when it meets a flat tensor for the first time.
+        Under ZeRO it communicates with the other ranks when it first meets a flat tensor.
 
         Args:
-            groups: All groups, or one of them, as DeepSpeed's first stages step.
+            groups: All groups, or one of them, as DeepSpeed's stages 1 and 2 step.
         """
         return [self._of_group(group) for group in groups]
 

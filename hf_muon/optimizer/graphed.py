@@ -1,9 +1,9 @@
 """The work of the Muon groups as a CUDA graph: captured once, then replayed in one launch.
 
-In: plans, and what a step trains of each. Out: weights and buffers, changed in place; or the answer
-that the step has to be done plainly. Gradients are copied to where the captured work reads them and
-the learning rate is a number on the device; everything else that it depends on is a key, and under
-another key it is captured anew. Whether gradients can be used is known before the work begins.
+In: plans, and the entries that a step trains of each. Out: weights and buffers, changed in place;
+or False, if the step must be done without a graph. Gradients are copied to where the graph reads
+them, and the learning rate is a number on the device. Everything else that the work depends on is a
+key; a new key means a new capture. Whether gradients are usable is known before the work begins.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Graphed:
         self._said: set[str] = set()
 
     def step(self, chosen: Chosen, workspace: Workspace, *, is_alone: bool) -> bool:
-        """Do what a step does to matrices; False, and nothing is done, where that must be plain.
+        """Do the work of a step on matrices; return False, and do nothing, if a graph cannot.
 
-        ``is_alone`` says that no other rank trains the same weights: one that cannot capture, and
-        steps plainly, would round them otherwise.
+        ``is_alone`` says that no other rank trains the same weights. A rank that cannot capture and
+        steps without a graph would round them differently.
         """
         reason = self._given_up or (why_not(chosen) if chosen else None)
         if reason is None and not is_alone:
@@ -56,7 +56,7 @@ class Graphed:
         key = _key(chosen)
         if self._captured is None or self._captured.key != key:
             self._note_change(key)
-            self._captured = None  # before there are other places for gradients
+            self._captured = None  # frees its memory before gradients get new places
             if self._given_up is not None:
                 return False
             self._captured = _Captured(key, chosen, workspace)
@@ -85,11 +85,11 @@ class Graphed:
 
 
 class CaptureError(RuntimeError):
-    """A device refused to capture; nothing was done."""
+    """The device refused to capture; nothing was done."""
 
 
 class _Captured:
-    """What a graph is made of, and the graph."""
+    """A graph, and the tensors that it reads and writes."""
 
     def __init__(self, key: Key, chosen: Chosen, workspace: Workspace) -> None:
         self.key, self._runs = key, 0
@@ -104,16 +104,16 @@ class _Captured:
             places = {e: torch.empty_like(local_gradient(e.tensor)) for e in entries}
             both = zip(plan.entries, step.gradients, strict=True)
             step.gradients = [places.get(entry, unused) for entry, unused in both]
-            # In float64, as the host has it: what follows from it is rounded where it is used.
+            # float64, as on the host: it is rounded only where it is used.
             rate = torch.zeros((), dtype=torch.float64, device=self._device)
-            # Steps that balance the factors of adapters are plain ones.
+            # Steps that balance LoRA's A and B run without a graph.
             step.settings = {**plan.group, "lr": rate, "tangent_balance_every": 0}
             self._gradients += places.values()
             self._rates.append(rate)
             self._work.append((step, plan.held(entries)))
 
     def run(self, chosen: Chosen) -> None:
-        """One step: with another gradient and another rate the same work."""
+        """Do one step: the same work with new gradients and a new learning rate."""
         given = [local_gradient(entry.tensor) for _, entries in chosen for entry in entries]
         torch._foreach_copy_(self._gradients, given)
         for rate, (plan, _) in zip(self._rates, chosen, strict=True):
@@ -131,7 +131,7 @@ class _Captured:
             self._flags = [list(step.outliers.found) for step, _ in self._work]
         self.replay()
         for (step, _), flags in zip(self._work, self._flags, strict=True):
-            step.outliers.found[:] = flags  # where the replay has written them
+            step.outliers.found[:] = flags  # the replay has written them there
 
     def _do(self) -> None:
         for step, held in self._work:
@@ -141,10 +141,10 @@ class _Captured:
 
 
 def _key(chosen: Chosen) -> Key:
-    """What captured work depends on: which tensors, where they are, settings but for the rate."""
+    """Return what captured work depends on: tensors, their places, settings except the rate."""
     return [
         (
-            plan.held(entries),  # the same ones while nobody moves a tensor
+            plan.held(entries),  # the same objects while nobody moves a tensor
             {k: v for k, v in plan.group.items() if k not in STRUCTURE and k != "lr"},
             [entry.tensor.grad.dtype for entry in entries if entry.tensor.grad is not None],
             (plan.momenta(0) if plan.has_schedule else plan.group.get("momenta")),

@@ -1,7 +1,7 @@
-"""Param groups: what users may pass, completed and checked.
+"""Param groups as users may pass them, completed and checked.
 
-In: parameters or groups as users write them, and the settings of the optimizer. Out: groups whose
-values are plain, Muon's first, none of them empty.
+In: parameters or groups as users write them, and the settings of the optimizer. Out: groups with
+plain values, Muon's first, none of them empty.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_muon.optimizer.pairs import check_pairs, moves_pairs
 from hf_muon.optimizer.scaling import step_size
 from hf_muon.values import plain, require_known, typed
 
-# What a group holds besides hyper-parameters and what others keep in it.
+# The keys of a group that are neither hyper-parameters nor keys that others keep in it.
 STRUCTURE = {
     "params", "param_names", "matrices", "pairs", "factors", "scalings", "fused", "momenta",
     "group_id",
@@ -37,7 +37,7 @@ ADAMW_SETTINGS = {
     "momentum": "momentum",
 }
 
-# Settings of torch's Muon, AdamW and SGD that would be without effect here.
+# Settings of torch's Muon, AdamW and SGD that would have no effect here.
 _OF_OTHERS = {
     "amsgrad", "maximize", "capturable", "differentiable", "dampening", "ns_steps",
     "ns_coefficients", "adjust_lr_fn",
@@ -45,7 +45,7 @@ _OF_OTHERS = {
 
 
 def make_plain(group: Group) -> None:
-    """Turn what can be turned into plain values, in place; others may have written into a group."""
+    """Convert values to plain types where possible, in place; others may write into a group."""
     for key, value in group.items():
         if key not in STRUCTURE and type(value) not in (float, int, bool, str):
             try:
@@ -55,10 +55,10 @@ def make_plain(group: Group) -> None:
 
 
 def named_groups(params: Iterable[Any]) -> list[Group]:
-    """Groups with an algorithm, Muon's first because the Trainer logs the first one's rate.
+    """Return groups with an algorithm, Muon's first because the Trainer logs the first one's rate.
 
     Raises:
-        TypeError: As torch's optimizers do, for a tensor, a set, or what is no tensor.
+        TypeError: As in torch's optimizers, for a set, a single tensor, or an item that is not one.
     """
     if isinstance(params, Tensor):
         raise TypeError(
@@ -78,7 +78,7 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
 
 
 def _with_algorithm(group: Any) -> Group:
-    """The group with its algorithm and a list of parameters, each of them a tensor or named."""
+    """Return the group with its algorithm and a list of parameters, each a tensor or named."""
     if not isinstance(group, dict):
         raise TypeError(f"A param group is a {type(group).__name__}; a dict is expected.")
     algorithm, params = plain(group.get("algorithm", "muon")), group.get("params")
@@ -106,7 +106,7 @@ def _checked(item: Any) -> Any:
 
 
 def complete_group(group: Group, config: MuonConfig) -> Group:
-    """The group with every hyper-parameter that it does not give itself, checked and plain."""
+    """Fill in every hyper-parameter that a group does not set itself; check, and make it plain."""
     group = _with_algorithm(group)
     tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     if not tensors:
@@ -124,14 +124,14 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
         _check_cover(group, tensors)
         for inside in set(group["matrices"]):
             for matrix in inside:
-                step_size(group["adjust_lr"], Matrix(*matrix))  # raises where it cannot be known
+                step_size(group["adjust_lr"], Matrix(*matrix))  # raises if it is not defined
         if moves_pairs(group):
             check_pairs(group, [p[0] for p in group["params"] if isinstance(p, tuple)])
     return group
 
 
 def hyperparameters(group: Group, config: MuonConfig) -> Group:
-    """What a group holds besides its structure: checked, completed from the settings, and plain.
+    """Return a group's hyper-parameters: checked, completed from the settings, and plain.
 
     Raises:
         ValueError: Names the setting, the value and what is allowed.
@@ -140,7 +140,7 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
     make_plain(given)
     if "initial_lr" in given:
         typed("initial_lr", given["initial_lr"], float)
-    for configured in _configured(group, config):  # it was checked when it was built
+    for configured in _configured(group, config):  # checked when the config was built
         if configured == {**configured, **given}:
             return configured
     if group["algorithm"] == "adamw":
@@ -150,7 +150,7 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
         return {**given, **checked.adamw_group(), **cycled}
     values = {**config.muon_group(), **given}
     if "momentum" in given and "momentum_weights" not in given:
-        values["momentum_weights"] = None  # those of the settings belong to their momentum
+        values["momentum_weights"] = None  # the config's weights belong to its own momentum
     if values["momentum_dtype"] == "parameter":
         values["momentum_dtype"] = None
     if not values["momentum_warmup_steps"]:
@@ -163,7 +163,7 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
 
 
 def _configured(group: Group, config: MuonConfig) -> list[Group]:
-    """What the settings give a group of this kind, with decay and without."""
+    """Return the hyper-parameters of the settings for this algorithm, with and without decay."""
     if group["algorithm"] == "muon":
         return [config.muon_group(decay) for decay in (True, False)]
     if config.adamw_lr is None and config.adjust_lr != "match_rms_adamw":
@@ -172,7 +172,7 @@ def _configured(group: Group, config: MuonConfig) -> list[Group]:
 
 
 def _check_keys(group: Group, config: MuonConfig) -> None:
-    """Refuse a key that stands for another setting; others' keys (``lr_scale``) are kept."""
+    """Raise for another optimizer's name of a setting; unrelated keys (``lr_scale``) are kept."""
     of_muon = set(config.muon_group())
     known = of_muon if group["algorithm"] == "muon" else {"algorithm", *ADAMW_SETTINGS}
     settings = {field.name for field in dataclasses.fields(config)} | of_muon | {*ADAMW_SETTINGS}
@@ -188,7 +188,7 @@ def _check_keys(group: Group, config: MuonConfig) -> None:
 
 
 def _default(parameter: Tensor) -> tuple[Matrix, ...]:
-    """The matrices of a parameter that came without routes: itself, or a stack of them."""
+    """Return the matrices of a parameter without routes: itself, or a stack of them."""
     shape = tuple(parameter.shape)
     if len(shape) < 2:
         raise ValueError(
@@ -206,7 +206,7 @@ def _default(parameter: Tensor) -> tuple[Matrix, ...]:
         return (Matrix.whole(shape),)
     rows, cols = shape[-2:]
     count = parameter.numel() // max(rows * cols, 1)
-    # A stack does not say which of its last two dimensions is fan_out.
+    # In a stack, either of the last two dimensions may be fan_out.
     return tuple(Matrix(i * rows * cols, (rows, cols), (cols, 1), None) for i in range(count))
 
 
@@ -220,7 +220,7 @@ def _check_dtypes(group: Group, tensors: list[Tensor]) -> None:
 
 
 def _check_momenta(group: Group, count: int) -> None:
-    """β of each parameter, where the group gives them, is what one for all may be."""
+    """Raise unless each β that a group gives by parameter is allowed for one parameter."""
     momenta = group.get("momenta")
     if momenta is None:
         return
@@ -243,7 +243,7 @@ def _check_momenta(group: Group, count: int) -> None:
 
 
 def _check_cover(group: Group, tensors: list[Tensor]) -> None:
-    """Each parameter is covered by matrices that begin at different places inside it."""
+    """Raise unless the matrices cover each parameter and begin at different places in it."""
     if len(group["matrices"]) != len(tensors):
         raise ValueError(
             f"A Muon group has {len(tensors)} parameters and {len(group['matrices'])} entries of "

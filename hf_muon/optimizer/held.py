@@ -1,8 +1,8 @@
-"""What a rank holds of a bucket, and the way of its pieces through the stages of a rule.
+"""A rank's share of a bucket, and how its pieces go through the stages of a rule.
 
 In: a bucket of the plan, with the tensors of its parameters. Out: views of them that are kept from
-step to step, and what stages make of pieces. Work on entries is done in portions; what a stage must
-know of whole matrices is added up over their pieces first, one message for all of a bucket.
+step to step, and the results of stages on pieces. Work on entries is done in portions. What a stage
+must know of whole matrices is first summed over their pieces, in one message per bucket.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Sums = dict[Unit, Tensor]
 
 
 class Held:
-    """What this rank holds of a bucket: views of weights and buffers, kept from step to step.
+    """This rank's share of a bucket: views of weights and buffers, kept from step to step.
 
     Attributes:
-        bucket: Of the plan.
-        items: Its pieces on this rank; lists are aligned with them.
+        bucket: A bucket of the plan.
+        items: Its pieces on this rank; the lists are aligned with them.
         weights: (rows, cols) each.
-        sizes: Step-size factors of all units of the bucket.
-        scales: Those of the pieces.
+        sizes: Step-size factors of all matrices of the bucket.
+        scales: Step-size factors of the pieces.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Held:
         buffers: Mapping[Buffer, Sequence[Tensor]],
         sizes: Mapping[Unit, float],
     ) -> None:
-        """Find the views in the tensors of all parameters, as this rank holds them."""
+        """Create the views into the tensors of all parameters, as this rank holds them."""
         self._tensors = weights, buffers
         self.bucket, self.items, self.sizes = bucket, bucket.held, sizes
         self.weights = self.views(weights)
@@ -77,23 +77,23 @@ class Held:
         self._parts: dict[str, tuple[list[Hashable], list[Part]]] = {}
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The pieces, (rows, cols), of what belongs to the parameters."""
+        """Return the pieces, (rows, cols), of tensors that belong to the parameters."""
         return [piece.of_local(tensors[unit.parameter]) for unit, piece in self.items]
 
     def moving(
         self, step: Step, gradients: Sequence[Tensor], of_pairs: bool
     ) -> Generator[None, None, Held]:
-        """The same without what has gradients of exactly zero on all ranks: matrices, or pairs."""
+        """Return the same without the matrices, or pairs, whose gradient is zero on all ranks."""
         parts = self.parts("moving", [(0.0, 0.0)] * len(self.items), ())
         views = self.views(gradients)
         lists = [part.portion.of(views) for part in parts]
         sums = yield from self._sums(step, _MEASURED, NORMS, parts, lists)
         units = self.bucket.units
-        # A rank may have a gradient where its copies have none.
+        # A rank may have a gradient while the ranks with copies have none.
         norms = torch.cat([sums[unit] for unit in units])
         yield from combined(norms, self.bucket.replicate, by=self.bucket.device)
         found = [norm > 0 for norm in norms.tolist()]
-        if of_pairs:  # a factor moves with its partner
+        if of_pairs:  # A and B are updated together
             found = [
                 one for a, b in zip(found[::2], found[1::2], strict=True) for one in [a or b] * 2
             ]
@@ -101,9 +101,9 @@ class Held:
         return Held(self.bucket.only(units), *self._tensors, self.sizes)
 
     def parts(self, name: str, keys: list[Hashable], stages: Sequence[Stage]) -> list[Part]:
-        """Portions with one key (β, scale), as some stages may have them.
+        """Return portions whose pieces share a key (β, scale); uncut if a stage needs matrices.
 
-        Those of the last keys are kept, under a name.
+        The latest portions under each name are cached.
         """
         if name not in self._parts or self._parts[name][0] != keys:
             shapes = [(piece.rows, piece.cols) for _, piece in self.items]
@@ -133,10 +133,10 @@ class Held:
         tensors: Sequence[Tensor],
         measured: Sums | None = None,
     ) -> Generator[None, None, Lists]:
-        """What stages make of the parts of some tensors, computed when it is asked for.
+        """Pass some tensors through stages, portion by portion, when the result is read.
 
-        ``measured`` is what the first stage must know of whole matrices, where it was found by
-        their owners already.
+        ``measured`` is the first stage's statistic of whole matrices, if their owners have computed
+        it already.
         """
         lists: Lists = (part.portion.of(tensors) for part in parts)
         for stage in stages:
@@ -162,7 +162,7 @@ class Held:
             yield run(x, kept, given)
 
     def _told(self, step: Step, stage: Stage, part: Part, whole: Sums | None = None) -> Told:
-        """What a stage gets with a portion: mostly the same in every step, and then kept."""
+        """Return what a stage gets with a portion; it rarely changes between steps, so is kept."""
         told = part.told.get(id(stage))
         if told is None or told[1].settings is not step.settings:
             steps: Sequence[int] = ()
@@ -187,7 +187,7 @@ class Held:
         parts: Sequence[Part],
         lists: Sequence[list[Tensor]],
     ) -> Generator[None, None, Sums]:
-        """What a statistic measures, added up over the pieces of each matrix: one all-reduce."""
+        """Return a statistic summed over the pieces of each matrix: one all-reduce."""
         flat, sums = self._empty(statistic, self.device)
         for part, x in zip(parts, lists, strict=True):
             items = part.portion.each(self.items)
@@ -198,7 +198,7 @@ class Held:
             if statistic.of_rows:
                 of_items = zip(totals, items, strict=True)
                 totals = [rows_of(of, p.row, p.rows, part.portion) for of, (_, p) in of_items]
-            if found:  # it did not fail
+            if found:  # the measurement did not fail
                 _add(totals, found, distinct=len({unit for unit, _ in items}) == len(items))
         yield from combined(flat, self.bucket.shard, by=self.bucket.device)
         return sums
@@ -206,9 +206,9 @@ class Held:
     def measured(
         self, step: Step, statistic: Statistic, of_owner: Mapping[Unit, Tensor]
     ) -> Generator[None, None, Sums]:
-        """The same from the whole matrices of this rank, and from those of the other owners.
+        """Return the statistic from the whole matrices of this rank and of the other owners.
 
-        The others add zeros to what an owner found, so that its bits arrive.
+        The other ranks add zeros to the owner's result, so that its bits arrive unchanged.
         """
         flat, sums = self._empty(statistic, self.bucket.device)
         for unit, matrix in of_owner.items():
@@ -224,7 +224,7 @@ class Held:
         return sums
 
     def _empty(self, statistic: Statistic, device: torch.device) -> tuple[Tensor, Sums]:
-        """Zeros for what is found of each matrix, and the memory of all of them."""
+        """Return zeros for each matrix's statistic, and the memory of all of them."""
         units, width = self.bucket.units, statistic.width
         shapes = [(u.shape[0], width) if statistic.of_rows else (width,) for u in units]
         return self._zeros(shapes, devices.widest(self.bucket.device), device)
@@ -238,9 +238,9 @@ class Held:
         return flat, {u: flat[end - size : end].view(shape) for u, end, size, shape in parts}
 
     def _concluded(self, step: Step, stage: Stage, statistic: Statistic, sums: Sums) -> Sums:
-        """What follows for each matrix; every rank that holds some of it comes to the same."""
+        """Conclude for each matrix; every rank that holds a piece of it gets the same result."""
         units = self.bucket.units
-        if not units:  # no gradient moves any of them
+        if not units:  # no gradient reaches any of them
             return {}
         kept = of_matrices(
             stage,
@@ -263,10 +263,10 @@ class Held:
             return [whole[unit] for unit, _ in items]
         return [rows_of(whole[u], piece.row, piece.rows, part.portion) for u, piece in items]
 
-    # --- momentum of one byte -------------------------------------------------------------------
+    # --- momentum in int8 -----------------------------------------------------------------------
 
     def _read_buffers(self, stage: Stage, part: Part) -> tuple[list[Tensor], ...]:
-        """What a stage keeps of a portion: the buffers themselves, or the numbers in them."""
+        """Return a stage's buffers for a portion; int8 ones as the numbers they encode."""
         return tuple(
             [
                 self._opened(part, buffer) if buffer in self._coded else part.kept[buffer.name]
@@ -282,7 +282,7 @@ class Held:
         lists: Lists,
         whole: Sums,
     ) -> Generator[None, None, Lists]:
-        """The same where buffers are kept in int8: read them, run, write them."""
+        """The same for buffers in int8: decode them, run the stage, encode them."""
         results, opened = [], []
         run = partial(_guarded, step, stage) if stage.may_fail else stage.run
         for part, x in zip(parts, lists, strict=True):
@@ -295,7 +295,7 @@ class Held:
         return results
 
     def _blocks(self, part: Part, buffer: Buffer, of_units: Mapping[Unit, Tensor]) -> list[Any]:
-        """The blocks of each tensor of a portion, and its first column."""
+        """Return the block scales of each tensor of a portion, and its first column."""
         return [
             (rows_of(of_units[unit], piece.row, piece.rows, part.portion), piece.col)
             for unit, piece in part.portion.each(self.items)
@@ -309,7 +309,7 @@ class Held:
     def _closed(
         self, buffer: Buffer, parts: Sequence[Part], lists: Sequence[list[Tensor]]
     ) -> Generator[None, None, None]:
-        """Write a buffer; blocks that are cut between ranks have the size of all their entries."""
+        """Write a buffer; a block that is cut between ranks uses the largest entry of all parts."""
         kept = self._of_units[f"{buffer.name}_scale"]
         shapes = [tuple(kept[unit].shape) for unit in self.bucket.units]
         flat, sizes = self._zeros(shapes, torch.float32, self.device)
@@ -325,7 +325,7 @@ class Held:
                 encode(x, q, largest, first)
 
     def fill(self, parts: Sequence[Part], lists: Lists, places: Sequence[Tensor]) -> None:
-        """Write what is read of the pieces to its places; the rest is computed for its buffers."""
+        """Write the results for pieces that are needed; compute the rest only for its buffers."""
         with staged(places, self.device) as here:
             at = dict(zip(self._read, here, strict=True))
             for part, x in zip(parts, lists, strict=True):
@@ -336,7 +336,7 @@ class Held:
                     torch._foreach_copy_(into if rows is None else [into[0][rows]], found)
 
     def rescale(self, factors: Mapping[Unit, Tensor]) -> None:
-        """Multiply the weights of some matrices, and divide what their stages keep."""
+        """Multiply the weights of some matrices, and divide the buffers of their stages."""
         numbers = torch.stack(list(factors.values())).to(self.device)
         factors = dict(zip(factors, numbers, strict=True))
         scaled = [b for b in self._tensors[1] if b.scales and b not in self._coded]
@@ -350,7 +350,7 @@ class Held:
 
 
 def _add(totals: list[Tensor], found: list[Tensor], *, distinct: bool) -> None:
-    """Add each to its total, in one call where no two have the same one."""
+    """Add each result to its total, in one call if no two share a total."""
     found = [one.to(total) for total, one in zip(totals, found, strict=True)]
     if distinct:
         torch._foreach_add_(totals, found)
@@ -370,7 +370,7 @@ def _check_count(found: Sequence[Any], asked: Sequence[Any]) -> None:
 def _guarded(
     step: Step, stage: Stage, x: list[Tensor], kept: tuple[list[Tensor], ...], given: Given
 ) -> list[Tensor]:
-    """What a stage makes of a portion; zeros if it raises, which the step then does."""
+    """Run a stage on a portion; if it raises, return zeros, and the step raises later."""
     with step.guarded() as found:
         found += stage.run(x, kept, given)
     return found or [torch.zeros_like(one) for one in x]

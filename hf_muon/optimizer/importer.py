@@ -1,7 +1,7 @@
 """Continue from the state of another Muon.
 
 In: a state dict of the Muon of torch, Moonlight, DeepSpeed, Keller Jordan or dion. Out: the same
-momentum in ours, where it is called ``exp_avg``, and the moments of what AdamW trains.
+momentum here, where it is called ``exp_avg``, and the moments of AdamW's parameters.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ def import_state(
 ) -> list[str]:
     """Load the state of another Muon, or of the AdamW beside it, into ours.
 
-    The buffer of torch, DeepSpeed and Keller Jordan is the average M ← βM + (1−β)G that ours is,
-    and is copied. That of Moonlight and dion is the sum M ← βM + G, and is multiplied by 1−β.
-    AdamW's moments and step count are copied, those of ``torch.optim.AdamW`` too. Parameters that
-    the state dict does not hold keep what they have here, or start afresh.
+    In torch, DeepSpeed and Keller Jordan's Muon, the buffer is the average M ← βM + (1−β)G, as
+    here, and is copied. In Moonlight and dion it is the sum M ← βM + G, and is multiplied by 1−β.
+    AdamW's moments and step count are copied, also from ``torch.optim.AdamW``. Parameters that the
+    state dict does not hold keep their state here, or start from zero.
 
     Args:
         optimizer: Ours, with named parameters, as :func:`hf_muon.create_muon_optimizer` builds it.
-        state_dict: What ``optimizer.state_dict()`` of the other one returned, without ZeRO.
+        state_dict: The other optimizer's ``state_dict()``, without ZeRO.
         names: Names of the other optimizer's parameters, in the order of its ``param_groups``;
-            None where these hold ``param_names``.
+            None if these hold ``param_names``.
 
     Returns:
-        The names whose state was loaded.
+        The names of the parameters whose state was loaded.
 
     Raises:
         ValueError: The rule keeps something other than one average of gradients; names are
             missing, unknown, or too few; a shape or an algorithm differs; or the state is of
-            none of these.
+            none of these optimizers.
 
     References:
         torch/optim/_muon.py (2.13); https://github.com/MoonshotAI/Moonlight, toy_train.py;
@@ -73,7 +73,7 @@ def import_state(
 
 
 def filters_by_one_average(group: Group) -> bool:
-    """Whether all that a group does before the polar factor is M ← βM + (1−β)G, with one β."""
+    """Whether the only filter before the polar factor is M ← βM + (1−β)G, with one β."""
     return rule_of(group).before == (FILTERS["ema"],)
 
 
@@ -93,7 +93,7 @@ def _own_parameters(optimizer: Muon) -> dict[str, tuple[Tensor, str]]:
 def _named_states(
     state_dict: dict[str, Any], names: Sequence[str] | None
 ) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(name, state, group) of each parameter of the other optimizer."""
+    """Return (name, state, group) of each parameter of the other optimizer."""
     places = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
     if names is None:
         groups = state_dict["param_groups"]
@@ -111,8 +111,8 @@ def _named_states(
     ]
 
 
-# First and second moment and step count of an AdamW half: torch's, DeepSpeed's and Keller Jordan's;
-# Moonlight's; dion's.
+# Names of the first and second moment and step count of the AdamW half: in torch, DeepSpeed and
+# Keller Jordan's; in Moonlight; in dion.
 _MOMENTS = (
     ("exp_avg", "exp_avg_sq", "step"),
     ("moment1", "moment2", "step"),
@@ -121,15 +121,15 @@ _MOMENTS = (
 
 
 def _translated(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-    """A state of the other optimizer in our terms."""
+    """Convert one parameter's state of the other optimizer to ours."""
     of_dion = group.get("algorithm") == "muon" and "mu" in group
     buffer = state.get("momentum" if of_dion else "momentum_buffer")
-    if buffer is not None and "dampening" not in group:  # which torch.optim.SGD has
+    if buffer is not None and "dampening" not in group:  # torch.optim.SGD has it
         is_sum = of_dion or "adamw_betas" in group  # Moonlight's
         share = 1 - float(group["mu" if of_dion else "momentum"]) if is_sum else 1.0
         return {"step": step_count(0), "exp_avg": buffer * share}
     for first, second, count in _MOMENTS:
-        step = state.get(count, group.get("step"))  # some count once for a group
+        step = state.get(count, group.get("step"))  # some keep one count per group
         if state.keys() >= {first, second} and step is not None:
             moments = {"exp_avg": state[first].clone(), "exp_avg_sq": state[second].clone()}
             return {"step": step_count(step), **moments}

@@ -1,8 +1,8 @@
-"""Numbers of one byte: blocks of a matrix's rows, each with the size of its largest entry.
+"""Numbers in one byte: blocks of a matrix's rows, each scaled by its largest entry.
 
 In: entries of a matrix, or of a piece of it. Out: q = round(127·x/‖x‖∞) of each block, and back; an
-entry is off by ‖x‖∞/254 at most. Blocks are cut from whole rows, wherever a rank's piece begins and
-ends, so that results do not depend on how a matrix is sharded.
+entry is off by at most ‖x‖∞/254. Blocks are cut from whole rows, wherever a rank's piece begins and
+ends, so that results do not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from hf_muon.stages import BLOCK, blocks_in
 
 
 def _cuts(first: int, cols: int) -> Iterator[tuple[int, slice]]:
-    """The blocks that columns from ``first`` on lie in, each with their places in the piece."""
+    """Yield each block that columns from ``first`` on belong to, with its slice of the piece."""
     for block in range(first // BLOCK, blocks_in(first + cols)):
         yield block, slice(max(0, block * BLOCK - first), min(cols, (block + 1) * BLOCK - first))
 
 
 def decoded(q: Tensor, largest: Tensor, first: int) -> Tensor:
-    """The entries of a piece, float32.
+    """Return the entries of a piece, float32.
 
     Args:
         q: (rows, cols), int8.
@@ -36,7 +36,7 @@ def decoded(q: Tensor, largest: Tensor, first: int) -> Tensor:
 
 
 def encode(x: Tensor, q: Tensor, largest: Tensor, first: int) -> None:
-    """The inverse of :func:`decoded`; writes q. ``largest`` must be that of all pieces."""
+    """Write q, the inverse of :func:`decoded`; ``largest`` must cover all pieces of a block."""
     for block, cut in _cuts(first, q.shape[1]):
         size = largest[:, block, None]
         shares = torch.where(size > 0, x[:, cut] * (127 / size), 0.0)
@@ -44,7 +44,7 @@ def encode(x: Tensor, q: Tensor, largest: Tensor, first: int) -> None:
 
 
 def add_largest(x: Tensor, largest: Tensor, first: int) -> None:
-    """Raise ``largest`` to the largest entries of a piece, (rows, cols)."""
+    """Raise ``largest`` to the largest entries of a piece (rows, cols), block by block."""
     for block, cut in _cuts(first, x.shape[1]):
         found = torch.linalg.vector_norm(x[:, cut], float("inf"), dim=1)
         torch.maximum(largest[:, block], found.to(largest.device), out=largest[:, block])

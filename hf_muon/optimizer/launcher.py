@@ -1,9 +1,9 @@
-"""What DeepSpeed's checkpoints need of an optimizer, and what their loaders do to one.
+"""What DeepSpeed's checkpoints need from an optimizer, and what its loaders change in one.
 
 In: states and param groups. Out: the same, as DeepSpeed (0.19) can save them, or as they were
-before it loaded them. Universal checkpoints know Adam's state only; their loaders write into
-groups and states past ``load_state_dict``, and the one for ZeRO-3 gives the settings of the first
-group to all groups, and one step count to all tensors.
+before it loaded them. Universal checkpoints know only Adam's state. Their loaders write into groups
+and states without calling ``load_state_dict``; the one for ZeRO-3 gives all groups the settings of
+the first, and all tensors one step count.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hf_muon.rules import rule_of
 
 
 def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None:
-    """Make the state of a flat tensor Adam's and its own.
+    """Give a flat tensor all of Adam's state, in tensors of its own.
 
-    What Muon has no use for are zeros that take no memory; a loader may have made whole tensors of
-    them. The step count, which AdamW increments in place, is copied, since a loader may have given
-    the same tensor to others; Muon's is read on the CPU.
+    Entries that Muon does not use are zeros that take no memory; a loader may have made full
+    tensors of them. The step count is copied, since AdamW increments it in place and a loader may
+    have shared one tensor; Muon's is read on the CPU.
     """
     for name in _unused(group):
         if name not in state or any(state[name].stride()):
@@ -40,10 +40,10 @@ def _unused(group: Group) -> tuple[str, ...]:
 
 
 def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
-    """Whether DeepSpeed only wants to see memory allocated; such a step must do nothing.
+    """Whether DeepSpeed only wants memory to be allocated; such a step must do nothing.
 
-    Its stage 0 in half precision steps once on zero gradients when it is built (0.19); that would
-    decay the weights and count a step.
+    Its stage 0 in half precision does one step on zero gradients when it is built (0.19), which
+    would decay the weights and count as a step.
     """
     copies = any([entry.is_copy for entry in entries])
     fresh = copies and not any(state[entry.tensor] for entry in entries)
@@ -52,40 +52,40 @@ def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
 
 
 def settings_of(group: Group) -> Group:
-    """What a group holds besides its tensors."""
+    """Return what a group holds besides its tensors."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
 def was_loaded(groups: Sequence[Group], settings: Sequence[Group]) -> bool:
-    """Whether a loader has written over a group since ``settings`` were taken."""
+    """Whether a loader has written over a group since ``settings`` were saved."""
     own = (settings[group["group_id"]] for group in groups)
     pairs = zip(groups, own, strict=True)
     return any(group.get("param_names") is not one.get("param_names") for group, one in pairs)
 
 
 def with_own_settings(groups: list[Group], settings: list[Group]) -> list[Group]:
-    """Undo a loader that copied the first group's settings to all: give each group its own again.
+    """Undo a loader that copied the first group's settings to all: restore each group's own.
 
-    What was loaded must fit this optimizer, as in ``load_state_dict``. Learning rates keep the
-    ratios that they had, since the loaded one may have been scheduled.
+    The loaded settings must fit this optimizer, as in ``load_state_dict``. Learning rates keep
+    their ratios, since the loaded one may have been scheduled.
 
     Args:
-        groups: The optimizer's groups; written where they are copies.
-        settings: What :func:`settings_of` gave for each group before.
+        groups: The optimizer's groups; written if they are copies.
+        settings: The result of :func:`settings_of` for each group before.
 
     Returns:
-        The settings of all groups now.
+        The current settings of all groups.
 
     Raises:
         ValueError: The loaded groups have other routes or another order.
     """
     for group in groups:
         own = settings[group["group_id"]]
-        if group.get("param_names") is not own.get("param_names"):  # it was loaded
+        if group.get("param_names") is not own.get("param_names"):  # a loader has replaced it
             check_overwritten(group, own, settings)
             group.update({key: own[key] for key in ("param_names", "matrices") if key in own})
     if len(groups) != len(settings):
-        return settings  # DeepSpeed's first stages step one group at a time, and copy nothing
+        return settings  # DeepSpeed's stages 1 and 2 step one group at a time, and copy nothing
     for number, (group, own) in enumerate(zip(groups, settings, strict=True)):
         if group["group_id"] == number:
             continue
@@ -98,6 +98,6 @@ def with_own_settings(groups: list[Group], settings: list[Group]) -> list[Group]
 
 
 def _ratio(own: Group, first: Group) -> float:
-    """A group's learning rate over the first group's, before any schedule."""
+    """Return a group's learning rate divided by the first group's, before any schedule."""
     mine, theirs = own.get("initial_lr", own["lr"]), first.get("initial_lr", first["lr"])
     return float(mine / theirs) if theirs else 1.0

@@ -1,8 +1,8 @@
-"""Updates of adapter pairs that act on the product BA instead of on each factor alone.
+"""Updates of LoRA pairs that act on the product BA instead of on A and B separately.
 
-In: the whole factors of ΔW = c·BA and their filtered gradients, each a :class:`Pair`. Out: the
-change of each factor, weight decay included, so that one rank can compute it and every rank add its
-piece to its piece of the weight: four tensors in, two out, and no weight travels back. All is pure.
+In: the whole A and B of ΔW = c·BA and their filtered gradients, each a :class:`Pair`. Out: the
+changes of A and B, weight decay included, so that one rank can compute them and every rank can add
+its piece to its piece of the weights. No weights are sent back. All functions are pure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ part of the mean eigenvalue, which is at least 1/r of the largest, exceeds them 
 
 
 class Pair(NamedTuple):
-    """Something of each factor: weights, gradients, or changes."""
+    """One tensor for A and one for B: weights, gradients, or changes."""
 
     a: Tensor  # (…, r, n)
     b: Tensor  # (…, m, r)
@@ -42,7 +42,7 @@ def product_update(
     damping: float,
     polar: PolarFunction,
 ) -> Pair:
-    """LoRA-Muon: half of a spectral step of BA through each factor.
+    """LoRA-Muon: half of a spectral step of BA through each of A and B.
 
     With S_A = AAᵀ, S_B = BᵀB, filtered gradients M and the polar factor O::
 
@@ -50,15 +50,15 @@ def product_update(
         dB = −(η/2)·O(M_B·S_A^(−½))·S_A^(−½)        B ← sB + dB/s        s = √(1 − decay)
 
     B·dA and dB·A have spectral norm η/2 whatever the scales of A, B and M, so that BA moves the
-    same way for (kA, B/k). The roots are those of S + δ·(tr S/r)·I: a singular S would let the step
-    grow without bound, and a δ that is not relative to S would make it depend on k. Where one
-    factor is zero the other stays as it is, decay included: its gradient is zero.
+    same way for (kA, B/k). The roots are those of S + δ·(tr S/r)·I: with a singular S the step
+    could grow without bound, and a δ that is not relative to S would make it depend on k. Where A
+    or B is zero, the other has a zero gradient and stays as it is, without decay.
 
     Args:
         weights: A (…, r, n) and B (…, m, r), of any floating dtype; not modified.
         gradients: M_A and M_B, of the same shapes; zero gives no step.
-        step: η, about the spectral norm that BA moves by; see :func:`pair_step_size`.
-        decay: lr·λ: what part of the product is removed, in [0, 1).
+        step: η, about the spectral norm of the change of BA; see :func:`pair_step_size`.
+        decay: lr·λ: the share of the product that is removed, in [0, 1).
         damping: δ, at least 1e-8.
         polar: Maps matrices (…, m, n) to their polar factors.
 
@@ -82,7 +82,7 @@ def product_update(
 
 
 def pair_step_size(rule: str, of_a: Matrix, of_b: Matrix, scaling: float) -> float:
-    """The step of a pair at learning rate 1: scale(m, n)/|c|.
+    """Return the step size of a pair at learning rate 1: s(m, n)/|c|, s the step-size factor.
 
     c·BA then moves as far as the base weight, (m, n), would under the same rule, so that one
     learning rate serves adapters and full matrices.
@@ -94,10 +94,10 @@ def pair_step_size(rule: str, of_a: Matrix, of_b: Matrix, scaling: float) -> flo
         scaling: c. The gradients carry its sign, so the step does not.
 
     Returns:
-        The factor that multiplies the learning rate.
+        The number that multiplies the learning rate.
 
     Raises:
-        ValueError: c is zero, or the rule needs to know fan_out and the layer does not say.
+        ValueError: c is zero, or the rule depends on fan_out and the layer does not declare it.
     """
     if scaling == 0:
         raise ValueError(
@@ -108,10 +108,10 @@ def pair_step_size(rule: str, of_a: Matrix, of_b: Matrix, scaling: float) -> flo
 
 
 def with_split_decay(weights: Pair, change: Pair, decay: float | Tensor) -> Pair:
-    """The change dW of each factor with decay of the product: (s − 1)W + dW/s, s = √(1 − decay).
+    """Return the change dW of A and B with decay of BA: (s − 1)W + dW/s, s = √(1 − decay).
 
-    The product becomes s²·BA + dB·A + B·dA and terms of second order: the decay reaches it once,
-    and does not shorten the step. Where it is zero there is nothing to decay.
+    The product becomes s²·BA + dB·A + B·dA plus terms of second order: the decay applies to it
+    once, and does not shorten the step. Where A or B is zero there is nothing to decay.
 
     Raises:
         ValueError: ``decay`` is not in [0, 1).
@@ -121,7 +121,7 @@ def with_split_decay(weights: Pair, change: Pair, decay: float | Tensor) -> Pair
             f"lr·weight_decay is {decay:g} for an adapter's product; at least 0 and less than 1 is "
             "allowed. Lower the weight decay or the learning rate."
         )
-    if isinstance(decay, Tensor):  # which the device alone reads; the step has checked it
+    if isinstance(decay, Tensor):  # only the device can read it; the step has checked it
         shrink: Any = (1 - decay).sqrt()
     elif decay == 0:
         return change
@@ -136,13 +136,13 @@ def with_split_decay(weights: Pair, change: Pair, decay: float | Tensor) -> Pair
 
 
 def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r, r)
-    """K with KᵀK = (S + δ·(tr S/r)·I)⁻¹ for S = XXᵀ, in float64; zero for X = 0.
+    """Return K with KᵀK = (S + δ·(tr S/r)·I)⁻¹ for S = XXᵀ, in float64; zero for X = 0.
 
-    In float32 on devices that have no float64: there δ is as large as the rounding of S at least.
+    On devices without float64 it is float32, and δ is at least as large as the rounding of S.
 
-    K is the inverse of a Cholesky factor, an orthogonal matrix times the symmetric root S^(−½). It
-    serves as well, at a fraction of the cost of an eigendecomposition: polar factors commute with
-    orthogonal matrices, so O(MKᵀ)K = O(M·S^(−½))·S^(−½).
+    K is the inverse of a Cholesky factor: an orthogonal matrix times the symmetric root S^(−½). It
+    gives the same results at a fraction of the cost of an eigendecomposition: polar factors commute
+    with orthogonal matrices, so O(MKᵀ)K = O(M·S^(−½))·S^(−½).
 
     Args:
         rows: X: A, or Bᵀ.
@@ -164,12 +164,12 @@ def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (…, 1, 1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     damped = gram + torch.where(mean > 0, damping * mean, 1.0) * identity
-    # Without the check for failure, which the damping rules out and which waits for the device.
+    # Skips the check for failure, which waits for the device; the damping rules failure out.
     lower = torch.linalg.cholesky_ex(damped).L
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
     return torch.where(mean > 0, inverse, 0.0)
 
 
 def full_precision(pair: Pair) -> Pair:
-    """The pair in float32, or as it is in float64."""
+    """Return the pair in float32, or as it is if it is float64."""
     return Pair(*(t if t.dtype == torch.float64 else t.float() for t in pair))

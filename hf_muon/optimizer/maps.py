@@ -1,7 +1,7 @@
-"""The maps: what is made of a whole matrix, by its owner.
+"""Maps: functions of a whole matrix, computed by the rank that owns it.
 
-In: a matrix X = UΣVᵀ, (m, n), filtered, and the polar factor O as the settings ask for it. Out: one
-of the same singular vectors and shape.
+In: a filtered matrix X = UΣVᵀ, (m, n), and a function that returns its polar factor O with the
+group's settings. Out: a matrix of the same shape and singular vectors.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def polar_factor_of(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
 
 
 def polargrad(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
-    """⟨X, O⟩·O, the nuclear norm of X times its polar factor (arXiv 2505.21799)."""
+    """⟨X, O⟩·O: the polar factor of X times its nuclear norm (arXiv 2505.21799)."""
     O = polar(X)  # noqa: E741
     nuclear_norm: Tensor = torch.sum(wide(X) * wide(O))
-    if O.dtype == torch.float16:  # which holds polar factors, and not their multiples
+    if O.dtype == torch.float16:  # it holds polar factors, but not their multiples
         O = wide(O)  # noqa: E741
     return O * nuclear_norm.to(O.dtype)
 
 
 def soft(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
-    """U(Σ/σ₁)ᵖVᵀ, p = ``map_power``: the polar factor at 0, and near 1 the matrix itself."""
+    """U(Σ/σ₁)ᵖVᵀ, p = ``map_power``: the polar factor for p = 0, near 1 the matrix itself."""
     wide = torch.promote_types(X.dtype, torch.float32)
     U, S, Vh = torch.linalg.svd(X.to(wide), full_matrices=False)
     kept = max(X.shape) * torch.finfo(wide).eps * S[:1] < S  # as in the exact polar factor

@@ -1,9 +1,8 @@
-"""The filters: averages of gradients, or of their polar factors.
+"""Momentum filters: averages of gradients, or of their polar factors.
 
-In: what is filtered, and the buffers of its parameters, in lists: a call for each would take longer
-than its arithmetic where tensors are small. Out: the filtered tensors. Every function works
-elementwise, so it runs on whatever pieces of parameters a rank holds. The buffers are the only
-thing written.
+In: the tensors to filter, and the buffers of their parameters, in lists, because for small tensors
+one call each would take longer than the arithmetic. Out: the filtered tensors. Every function works
+elementwise, on whatever pieces of parameters a rank holds. Only the buffers are written.
 
 References: arXiv 2606.03899 for the orders; torch.optim.Muon for the form of the average.
 """
@@ -25,8 +24,8 @@ from hf_muon.stages import Buffer, Given, Momentum, Stage, in_dtype_of
 def ema(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
     """The filter of ``torch.optim.Muon``: M ← βM + (1−β)X; M, or (1−β)X + βM with Nesterov.
 
-    Without bias correction: a polar factor has no scale. The dtype of the buffers is that of the
-    arithmetic.
+    No bias correction, because a polar factor has no scale. The arithmetic is in the dtype of the
+    buffers.
     """
     [exp_avg] = buffers
     momentum: Any = given.momentum
@@ -41,9 +40,9 @@ FILTERS["ema"] = Stage(ema, (Buffer("exp_avg"),), may_fail=False)
 
 
 def kernel(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """Several averages with weights: m_k ← β_k·m_k + (1−β_k)X; M = Σ w_k·m_k.
+    """Several weighted averages: m_k ← β_k·m_k + (1−β_k)X; M = Σ w_k·m_k.
 
-    With Nesterov (1−μ)X + μM, where μ = Σ w_k·β_k is the weight of the past in M.
+    With Nesterov (1−μ)X + μM, where μ = Σ w_k·β_k is the weight of earlier inputs in M.
     """
     momenta: Any = given.momentum
     weights = weights_of(given.settings)
@@ -60,7 +59,7 @@ def kernel(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> 
 
 @lru_cache(maxsize=64)
 def kernel_stage(terms: int, second: str) -> Stage:
-    """The filter of several terms, and what it keeps; ``second`` is the name of its second one."""
+    """Return the filter of several averages; ``second`` is the buffer name of the second one."""
     return Stage(kernel, tuple(map(Buffer, term_names(terms, second))), may_fail=False)
 
 
@@ -68,26 +67,26 @@ KERNELS["kernel"] = kernel_stage
 
 
 def term_names(terms: int, second: str) -> list[str]:
-    """Names of the buffers of a kernel."""
+    """Return the names of the buffers of several averages."""
     return ["exp_avg", second, *(f"exp_avg_{number}" for number in range(3, terms + 1))][:terms]
 
 
 def weights_of(settings: Mapping[str, Any]) -> Sequence[float]:
-    """The weights of the terms; equal ones where none are given."""
+    """Return the weights of the averages; equal weights if none are given."""
     terms = len(settings["momentum"])
     weights: Sequence[float] | None = settings["momentum_weights"]
     return weights or (1 / terms,) * terms
 
 
 def past_weight(momenta: Sequence[float], weights: Sequence[float]) -> float:
-    """μ = Σ w_k·β_k: the weight of all earlier inputs in a kernel's output; β of one term."""
+    """Return μ = Σ w_k·β_k, the weight of all earlier inputs in the filter's output."""
     return sum(weight * beta for weight, beta in zip(weights, momenta, strict=True))
 
 
 def single(settings: Mapping[str, Any], step: int) -> float:
-    """β of one average that is as old as the filter's output at a step (0 for the first).
+    """Return β of the single average with the same mean age as the filter at a step (0 = first).
 
-    The mean age of a kernel is Σ w_k·β_k/(1−β_k), that of one average β/(1−β) = T − 1.
+    The mean age of several averages is Σ w_k·β_k/(1−β_k), that of one is β/(1−β) = T − 1.
     """
     momentum = momentum_at(settings, step)
     if isinstance(momentum, str):
@@ -104,15 +103,15 @@ USUAL = 0.95
 
 
 def window(momentum: float) -> float:
-    """T = 1/(1−β): the number of steps that the filter averages over."""
+    """Return T = 1/(1−β), the number of steps that the filter averages over."""
     return 1 / (1 - momentum)
 
 
 def momentum_at(settings: Mapping[str, Any], step: int) -> Momentum:
-    """β at a step (0 for the first), of each term if there are several.
+    """Return β at a step (0 for the first); one value per average if there are several.
 
-    It grows from ``momentum_start`` over ``momentum_warmup_steps``, and goes to ``momentum_end``
-    over ``momentum_cooldown_steps`` from step ``momentum_cooldown_start`` on.
+    It goes from ``momentum_start`` to ``momentum`` over ``momentum_warmup_steps``, and to
+    ``momentum_end`` over ``momentum_cooldown_steps`` from step ``momentum_cooldown_start`` on.
     """
     momentum: Momentum = settings["momentum"]
     warmup, cooldown = settings["momentum_warmup_steps"], settings["momentum_cooldown_steps"]

@@ -1,7 +1,7 @@
 """Muon: momentum and polar factor in a selectable order, with AdamW for what is not a matrix.
 
 In: parameters in groups that name their algorithm, with gradients. Out: the parameters, changed in
-place. Everything a step needs is read from ``self.param_groups`` and ``self.state``, because
+place. A step reads everything it needs from ``self.param_groups`` and ``self.state``, because
 launchers replace both the group dicts and the parameters in them.
 """
 
@@ -51,25 +51,26 @@ class Muon(Optimizer):
         post_polar   W ← (1 − lr·λ)W − lr·s·F(O(G))
         polar_only   W ← (1 − lr·λ)W − lr·s·O(G)
 
-    ``lora_update="product"`` and ``"tangent"`` replace O by an update of the two factors of an
-    adapter together.
+    ``lora_update="product"`` and ``"tangent"`` replace O by a joint update of a LoRA adapter's A
+    and B.
 
     Args:
         params: Matrices, or named matrices, or groups. A group is a dict with ``params`` and
             ``algorithm``, ``"muon"`` (default) or ``"adamw"``; other keys override the settings
-            below. Tensors with three dimensions are stacks of matrices. Keys of others
-            (``lr_scale``) are kept; ``OneCycleLR`` and ``CyclicLR`` cycle ``momentum``, which is
-            β of the matrices and β₁ of the AdamW half.
+            below. Tensors with three dimensions are stacks of matrices. Keys of other libraries
+            (``lr_scale``) are kept. ``OneCycleLR`` and ``CyclicLR`` cycle ``momentum``, which is
+            β in Muon's groups and β₁ in AdamW's.
         lr: Learning rate of the matrices, ≥ 0. A tensor is read once: schedulers write numbers.
         replicate_group: The ranks that hold copies of the plain tensors and share the work on them
-            (``"world"``: all, found at the first step). DTensors need none. Default: no others.
-        config: All settings at once, in place of ``lr`` and ``settings``.
+            (``"world"``: all ranks, resolved at the first step). DTensors need none. Default: only
+            this rank.
+        config: All settings at once, instead of ``lr`` and ``settings``.
         **settings: Fields of :class:`~hf_muon.MuonConfig`.
 
     Raises:
-        ValueError: A setting that is not allowed, a group that holds a parameter which its
-            algorithm cannot train, or no matrix at all.
-        TypeError: As in torch, for parameters in a set and for what is no tensor.
+        ValueError: A setting is not allowed, a group holds a parameter that its algorithm cannot
+            train, or there is no matrix at all.
+        TypeError: As in torch, for parameters in a set and for items that are not tensors.
         FloatingPointError: From ``step``: a gradient is NaN or infinite. Parameters and state are
             as before the step.
 
@@ -100,21 +101,21 @@ class Muon(Optimizer):
         self._origins = Origins()
         self._settings: list[Group] = []
         self._forget()
-        self.routes: dict[str, Any] | None = None  # set where a model was routed; for reports
+        self.routes: dict[str, Any] | None = None  # set if a model was routed; for reports
         defaults = {"lr": self.config.muon_group()["lr"]}
-        if isinstance(self.config.momentum, float):  # else no scheduler can cycle it
+        if isinstance(self.config.momentum, float):  # only then can a scheduler cycle it
             defaults["momentum"] = self.config.momentum
         super().__init__(named_groups(params), defaults)
-        self._every_group = self.param_groups  # which DeepSpeed replaces by one of them for a call
+        self._every_group = self.param_groups  # DeepSpeed replaces these by one group during a call
         _warn_of_low_precision(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle or load: what was planned for other parameters is forgotten."""
+        """Unpickle or load; forget the plans made for other parameters."""
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("replicate_group", None)
         self._every_group = self.param_groups
-        if "_origins" not in self.__dict__:  # a copy; what it holds is what it was built from
+        if "_origins" not in self.__dict__:  # a copy: its parameters are those it was built from
             self._origins, self._settings = Origins(), []
             for number, group in enumerate(self.param_groups):
                 known = self.config.muon_group() if group["algorithm"] == "muon" else {}
@@ -123,25 +124,25 @@ class Muon(Optimizer):
         self._origins.forget_flats()
 
     def _forget(self) -> None:
-        """Plan anew, and agree anew, before the next step."""
+        """Plan and agree again before the next step."""
         self._plans, self._workspace, self._agreement = Plans(), Workspace(), Agreement()
         self._graphed = Graphed()
-        self._is_checked = False  # whether a step has looked at state that others may have left
+        self._is_checked = False  # whether a step has checked state that others may have edited
 
     @property
     def is_flattened(self) -> bool:
-        """Whether DeepSpeed's flat tensors are in the groups, of which a step may get one."""
+        """Whether the groups hold DeepSpeed's flat tensors; a step may then get a single group."""
         return self._origins.are_flattened
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles keep the settings, which ``add_param_group`` needs."""
+        """Keep the settings in copies and pickles, because ``add_param_group`` needs them."""
         kept: dict[str, Any] = {"config": self.config, "routes": self.routes}
         if isinstance(self.replicate_group, str):  # a process group cannot be copied
             kept["replicate_group"] = self.replicate_group
         return {**super().__getstate__(), **kept}
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, its hyper-parameters completed from the settings of the optimizer."""
+        """Add a group, completed with the optimizer's hyper-parameters."""
         group = {**complete_group(param_group, self.config), "group_id": len(self._settings)}
         if group["algorithm"] == "muon":
             first = group["params"][0]
@@ -150,12 +151,12 @@ class Muon(Optimizer):
             check_kernel(group["polar_kernel"])
         keys = {*group, "param_names"}
         super().add_param_group(group)
-        for key in self.param_groups[-1].keys() - keys:  # defaults that are not of this algorithm
+        for key in self.param_groups[-1].keys() - keys:  # defaults of the other algorithm
             del self.param_groups[-1][key]
         self._remember(self.param_groups[-1])
 
     def _remember(self, group: Group) -> None:
-        """Keep what launchers may replace in a group: its parameters and settings."""
+        """Remember what launchers may replace in a group: its parameters and settings."""
         self._origins.add_group(group["params"])
         self._settings.append(settings_of(group))
 
@@ -166,7 +167,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Train every parameter that has a gradient on any rank by one step."""
+        """Do one step on every parameter that has a gradient on some rank."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         groups = self._entries()
         if groups:
@@ -181,7 +182,7 @@ class Muon(Optimizer):
         return loss
 
     def _entries(self) -> list[list[Entry]]:
-        """What each group has; nothing where the call only rehearses."""
+        """Return the entries of each group; none if DeepSpeed only wants memory allocated."""
         if self._origins.are_flattened:
             self._is_checked &= not was_loaded(self.param_groups, self._settings)
             self._settings = with_own_settings(self.param_groups, self._settings)
@@ -189,7 +190,7 @@ class Muon(Optimizer):
         return [] if is_rehearsal(list(chain(*groups)), self.state) else groups
 
     def _prepared(self, groups: list[list[Entry]]) -> tuple[list[Plan | None], Exception | None]:
-        """The plan of each Muon group, its state made and checked; or why there is none."""
+        """Return the plan of each Muon group, with its state created and checked; or the error."""
         plans: list[Plan | None] = []
         try:
             check_decay(self.param_groups)
@@ -198,12 +199,12 @@ class Muon(Optimizer):
             for entries in groups:
                 of_muon = entries if entries and entries[0].group["algorithm"] == "muon" else []
                 plans.append(self._plan(_trained(of_muon)))
-        except Exception as error:  # the others would wait
+        except Exception as error:  # the other ranks would wait
             return plans, error
         return plans, None
 
     def _check_momentum(self) -> None:
-        """Raise where a scheduler that cycles momentum has written one β over several."""
+        """Raise if a scheduler that cycles momentum has replaced several β by one."""
         for group in self.param_groups:
             own = self._settings[group["group_id"]].get("momentum")
             if isinstance(own, str | tuple) and not isinstance(group["momentum"], type(own)):
@@ -221,13 +222,13 @@ class Muon(Optimizer):
         if plan.refresh(states):
             for entry, state in zip(entries, states, strict=True):
                 check_placement(entry, state.get("exp_avg"))
-            plan.held(entries)  # views that cannot be made raise here, before anything is written
+            plan.held(entries)  # raises here, before anything is written, if views are impossible
         return plan
 
     def _train_matrices(
         self, plans: list[Plan | None], trained: list[list[Entry]], members: list[Ranks]
     ) -> None:
-        """One step of the Muon groups: all of it, or, where a map fails, nothing."""
+        """Do one step of the Muon groups: all of it or, if a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
         is_alone = all(ranks.size == 1 for ranks in members)
         captures = self.config.cuda_graph
@@ -253,10 +254,10 @@ class Muon(Optimizer):
             raise error
 
     def _members(self, groups: list[list[Entry]]) -> list[Ranks]:
-        """The groups of ranks that must agree on a step.
+        """Return the groups of ranks that must agree on a step.
 
         Raises:
-            ValueError: Several ranks hold plain tensors and nobody said whether they are copies.
+            ValueError: Several ranks hold plain tensors, and nobody said whether they are copies.
         """
         entries = [entry for of_group in groups for entry in of_group]
         if self.replicate_group is None and _several_ranks():
@@ -274,15 +275,15 @@ class Muon(Optimizer):
         return [*sharing_ranks([entry.tensor for entry in entries], replicate), *flats]
 
     def _create_state(self) -> None:
-        """State of every trained tensor, with or without a gradient, at the first step.
+        """Create the state of every trained tensor at the first step, with or without a gradient.
 
-        What is there already must fit, before anything moves. Not in ``__init__``, because
-        accelerate replaces the parameters after it; for all, because a checkpoint that lacks the
-        state of a parameter cannot be resumed. Also for groups that DeepSpeed leaves out of this
-        call: it looks for their state after the first one.
+        Existing state must fit, which is checked before anything changes. This does not happen in
+        ``__init__`` because accelerate replaces the parameters later. It covers all tensors because
+        a checkpoint that lacks the state of a parameter cannot be resumed, including the groups
+        that DeepSpeed leaves out of this call: it looks for their state after the first one.
         """
         groups = self._every_group if self._origins.are_flattened else self.param_groups
-        for entries in filter(None, self._origins.entries(groups)):  # of a call, some are empty
+        for entries in filter(None, self._origins.entries(groups)):  # some groups may have none
             states = [self.state.get(entry.tensor) for entry in entries]
             if not (self._is_checked and fits(entries, states)):
                 for entry, state in zip(entries, states, strict=True):
@@ -290,7 +291,7 @@ class Muon(Optimizer):
         self._is_checked = True
 
     def _complete(self, entry: Entry, state: dict[str, Any] | None) -> None:
-        """Make the state of one tensor, or check what is there."""
+        """Create the state of one tensor, or check the state that exists."""
         if state:
             check = check_fit if self._is_checked else check_state
             check(entry, state)
@@ -301,9 +302,9 @@ class Muon(Optimizer):
             complete_state(entry.group, state, entry.tensor)
 
     def momenta(self) -> dict[str, list[Momentum]]:
-        """β of the next step for the matrices of each parameter, by its name.
+        """Return β of the next step for the matrices of each parameter, by parameter name.
 
-        Of a kernel that of each term; with ``momentum="auto"`` what is in use.
+        With several averages, one β each; with ``momentum="auto"``, the one in use.
         """
         found: dict[str, list[Momentum]] = {}
         for entry in chain(*self._origins.entries(self.param_groups)):
@@ -314,21 +315,21 @@ class Muon(Optimizer):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and groups; what schedulers wrote in NumPy's types is plain."""
+        """Return state and groups; values that schedulers wrote as NumPy types become plain."""
         state_dict = super().state_dict()
         for group in state_dict.get("param_groups", ()):
             make_plain(group)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer; its settings are used, as everywhere in torch.
+        """Load a checkpoint of this optimizer; its settings replace the current ones, as in torch.
 
         The user's hooks run first, and last, as torch documents.
 
         Raises:
-            ValueError: It was trained with other routes, in another order, or with settings that
-                are not allowed, or its state does not fit; the message names the parameters, and
-                nothing was changed.
+            ValueError: The checkpoint has other routes, another order, settings that are not
+                allowed, or state that does not fit. The message names the parameters, and nothing
+                was changed.
         """
         loaded: dict[str, Any] = {}
 
@@ -363,7 +364,7 @@ def _several_ranks() -> bool:
 
 
 def _trained(entries: list[Entry]) -> list[Entry]:
-    """Those of a group that need state: launchers' tensors, and plain ones that are not frozen."""
+    """Return the entries that need state: launchers' tensors, and plain ones that are trained."""
     first = entries[0] if entries else None
     if first is None or moves_pairs(first.group) or first.flat is not None or first.is_copy:
         return entries

@@ -1,8 +1,8 @@
-"""Matrices that half precision is not enough for: noticed in one step, in float32 from the next.
+"""Matrices that overflow in half precision: detected in one step, in float32 from the next.
 
-In: what the maps of a step flagged. Out: the same maps, in float32 for what was flagged before. The
-flags are on their way to the host while the next step is prepared, so that nothing waits for them;
-in the step that flags it, its polar factor counts as zero.
+In: the flags of a step's maps. Out: the same maps, in float32 for matrices flagged earlier. The
+flags travel to the host while the next step is prepared, so that nothing waits for them. In the
+step in which a polar factor is flagged, it counts as zero.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _Sent(NamedTuple):
 
 
 class Outliers:
-    """The matrices of a plan that were flagged.
+    """The flagged matrices of a plan.
 
     Attributes:
-        known: In earlier steps.
-        found: The flags of this step, on the device, with the matrices that they are of.
+        known: Those flagged in earlier steps.
+        found: The flags of this step, on the device, with the matrices that they belong to.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,14 @@ class Outliers:
         units: Iterable[Unit],
         back: torch.dtype | None,
     ) -> Callable[[Tensor], None]:
-        """A function that replaces matrices, and takes note of what is flagged in them.
+        """Return a function that replaces matrices and records the flags.
 
         Args:
-            replace: replaces matrices, (m, n) or (k, m, n), by what it makes of them with a polar
-                factor.
-            polar: that polar factor.
-            units: what the function will be called for, in that order.
-            back: the dtype that results travel in, which all of them have to fit, also on the rank
-                that need not send them.
+            replace: replaces matrices, (m, n) or (k, m, n), in place, using a polar function.
+            polar: that polar function.
+            units: the matrices that the function will be called for, in that order.
+            back: the dtype in which results are sent. All results must be rounded to it, even
+                where they are not sent.
         """
         coming = iter(units)
 
@@ -68,10 +67,10 @@ class Outliers:
             again = [(x, x.clone()) for unit, x in zip(own, matrices, strict=True) if unit in known]
             flags: list[Tensor] = []
             replace(X, partial(polar, outliers=Watch(flags, min(own[0].shape))))
-            if not devices.is_fake(X):  # a map of one's own may ask for other polar factors, too
+            if not devices.is_fake(X):  # a user's map may also ask for other polar factors
                 self.found += [(own, of_all) for of_all in flags if len(of_all) == len(own)]
             for x, copy in again:
-                # By products that need no check, which might fail here, on one rank alone.
+                # torch's products need no check, which might fail here on one rank alone.
                 replace(copy, partial(polar, dtype="float32", kernel="torch"))
                 x.copy_(copy.to(back or x.dtype))
 
@@ -79,7 +78,7 @@ class Outliers:
         return run
 
     def send(self) -> None:
-        """Send the flags of a step to the host, without waiting."""
+        """Start sending the flags of a step to the host, without waiting."""
         for device in dict.fromkeys(flags.device for _, flags in self.found):
             there = [(own, flags) for own, flags in self.found if flags.device == device]
             units = [unit for own, _ in there for unit in own]
@@ -87,8 +86,8 @@ class Outliers:
         self.found.clear()
 
     def read(self, name_of: Callable[[Unit], str]) -> None:
-        """Read the flags that have arrived, and say once of which matrices they are."""
-        self.found.clear()  # of a step that was taken back
+        """Read the flags that have arrived, and report the matrices that they belong to."""
+        self.found.clear()  # left over from a step that was undone
         while self._sent and (self._sent[0].arrived is None or self._sent[0].arrived.query()):
             units, flags, _ = self._sent.pop(0)
             raised = [unit for unit, is_set in zip(units, flags.tolist(), strict=True) if is_set]

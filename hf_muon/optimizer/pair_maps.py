@@ -1,7 +1,7 @@
-"""The maps of LoRA pairs, on the owner of both factors.
+"""The maps of LoRA pairs, computed by the rank that owns both A and B.
 
-In: a bucket in which each A is followed by its B, its whole weights and filtered gradients. Out:
-the whole changes; and, where factors are balanced after the step, what each is multiplied by.
+In: a bucket in which each A is followed by its B, with whole weights and filtered gradients. Out:
+the whole changes; and, if ‖A‖ and ‖B‖ are balanced after the step, the number for each.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def map_pairs(
     update: Update,
     due: Sequence[Unit],
 ) -> tuple[Whole, Whole]:
-    """The changes of this rank's factors, and what balances those that are due for it.
+    """Return the changes of this rank's A and B, and the numbers that balance those due for it.
 
-    Pairs of one shape and step go together on an accelerator. One by one, as on a CPU, costs up to
-    0.7 ms a pair, and nothing from rank 16 and 2048 columns on.
+    On an accelerator, pairs of one shape and step size go in one batch. One by one, as on a CPU,
+    they would cost up to 0.7 ms a pair; from rank 16 and 2048 columns on it makes no difference.
     """
     pairs = _in_pairs(bucket.mine)
     alike = batched_alike([(sizes[a], a.shape, b.shape) for a, b in pairs], bucket.device)
@@ -58,18 +58,18 @@ def _in_pairs(units: Sequence[Unit]) -> list[UnitPair]:
 
 
 def _stacked(pairs: Sequence[UnitPair], whole: Whole) -> Pair:
-    """Copies, (k, r, n) and (k, m, r): aligned and contiguous wherever they come from."""
+    """Return copies, (k, r, n) and (k, m, r), aligned and contiguous whatever their source."""
     return Pair(*(torch.stack([whole[u] for u in units]) for units in zip(*pairs, strict=True)))
 
 
 def _each(pairs: Sequence[UnitPair], values: Pair) -> Iterable[tuple[Unit, Tensor]]:
-    """Every unit of some pairs with its value."""
+    """Yield every matrix of some pairs with its value."""
     for units, of_units in zip(zip(*pairs, strict=True), values, strict=True):
         yield from zip(units, of_units, strict=True)
 
 
 def due_for_balance(bucket: Bucket, counts: Sequence[Tensor], every: int) -> list[Unit]:
-    """The factors that are balanced after a step; ``counts`` are the steps before, by parameter."""
+    """Return the A and B to balance after a step; ``counts``: earlier steps, by parameter."""
     return [
         unit
         for pair in _in_pairs(bucket.units)
@@ -79,7 +79,7 @@ def due_for_balance(bucket: Bucket, counts: Sequence[Tensor], every: int) -> lis
 
 
 def _balance(old: Pair, change: Pair) -> Pair:
-    """What each factor is multiplied by, from the whole factors after the step, (k,) each."""
+    """Return the numbers that balance A and B, from the whole A and B after the step, (k,) each."""
     dtype = devices.widest(old.a.device)
     squares = [(w + d).to(dtype).square().sum((-2, -1)) for w, d in zip(old, change, strict=True)]
     factor = balance_factor(*squares)
@@ -89,10 +89,10 @@ def _balance(old: Pair, change: Pair) -> Pair:
 def agreed_balance(
     bucket: Bucket, due: Sequence[Unit], balance: Whole
 ) -> Generator[None, None, Whole]:
-    """What the owners of the factors that are due found.
+    """Share the balancing numbers that the owners of the pairs have found.
 
-    Each rank adds zeros to what the owner says. Sums of squares over pieces would need a message
-    as well, and depend on the sharding: near the middle between two powers of two so would the
+    Each rank adds zeros to the owner's number. Summing squares over pieces would need a message as
+    well, and would depend on the sharding: near the middle between two powers of two, so would the
     balance.
     """
     found = torch.zeros(len(due), device=bucket.device)
@@ -120,7 +120,7 @@ def _tangent(
 
 def _shared(size: float, settings: Settings) -> dict[str, Any]:
     lr, weight_decay = settings["lr"], settings["weight_decay"]
-    decay = lr * weight_decay if weight_decay else 0.0  # no tensor, where lr is one
+    decay = lr * weight_decay if weight_decay else 0.0  # a plain zero even if lr is a tensor
     return {"step": lr * size, "decay": decay, "damping": settings["lora_damping"]}
 
 

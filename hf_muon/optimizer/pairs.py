@@ -1,8 +1,8 @@
-"""LoRA factors whose product moves: which two belong together, and that both are there.
+"""LoRA pairs that are updated as a product: which A belongs to which B, and that both are there.
 
 In: a param group with ``pairs``, ``factors`` and ``scalings``, aligned with its parameters, or the
 entries of such groups in a step. Out: a checked group, the entries that take part in the step, and
-the teams of matrices for its plan.
+the pairs of matrices for its plan.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from hf_muon.rules import rule_of
 
 
 def moves_pairs(group: Group) -> bool:
-    """Whether the factors of a Muon group are updated through their product."""
+    """Whether the A and B of a Muon group are updated through their product."""
     return group["algorithm"] == "muon" and rule_of(group).whole.of_pairs
 
 
 def partners(group: Group) -> list[int]:
-    """The position of the other factor, for each parameter of a group that moves pairs."""
+    """Return, for each parameter of such a group, the position of its partner."""
     position = {name: index for index, name in enumerate(group["param_names"])}
     return [position[name] for name in group["pairs"]]
 
 
 def check_pairs(group: Group, names: Sequence[str]) -> None:
-    """Raise for a group in which a factor has no partner, or a pair no step size.
+    """Raise if an A or B has no partner, or a pair has no step size.
 
     Args:
-        group: A group that moves pairs, with its ``matrices``.
-        names: Of its parameters; empty where they have none.
+        group: A group that updates pairs, with its ``matrices``.
+        names: Names of its parameters; empty if they have none.
 
     Raises:
         ValueError: Names the parameter and what to do.
@@ -66,10 +66,10 @@ def check_pairs(group: Group, names: Sequence[str]) -> None:
 
 
 def check_decay(groups: Iterable[Group]) -> None:
-    """Raise for a decay that would take a whole product away; on all ranks, as all know it.
+    """Raise for a decay that would remove a whole product; on all ranks, since all know it.
 
     Raises:
-        ValueError: lr·weight_decay of a group that moves pairs is 1 or more.
+        ValueError: lr·weight_decay of a group that updates pairs is 1 or more.
     """
     for group in groups:
         if moves_pairs(group):
@@ -82,10 +82,10 @@ def check_decay(groups: Iterable[Group]) -> None:
 
 
 def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entry]:
-    """Those of a group that a step trains: a factor also where only its partner has a gradient.
+    """Return the entries of a group that a step trains: A or B also if only its partner is active.
 
     Args:
-        entries: All of one group that this call of the optimizer was given.
+        entries: All entries of one group in this call of the optimizer.
         active: The entries that have a gradient on some rank.
     """
     if not entries or not moves_pairs(entries[0].group):
@@ -108,14 +108,14 @@ def _split(group: Group, partner: int) -> str:
 
 
 def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], ...]:
-    """The matrices of each A and of its B, expert by expert, for the plan of a step.
+    """Return the matrices of each A and of its B, expert by expert, for the plan of a step.
 
     Args:
-        group: A group that moves pairs.
-        entries: Those of the step; a matrix is numbered as in :attr:`Entry.matrices`.
+        group: A group that updates pairs.
+        entries: Those of the step; matrices are numbered as in :attr:`Entry.matrices`.
 
     Raises:
-        ValueError: The partner of a factor was not given.
+        ValueError: The partner of an A or B is missing.
     """
     places: dict[int, list[Place]] = {}
     for number, entry in enumerate(entries):

@@ -1,7 +1,7 @@
-"""Portions of pieces, with the weights and the buffers that go with them.
+"""Portions of pieces, with the weights and buffers that belong to them.
 
-In: the pieces of a bucket that a rank holds. Out: records and views, which stay the same from step
-to step.
+In: the pieces of a bucket that a rank holds. Out: records and views that stay the same from step to
+step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_muon.stages import Buffer, Given, Momentum, blocks_in
 
 
 class Part(NamedTuple):
-    """A portion of the pieces that share β and scale, with what stays the same in every step."""
+    """A portion of the pieces that share β and step-size factor, with data for every step."""
 
     portion: Portion
     momentum: Momentum
@@ -32,7 +32,7 @@ Told = tuple[tuple[list[Tensor], ...], Given]
 
 
 def of_matrix(buffer: Buffer, unit: Unit, of_parameter: Tensor) -> Tensor:
-    """What a buffer keeps of one matrix: (m, 1), (numbers,) or (m, blocks)."""
+    """Return one matrix's share of a buffer: (m, 1), (numbers,) or (m, blocks)."""
     of_one, (rows, cols) = of_parameter[unit.matrix], unit.shape
     if buffer.kind == "rows":
         return of_one[:rows, None]
@@ -40,6 +40,6 @@ def of_matrix(buffer: Buffer, unit: Unit, of_parameter: Tensor) -> Tensor:
 
 
 def rows_of(of_rows: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
-    """The rows of a piece, or of a portion of it, in what belongs to all rows of its matrix."""
+    """Return the rows of a piece, or of a portion of it, from a tensor of its matrix's rows."""
     of_piece = of_rows[first : first + rows]
     return of_piece if portion.rows is None else of_piece[portion.rows]

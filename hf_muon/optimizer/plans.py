@@ -1,8 +1,8 @@
-"""Where the matrices of a group are, the buckets in which they are trained, and views of them.
+"""Plans: where the matrices of a group are, the buckets in which they are trained, and views.
 
-In: a param group, its entries and their state. Out: what a step walks. What is found is kept, since
-shapes and places stay the same from step to step: a plan is made for all tensors of a group once,
-and a step that trains some of them leaves the others out of it.
+In: a param group, its entries and their state. Out: what a step follows. A plan is made once for
+all tensors of a group and kept, since shapes and places stay the same from step to step; a step
+that trains only some of them skips the others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from hf_muon.stages import Buffer, Momentum, Rule
 
 State = dict[str, Any]
 
-# The settings of a group that a plan follows from, beside its rule.
+# The settings of a group that a plan depends on, besides its rule.
 _PLANNED_BY = (
     "bucket_mb", "distribute", "polar_method", "polar_dtype", "polar_steps", "polar_kernel",
     "compile", "adjust_lr",
@@ -53,14 +53,14 @@ _PLANNED_BY = (
 
 
 class Plan:
-    """What the steps of a group have in common, as long as nobody moves its tensors.
+    """What the steps of a group have in common while nobody moves its tensors.
 
     Attributes:
         group: The param group.
         rule: Its update rule.
-        entries: All that the optimizer was given of it.
-        buckets: Of all their matrices.
-        outliers: Those that half precision is not enough for.
+        entries: All its entries that the optimizer was given.
+        buckets: Buckets of all their matrices.
+        outliers: The matrices that overflow in half precision.
     """
 
     def __init__(self, group: Group, entries: Sequence[Entry], buckets: list[Bucket]) -> None:
@@ -82,9 +82,9 @@ class Plan:
         ]
 
     def refresh(self, states: Sequence[State]) -> bool:
-        """Take note of the tensors and their state; whether they are others than before."""
+        """Read the tensors and their state; return whether they differ from the last ones."""
         self._states = states
-        for state in states:  # whoever moves all state to the device moves what the host counts by
+        for state in states:  # moving all state to the device also moves the host's step counts
             if not state["step"].is_cpu:
                 state["step"] = step_count(state["step"])
         self._weights = locals_of([entry.tensor for entry in self.entries])
@@ -92,7 +92,7 @@ class Plan:
             buffer: locals_of([state[buffer.name] for state in states])
             for buffer in buffers_of(self.group)
         }
-        # A view keeps its storage alive, so that another one cannot have its address.
+        # A kept view keeps its storage alive, so a new storage cannot have the same address.
         seen = [
             (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
             for t in chain(self._weights, *self._kept.values())
@@ -103,7 +103,7 @@ class Plan:
         return is_new
 
     def held(self, trained: Sequence[Entry]) -> list[Held]:
-        """What a step on some of the entries walks; that of the last step is kept."""
+        """Return the buckets of a step on some entries; the last result is cached."""
         numbers = frozenset(self._number[entry] for entry in trained)
         if self._held[0] != numbers:
             buckets = self.buckets
@@ -115,7 +115,7 @@ class Plan:
         return self._held[1]
 
     def step(self, trained: Sequence[Entry], workspace: Workspace) -> Step:
-        """What the step has of the group; what is not trained has no gradient in it."""
+        """Return the data of a step; entries that are not trained have no gradient in it."""
         gradients, group = list(self._weights), self.group
         for entry in trained:
             gradients[self._number[entry]] = local_gradient(entry.tensor)
@@ -124,7 +124,7 @@ class Plan:
         return Step(group, self.rule, gradients, *told)
 
     def read_outliers(self) -> None:
-        """Take note of what earlier steps have flagged, as far as that has arrived."""
+        """Read the flags of earlier steps that have arrived."""
         self.outliers.read(self._name_of)
 
     def _name_of(self, unit: Unit) -> str:
@@ -134,16 +134,16 @@ class Plan:
 
     @property
     def counts(self) -> list[Tensor]:
-        """The steps before, of each entry; on the CPU."""
+        """The number of earlier steps of each entry, on the CPU."""
         return [state["step"] for state in self._states]
 
     @property
     def has_schedule(self) -> bool:
-        """Whether β follows from the number of the step."""
+        """Whether β depends on the step."""
         return bool(self.group["momentum_warmup_steps"] or self.group["momentum_cooldown_steps"])
 
     def momenta(self, ahead: int = 0) -> list[list[Momentum]]:
-        """β of each matrix of each entry in this step, or some steps ahead."""
+        """Return β of each matrix of each entry in this step, or some steps ahead."""
         group, counts = self.group, self.counts
         if group.get("momenta"):
             return [entry.momenta for entry in self.entries]
@@ -154,7 +154,7 @@ class Plan:
         return [[momentum] * len(entry.matrices) for momentum, entry in pairs]
 
     def count(self, trained: Sequence[Entry]) -> None:
-        """Count a step of some entries; not in place, because loaders may share one tensor."""
+        """Count a step of some entries; not in place, because loaders may have shared a tensor."""
         self.outliers.send()
         states = [self._states[self._number[entry]] for entry in trained]
         counted = torch._foreach_add([state["step"] for state in states], 1)
@@ -162,18 +162,18 @@ class Plan:
             state["step"] = step
 
     def may_fail(self, trained: Sequence[Entry]) -> bool:
-        """Whether a step on some of the entries may have to be taken back."""
+        """Whether a step on some of the entries may have to be undone."""
         states = (self._states[self._number[entry]] for entry in trained)
         is_first = self.rule.may_refuse and not all(map(_counted, states))
         return may_fail(self.rule, self.group, is_first)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """What a step writes, each with a copy."""
+        """Return each tensor that a step writes, with a copy."""
         written = [*self._weights, *chain.from_iterable(self._kept.values())]
         return [(tensor, tensor.clone()) for tensor in written]
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same on all ranks, beside the settings."""
+        """Return what must be the same on all ranks, besides the settings."""
         where = f"of muon group {self.group['group_id']}"
         names = [(entry.name, tuple(entry.tensor.shape)) for entry in self.entries]
         owners = [
@@ -199,14 +199,14 @@ class Plans:
         self._plans: dict[Any, Plan] = {}
 
     def of(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> Plan:
-        """The plan of a group; ``replicate`` holds copies of plain tensors."""
+        """Return the plan of a group; the ranks of ``replicate`` hold copies of plain tensors."""
         settings = tuple(group[name] for name in _PLANNED_BY)
         key = (tuple(entries), replicate, id(replicate.group), rule_of(group), settings)
         if key not in self._plans:
             for entry in entries:
                 check_placement(entry)
             plan = Plan(group, entries, self._buckets(group, entries, replicate))
-            # Of a group one plan is kept, or those of the flat tensors that it has in turn.
+            # One plan is kept per group, or one for each of its flat tensors, which come in turn.
             self._plans = {k: p for k, p in self._plans.items() if not _replaced(p, entries)}
             self._plans[key] = plan
         return self._plans[key]
@@ -220,7 +220,7 @@ class Plans:
             together = teams(group, entries)
             dtypes = [reduce(torch.promote_types, dtypes)] * len(entries)
         wires = [wire_dtype(group, *of) for of in zip(dtypes, devices, strict=True)]
-        copies = 2 if together else 1  # of pairs, the owner gets the weights as well
+        copies = 2 if together else 1  # the owner of a pair also gets the weights
         largest = max(wire.itemsize for wire in wires)
         limits = bucket_elements(group["bucket_mb"], copies * largest)
         buckets = plan_buckets(layouts, devices, limits[0], together, wires, limits[1])
@@ -229,7 +229,7 @@ class Plans:
         return buckets
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
-        """Where the matrices of a tensor are; found once for each kind of tensor."""
+        """Find the matrices of a tensor; done once for each kind of tensor."""
         tensor, inside = entry.tensor, entry.group["matrices"]
         if entry.flat is not None:
             if entry.flat not in self._layouts:
@@ -248,7 +248,7 @@ class Plans:
 
 
 def momenta_of(entry: Entry, state: State) -> Sequence[Momentum]:
-    """β of the next step for each matrix of an entry; with ``auto`` what is in use."""
+    """Return β of the next step for each matrix of an entry; with ``auto`` the one in use."""
     if "momentum_scores" in state:
         return momenta_in_use(state["momentum_scores"])
     if entry.group.get("momenta"):
@@ -261,13 +261,13 @@ def _counted(state: State) -> bool:
 
 
 def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:
-    """Whether a plan for some entries takes the place of another one."""
+    """Whether a plan for some entries replaces another plan."""
     same = plan.group["group_id"] == entries[0].group["group_id"]
     return same and (entries[0].flat is None or not {*plan.entries}.isdisjoint(entries))
 
 
 def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]) -> None:
-    """Raise where a stage needs whole matrices and this rank, or another, holds parts of them."""
+    """Raise if a stage needs whole matrices and some rank holds only parts of them."""
     if all(stage.needs != "matrices" for stage in rule.stages):
         return
     for unit in (unit for bucket in buckets for unit in bucket.units):
@@ -283,7 +283,7 @@ def _check_whole(rule: Rule, entries: Sequence[Entry], buckets: Sequence[Bucket]
 def _step_sizes(
     group: Group, entries: Sequence[Entry], buckets: Sequence[Bucket]
 ) -> dict[Unit, float]:
-    """The step-size factor of every matrix; of pairs that of their product."""
+    """Return the step-size factor of every matrix; in a pair that of the product."""
     rule = group["adjust_lr"]
     units = [unit for bucket in buckets for unit in bucket.units]
     matrices = {unit: entries[unit.parameter].matrices[unit.matrix] for unit in units}
@@ -302,14 +302,14 @@ def _there_and_back(bucket: Bucket) -> str:
 
 
 def _divides(entry: Entry) -> bool:
-    """Whether ranks that hold copies divide the work on a tensor among them."""
+    """Whether ranks that hold copies of a tensor divide the work on it."""
     group, matrices = entry.group, entry.matrices
     if group["distribute"] != "auto" or not matrices:
         return bool(group["distribute"] != "redundant")
     device = compute_device(entry.tensor, entry.flat is not None)
     itemsize = wire_dtype(group, entry.tensor.dtype, device).itemsize
     together = [matrices[0]]
-    if moves_pairs(group):  # the same answer for both factors
+    if moves_pairs(group):  # A and B must get the same answer
         partner = partners(group)[entry.indices[0]]
         together.append(Matrix(*group["matrices"][partner][0]))
     return any(

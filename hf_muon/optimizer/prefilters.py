@@ -1,8 +1,8 @@
-"""What happens to gradients ahead of everything: against heavy tails and single spikes.
+"""Prefilters: what happens to gradients first, against heavy tails and single spikes.
 
-In: pieces of gradients. Out: the same, without what would own an average for a window of steps. An
-average of gradients with infinite variance is dominated by single entries (arXiv 2606.03899), and
-one gradient that is a thousand times too large stays in it for thousands of steps.
+In: pieces of gradients. Out: the same without entries that would dominate an average for a whole
+window. An average of gradients with infinite variance is dominated by single entries (arXiv
+2606.03899), and one gradient a thousand times too large stays in it for thousands of steps.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from hf_muon.polar import devices
 from hf_muon.rules import PREFILTERS
 from hf_muon.stages import NORMS, Buffer, Given, Stage, Statistic, wide
 
-# How much the logarithm of the running median changes where no entry, or every one, is above it.
+# How much the logarithm of the running median changes if no entry, or every entry, is above it.
 _RATE = 0.1
 
 
 def clip(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """Cut entries at ± ``prefilter_threshold`` times the running median of abs(G)."""
+    """Clip entries at ± ``prefilter_threshold`` times the running median of abs(G)."""
     limit = given.settings["prefilter_threshold"]
     bounds = (limit * median.to(one.dtype) for one, median in zip(x, given.whole, strict=True))
     return [torch.clamp(one, -b, b) for one, b in zip(x, bounds, strict=True)]
 
 
 def _counts(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """How many entries are above the median so far, how many are not zero, and their sum."""
+    """Return how many entries exceed the median so far, how many are nonzero, and their sum."""
     found = []
     for one, median in zip(x, buffers[0], strict=True):
         size = one.abs()
@@ -38,13 +38,12 @@ def _counts(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) ->
 
 
 def _median(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """The running median: s ← s·exp(r·(2p − 1)), p the share of entries above s.
+    """Update the running median s ← s·exp(r·(2p − 1)), where p is the share of entries above s.
 
-    It rests where p is a half.
-
-    A count depends on no layout, and no size of an entry moves s by more than a factor e^r. Entries
-    of zero do not count: what a gradient does not reach says nothing of its scale. s begins with
-    the median that normal entries with this mean of their sizes have.
+    It is stationary at p = ½. Counts do not depend on the sharding, and no single entry, however
+    large, changes s by more than a factor e^r. Zero entries do not count: they belong to weights
+    that the gradient does not reach, and say nothing of its scale. s begins at the median that
+    normally distributed entries with the same mean absolute value have.
     """
     [medians] = buffers
     for (above, some, total), median in zip(sums, medians, strict=True):
@@ -59,7 +58,7 @@ _MEDIAN_OF_NORMAL = 0.67448975 / math.sqrt(2 / math.pi)  # median over mean of a
 
 
 def norm(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """G/‖G‖_F of the whole matrix: each step has the same weight in what follows. Zero stays."""
+    """G/‖G‖_F of the whole matrix, so that each step has the same weight. Zero stays zero."""
     found = []
     for one, size in zip(x, given.whole, strict=True):
         numbers = wide(one)

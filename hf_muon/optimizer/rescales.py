@@ -1,7 +1,7 @@
-"""Rescalings: what happens to the sizes in an update after the polar factor.
+"""Rescalings of the update after the polar factor.
 
-In: pieces of updates U, and what is known of the whole ones. Out: updates of the same direction as
-a whole, or with other proportions between rows (NorMuon) or entries (AdaMuon).
+In: pieces of updates U, and statistics of the whole updates. Out: updates with the same direction,
+or with other proportions between rows (NorMuon) or entries (AdaMuon).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def frobenius(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
 
 
 def times(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """Each update times what was found for it, a number for each of its rows, in float32."""
+    """Multiply each update by its statistic, a number for each of its rows, in float32."""
     return [u * factor.to(u) for u, factor in zip(map(wide, x), given.whole, strict=True)]
 
 
@@ -40,9 +40,9 @@ def _row_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Give
 def _row_factors(
     sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given
 ) -> list[Tensor]:
-    """NorMuon (arXiv 2510.05491): v ← β₂v + (1−β₂)·mean of U² over columns.
+    """NorMuon (arXiv 2510.05491): v ← β₂v + (1−β₂)·(mean of U² over columns).
 
-    Each row of U is divided by √v + ε, and all of them together are brought back to ‖U‖_F.
+    Divides each row of U by √v + ε, then scales the whole update back to ‖U‖_F.
     """
     found = []
     for squares, average, (_, cols) in zip(sums, buffers[0], given.shapes, strict=True):
@@ -53,7 +53,7 @@ def _row_factors(
 
 
 def entries(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """AdaMuon (arXiv 2507.11005): V ← β₂V + (1−β₂)U²; U/(√V̂ + ε), brought back to ‖U‖_F.
+    """AdaMuon (arXiv 2507.11005): V ← β₂V + (1−β₂)U²; U/(√V̂ + ε), scaled back to ‖U‖_F.
 
     V̂ = V/(1 − β₂ᵗ) in step t.
     """
@@ -74,7 +74,7 @@ def _divided(x: list[Tensor], averages: list[Tensor], given: Given) -> list[Tens
 
 
 def _both_squares(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """‖U‖² before and after the division by this step's averages."""
+    """Return ‖U‖² before and after the division by this step's averages."""
     [averages] = buffers
     beta = given.settings["rescale_beta"]
     coming = [
@@ -90,7 +90,7 @@ def _ratios(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given)
 
 
 def _ratio(before: Tensor, after: Tensor) -> Tensor:
-    """What brings a matrix back to its norm; both are squares of norms."""
+    """Return the number that restores a matrix's norm, from the squares of both norms."""
     return torch.where(after > 0, (before / after).sqrt(), 0.0)
 
 

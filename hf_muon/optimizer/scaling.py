@@ -1,8 +1,8 @@
 """Step-size factors: how far to go along a polar factor.
 
-In: (m, n) = (fan_out, fan_in) of the whole matrix, never of a shard. Out: the factor that
-multiplies the learning rate. A polar factor has spectral norm 1, Frobenius norm √min(m, n) and
-hence RMS 1/√max(m, n); each rule says which norm of the update it fixes.
+In: (m, n) = (fan_out, fan_in) of the whole matrix, never of a shard. Out: the step-size factor,
+which multiplies the learning rate. A polar factor has spectral norm 1, Frobenius norm √min(m, n)
+and hence RMS 1/√max(m, n); each rule states which norm of the update it fixes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ STEP_SIZES: dict[str, Callable[[int, int], float]] = {
 
 
 def step_size(rule: str, matrix: Matrix) -> float:
-    """The factor for one matrix, in its own orientation.
+    """Return the step-size factor for one matrix, in its own orientation.
 
     Raises:
-        ValueError: The rule depends on which side is fan_out and the layer does not say.
+        ValueError: The rule depends on which side is fan_out, and the layer does not declare it.
     """
     rows, cols = matrix.rows, matrix.cols
     if matrix.fan_out_dim is None and rows != cols and rule in ("original", "spectral"):

@@ -1,8 +1,8 @@
-"""One step on a bucket of matrices: the walk through a rule, in the order of the paper.
+"""One step on a bucket of matrices, in the order of the paper.
 
-In: what this rank holds of a bucket, and what the step has of its group. Out: the weights and the
-buffers of the rule's stages, changed in place. Only the map in the middle needs whole matrices,
-everything else works on the pieces that this rank holds::
+In: this rank's share of a bucket, and the data of its group. Out: the weights and the buffers of
+the rule's stages, changed in place. Only the map in the middle needs whole matrices; everything
+else works on the pieces that this rank holds::
 
     gradient ── before ──► gather ── whole ── scatter ── after ──► decay, scale, write
 """
@@ -37,11 +37,11 @@ from hf_muon.stages import Rule
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
-    """Walk through the rule; yields while others communicate.
+    """Follow the rule through one bucket; yields while ranks communicate.
 
     Args:
-        held: A bucket, and what this rank holds of it.
-        step: What the step has of its group.
+        held: This rank's share of a bucket.
+        step: The data of its group in this step.
     """
     rule = step.rule
     if step.settings["skip_zero_gradients"]:
@@ -64,13 +64,13 @@ def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
 
 
 class Mapped(NamedTuple):
-    """What the maps have made of a bucket.
+    """The results of the maps on a bucket.
 
     Attributes:
         results: For each piece of this rank.
-        measured: What the next stage must know of the whole results, if their owners could tell.
-        due: The factors of pairs that are to be balanced, and
-        balance: what those of this rank are to be multiplied by.
+        measured: The next stage's statistic of the whole results, if their owners computed it.
+        due: The A and B of LoRA pairs that are to be balanced.
+        balance: The numbers that balance those of this rank.
     """
 
     results: Result
@@ -80,8 +80,8 @@ class Mapped(NamedTuple):
 
 
 def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
-    """Map each matrix on its owner, who also measures what the next stage asks for."""
-    # Where others communicate, the matrices of several buckets are there at the same time.
+    """Map each matrix on its owner, who also measures what the next stage needs."""
+    # While ranks communicate, the matrices of several buckets exist at the same time.
     bucket, whole = held.bucket, step.rule.whole
     empty = step.workspace.empty if bucket.is_alone else newly_allocated
     seen: dict[Unit, Tensor] = {}
@@ -96,7 +96,7 @@ def _map_matrices(held: Held, step: Step, fill: Fill) -> Generator[None, None, M
 
 
 def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapped]:
-    """Map each A and its B, with their weights, on their owner; and what balances them, if due."""
+    """Map each LoRA pair, with its weights, on its owner; and find its balance, if due."""
     bucket, settings, rule = held.bucket, step.settings, step.rule
     every = settings["tangent_balance_every"] if rule.whole.balances else 0
     due = due_for_balance(bucket, step.counts, every)
@@ -118,13 +118,13 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
 
 
 def may_fail(rule: Rule, settings: Settings, is_first: bool) -> bool:
-    """Whether a step may have to be taken back; a decomposition may not converge."""
+    """Whether a step may have to be undone; a decomposition may fail to converge."""
     refuses = is_first and rule.may_refuse
     return rule.may_fail or refuses or settings["polar_method"] == "svd"
 
 
 def _replacing(bucket: Bucket, step: Step) -> Callable[[Tensor], None]:
-    """A map as a function that replaces matrices by what it makes of them; an error gives zeros."""
+    """Return a function that replaces matrices by their map; after an error, by zeros."""
     whole, settings = step.rule.whole, step.settings
     usual = polar_function(settings, step.workspace)
 
@@ -152,7 +152,7 @@ def _check_mapped(found: Tensor, X: Tensor) -> None:
 
 
 def polar_function(settings: Settings, workspace: Workspace | None = None) -> Callable[..., Tensor]:
-    """The polar factor with the settings of a group, in its compute dtype."""
+    """Return the polar function with a group's settings; its results are in the compute dtype."""
     return partial(
         orthogonalize,
         method=settings["polar_method"],
@@ -166,10 +166,10 @@ def polar_function(settings: Settings, workspace: Workspace | None = None) -> Ca
 
 
 def products_name(settings: Settings, device: torch.device, is_fake: bool = False) -> str:
-    """Who multiplies on a device, after a check at first use.
+    """Return the name of what multiplies on a device, after a check at first use.
 
     Raises:
-        RuntimeError: ``polar_kernel`` names one that cannot.
+        RuntimeError: ``polar_kernel`` names one that cannot be used.
     """
     svd = settings["polar_method"] == "svd" or rule_of(settings).whole.decomposes
     if svd or settings["compile"]:
@@ -180,9 +180,9 @@ def products_name(settings: Settings, device: torch.device, is_fake: bool = Fals
 
 
 def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that inputs travel in: that of the computation; of float16 the range is too small.
+    """Return the dtype in which inputs travel: the compute dtype, except float16 (range too small).
 
-    Pairs of LoRA factors travel with their weights, in full precision.
+    LoRA pairs travel with their weights, in full precision.
 
     Args:
         settings: Of the param group.
@@ -199,14 +199,14 @@ def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
 
 
 def returned_dtype(settings: Settings, wire: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that results travel in, back from their owners.
+    """Return the dtype in which results travel back from their owners.
 
-    float16 holds polar factors that were computed in it: their entries are 1.2 at most. What other
-    maps make may be of any size.
+    float16 holds polar factors that were computed in it: their entries are at most 1.2. The results
+    of other maps may be of any size.
 
     Args:
         settings: Of the param group.
-        wire: The dtype that inputs travel in.
+        wire: The dtype in which inputs travel.
         device: Where their polar factors are computed.
     """
     whole = rule_of(settings).whole

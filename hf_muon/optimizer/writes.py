@@ -1,4 +1,4 @@
-"""The write: what an update does to the weights.
+"""Step rules: how an update changes the weights.
 
 In: weights, their updates and the numbers of the step. Out: the weights, changed in place. The
 step-size factor enters here, in the last product, so that an update in low precision is rounded
@@ -32,11 +32,11 @@ def apply_update(
     Args:
         weights: Each W, of any shape; written.
         updates: Their U, of the same shapes.
-        lr: Learning rate; a float64 tensor, (), where the device alone reads it.
+        lr: Learning rate; a float64 tensor, (), if only the device reads it.
         scale: Step-size factor of the matrices.
         weight_decay: λ, decoupled from the gradient.
-        cautious: Decay only the entries in which the decay and the update have the same
-            direction, U·W > 0 (arXiv 2510.12402).
+        cautious: Decay only the entries in which decay and update have the same direction,
+            U·W > 0 (arXiv 2510.12402).
     """
     if isinstance(lr, Tensor):
         _apply_rate(weights, updates, lr, scale, weight_decay, cautious)
@@ -49,9 +49,9 @@ def apply_update(
     elif weight_decay and (dtype.itemsize >= 4 or not on_cpu):
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
     elif weight_decay:
-        for weight in weights:  # torch._foreach_mul_ would round the factor to the dtype
+        for weight in weights:  # torch._foreach_mul_ would round the number to the dtype
             weight.mul_(1 - lr * weight_decay)
-    # Where dtypes differ a list takes a call for each tensor, but none is rounded once more.
+    # On mixed dtypes foreach makes one call per tensor, but then nothing is rounded once more.
     for W, U in [(weights, updates)] if on_cpu else _in_few_calls(weights, updates):
         torch._foreach_add_(W, U, alpha=-(lr * scale))
 
@@ -63,9 +63,9 @@ _WORTH_A_LAUNCH = 2**21
 def _in_few_calls(
     weights: list[Tensor], updates: list[Tensor]
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Lists of weights and updates; small updates get the dtype of weights, if that has all digits.
+    """Group weights and updates; small updates get the weights' dtype, if it has all their digits.
 
-    A copy of large ones would take longer than their launches.
+    Copying large updates would take longer than the launches it saves.
     """
     dtype, given = weights[0].dtype, updates[0].dtype
     if dtype == given or torch.promote_types(dtype, given) != dtype:
@@ -87,11 +87,11 @@ def _apply_rate(
     weight_decay: float,
     cautious: bool,
 ) -> None:
-    """The same, where no kernel can be given lr as a number: lr·scale·U is rounded before it goes.
+    """The same where a kernel cannot take lr as a number: lr·scale·U is rounded before it is added.
 
-    Weights in half precision are rounded once, in the end.
+    Weights in half precision are rounded once, at the end.
     """
-    W = list(map(wide, weights))  # themselves in float32
+    W = list(map(wide, weights))  # the weights themselves if they are float32
     dtype = reduce(torch.promote_types, [w.dtype for w in W])
     U = in_dtype_of(updates, W)
     if weight_decay and cautious:
@@ -111,13 +111,13 @@ def additive(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -
 
 
 def change(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """W ← W + U: the change of a pair has rate, size and decay in it."""
+    """W ← W + U: the change of a LoRA pair already contains rate, step size and decay."""
     torch._foreach_add_(list(given.weights), x)
     return x
 
 
 def relative(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """W ← (1 − ηλ)W − η·U·‖W‖_F/‖U‖_F: the rate is the share of W that a step changes."""
+    """W ← (1 − ηλ)W − η·U·‖W‖_F/‖U‖_F: a step changes W by the share η."""
     sizes = (_over(weight, update).sqrt() for weight, update in given.whole)
     _apply([u * size.to(u) for u, size in zip(map(wide, x), sizes, strict=True)], given, 1.0)
     return x
@@ -136,7 +136,7 @@ def _apply(updates: list[Tensor], given: Given, scale: float) -> None:
 
 
 def hyperball(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """W ← R(W − ηŨ)/‖W − ηŨ‖_F, Ũ = R·U/‖U‖_F, and R = ‖W₀‖_F: the norm of W stays."""
+    """W ← R(W − ηŨ)/‖W − ηŨ‖_F, Ũ = R·U/‖U‖_F, R = ‖W₀‖_F: W keeps its initial norm."""
     for weight, update, factors in zip(given.weights, x, given.whole, strict=True):
         numbers = wide(weight)
         of_weight, of_update = factors.to(numbers.dtype)[:2]
@@ -145,7 +145,7 @@ def hyperball(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
 
 
 def _products(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """‖W‖², ‖U‖² and ⟨W, U⟩."""
+    """Return ‖W‖², ‖U‖² and ⟨W, U⟩."""
     found = []
     for weight, update in zip(given.weights, x, strict=True):
         dtype = devices.widest(weight.device)
@@ -155,7 +155,7 @@ def _products(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) 
 
 
 def _both(x: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given) -> list[Tensor]:
-    """‖W‖² and ‖U‖²."""
+    """Return ‖W‖² and ‖U‖²."""
     return [
         torch.stack([square_norm(w), square_norm(u)]) for w, u in zip(given.weights, x, strict=True)
     ]
@@ -174,7 +174,7 @@ def _checked(sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given
 def _on_the_ball(
     sums: list[Tensor], buffers: tuple[list[Tensor], ...], given: Given
 ) -> list[Tensor]:
-    """What W and U are multiplied by, from the products of both."""
+    """Return what to multiply W and U by, from their products."""
     [radii] = buffers
     found = []
     for (weight, update, both), kept, step in zip(sums, radii, given.steps, strict=True):
@@ -184,17 +184,17 @@ def _on_the_ball(
         radius = kept.to(weight.dtype)[0]
         size = given.settings["lr"] * radius * _over(torch.ones_like(update), update).sqrt()
         length = (weight - 2 * size * both + size.square() * update).sqrt()
-        # A rate of zero, with which loaders step to have state made, must not round the weights.
+        # At a rate of zero, with which loaders step to create state, do not round the weights.
         factor = radius / length if given.settings["lr"] else torch.ones_like(length)
         found.append(torch.stack([factor, -factor * size]))
     return found
 
 
 def _check_first(square: Tensor, step: int, given: Given, why: str) -> None:
-    """Refuse zeros; but not at a rate of zero, with which loaders step before weights are there.
+    """Raise for zeros; but not at a rate of zero, with which loaders step before loading weights.
 
-    A warmup may also begin at zero, so the second step is looked at as well; none later, because
-    the answer has to come from the device.
+    A warmup may also begin at zero, so the second step is checked too; later steps are not, because
+    the check waits for the device.
     """
     name = given.settings["step_rule"]
     if step <= 2 and given.settings["lr"] and not square > 0:

@@ -1,7 +1,7 @@
-"""Polar factors of matrices: (…, m, n) in, (…, m, n) out, and nothing else.
+"""Polar factors of matrices: (…, m, n) in, (…, m, n) out. Needs only torch.
 
-``polar_factor`` is for users and keeps the dtype; ``orthogonalize`` is for the optimizer and
-returns the compute dtype. Needs torch alone.
+``polar_factor`` is for users and keeps the dtype of its input; ``orthogonalize`` is for the
+optimizer and returns the compute dtype.
 """
 
 from . import devices

@@ -1,9 +1,9 @@
-"""Coefficients of the odd quintics that drive singular values to one.
+"""Coefficients of the odd quintic polynomials that drive singular values to one.
 
-In: the name of a family and a number of steps.
+In: the name of a family of coefficients and a number of steps.
 Out: one triple (a, b, c) per step, for p(x) = a·x + b·x³ + c·x⁵ applied to every singular value.
-A family is one entry of ``FAMILIES``, to which ``register_coefficients`` adds. The tables here are
-what ``scripts/coefficients.py`` computes from their definitions.
+Each family is one entry of ``FAMILIES``; ``register_coefficients`` adds more.
+``scripts/coefficients.py`` computes the tables below from their definitions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Triple = tuple[float, float, float]
 
 # Keller Jordan, https://kellerjordan.github.io/posts/muon/, and torch.optim.Muon: the steepest
 # slope at zero for which the composition still stays near one. It does not converge: five steps
-# take singular values from 0.0055 on into [0.68, 1.13], and some below that to 1.20.
+# map singular values from 0.0055 up to [0.68, 1.13], and some smaller ones to as much as 1.20.
 QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
 
 # Amsel, Persson, Musco and Gower, "The Polar Express", arXiv 2505.16932, algorithm 1: each step is
-# the best quintic on the interval that the last one left behind; at first [1e-3, 1].
+# the best quintic on the interval that the previous step produced, starting with [1e-3, 1].
 # fmt: off
 _POLAR_EXPRESS = (
     (8.287212051987673, -23.59588679274243, 17.300387552298638),
@@ -35,9 +35,9 @@ _POLAR_EXPRESS = (
     (1.8750014808325797, -1.250001645358357, 0.3750001645267014),
     (1.8749999980503396, -1.2499999961006791, 0.37499999805033957),
 )
-# Composed likewise, for matrices that are scaled by their Schatten 4-norm. That is closer to the
-# largest singular value than Frobenius' norm, so that the others begin higher and fewer steps take
-# them to one: from [0.003, 1] in four steps, from half the lower end with each step more.
+# The same construction for matrices scaled by their Schatten 4-norm. It is closer to the largest
+# singular value than the Frobenius norm, so the other singular values start higher and need fewer
+# steps: four steps from [0.003, 1], and half the lower end for each further step.
 _TIGHT = (
     ((8.119022493172265, -23.11700658977021, 16.949274954780538),
      (3.861068853996014, -2.882749832246281, 0.5548508474020348),
@@ -77,20 +77,20 @@ _TIGHT = (
 
 
 class Family(NamedTuple):
-    """What a name stands for.
+    """A family of coefficients.
 
     Attributes:
-        rows: Triples of rising numbers of steps. k steps are the first k of the shortest row that
-            has as many.
-        fewest: The smallest number of steps; the largest is the length of the longest row.
+        rows: Lists of triples, by increasing number of steps. For k steps, the first k triples of
+            the shortest list that has at least k.
+        fewest: The smallest number of steps; the largest is the length of the longest list.
         start: How matrices are scaled first, a key of ``STARTS``.
-        safety: All steps but the last expect an input larger by this factor, so that rounding
-            cannot push it out of the interval that they are composed for.
-        half_gram_safety: The same, of every step, for the ``gram`` method in half precision, where
-            whole products of steps are rounded: at 1.01 some rank-deficient matrices diverge there.
+        safety: Every step but the last allows for an input larger by this ratio, so that rounding
+            cannot push singular values out of the interval the step was made for.
+        half_gram_safety: The same, for every step of the ``gram`` method in half precision, which
+            rounds whole products of steps: with 1.01 some rank-deficient matrices diverge there.
             Costs up to 0.03 of accuracy.
-        mirrors: Whether ``newton_schulz`` may compute symmetric products by halves, which rounds
-            otherwise than torch.optim.Muon.
+        mirrors: Whether ``newton_schulz`` may compute one half of symmetric products and mirror
+            it, which rounds differently from torch.optim.Muon.
     """
 
     rows: tuple[tuple[Triple, ...], ...]
@@ -107,7 +107,8 @@ FAMILIES = {
     "tight": Family(_TIGHT, fewest=3, start="schatten", safety=1.01),
 }
 """Families by name."""
-# What a composition may make of singular values in [1e-3, 1]; five steps of those above, 1.20.
+# The largest value that a family may map singular values in [1e-3, 1] to; five steps of ``quintic``
+# reach 1.20.
 _LARGEST = 1.5
 _GRID = [10 ** (-3 * i / 1000) for i in range(1001)]
 
@@ -116,9 +117,9 @@ _GRID = [10 ** (-3 * i / 1000) for i in range(1001)]
 def coefficients(name: str, steps: int, *, half_gram: bool = False) -> tuple[Triple, ...]:
     """Return the triples (a, b, c) of ``steps`` iterations, in the order they are applied.
 
-    The safety factor s of a family replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵);
-    ``half_gram`` asks for what the ``gram`` method needs in half precision. Raises as
-    ``check_steps`` does.
+    The safety ratio s of a family replaces p(x) by p(x/s), that is (a/s, b/s³, c/s⁵);
+    ``half_gram`` selects the ratio for the ``gram`` method in half precision. Raises the errors of
+    ``check_steps``.
     """
     check_steps(name, steps)
     family = FAMILIES[name]
@@ -130,16 +131,16 @@ def coefficients(name: str, steps: int, *, half_gram: bool = False) -> tuple[Tri
 
 
 def check_steps(coefficients: str, steps: int, argument: str = "steps") -> None:
-    """Refuse a family that does not exist, or a number of steps that it has no triples for.
+    """Raise for an unknown family, or a number of steps that it has no triples for.
 
     Args:
         coefficients: a key of ``FAMILIES``.
         steps: number of iterations.
-        argument: what the caller's user calls the number.
+        argument: the name of the number of steps in error messages.
 
     Raises:
-        TypeError: ``coefficients`` is no string.
-        ValueError: either is not among those allowed.
+        TypeError: ``coefficients`` is not a string.
+        ValueError: either value is not allowed.
     """
     check_name("coefficients", coefficients, tuple(FAMILIES))
     family = FAMILIES[coefficients]
@@ -155,21 +156,21 @@ def check_steps(coefficients: str, steps: int, argument: str = "steps") -> None:
 def register_coefficients(
     name: str, triples: Sequence[Sequence[float]], *, start: str = "frobenius"
 ) -> None:
-    """Add a family of coefficients, for ``polar_factor`` and the optimizer alike.
+    """Add a family of coefficients for ``polar_factor`` and the optimizer.
 
-    The triples are used as they are, but for ``gram`` in half precision, which expects inputs 5 %
-    larger at every step. Fewer steps than there are triples take the first of them, if those stay
-    within the same bounds. Checkpoints hold the name alone: register it before they are loaded.
+    The triples are used as given, except that ``gram`` in half precision allows for inputs 5 %
+    larger at every step. Fewer steps than triples take the first ones, if those stay within the
+    same bounds. Checkpoints hold only the name: register it before you load one.
 
     Args:
-        name: what ``coefficients`` will say: a Python identifier that is not taken.
+        name: the value of ``coefficients`` that selects it: a Python identifier, not yet taken.
         triples: (a, b, c) of each step, for p(x) = a·x + b·x³ + c·x⁵ on singular values in (0, 1].
         start: ``frobenius`` or ``schatten``: the norm that matrices are divided by first.
 
     Raises:
-        TypeError: the triples are not three numbers each.
-        ValueError: the name is no identifier or that of another family, the start is unknown, or a
-            singular value in [0.001, 1] does not end in (0, 1.5].
+        TypeError: a triple is not three numbers.
+        ValueError: the name is not an identifier or is taken, the start is unknown, or a singular
+            value in [0.001, 1] does not end in (0, 1.5].
 
     Example:
         >>> register_coefficients("cubic", [(1.5, -0.5, 0.0)] * 12)
@@ -196,12 +197,12 @@ def register_coefficients(
 
 
 def largest(triples: Sequence[Triple]) -> float:
-    """The largest singular value that a composition makes of any in [0.001, 1]."""
+    """Return the largest value that some triples map a singular value in [0.001, 1] to."""
     return max(_composed(triples, x) for x in _GRID)
 
 
 def _excess(triples: Sequence[Triple]) -> str | None:
-    """The first singular value on a grid that a composition takes out of bounds, and where to."""
+    """Describe the first singular value on a grid that ends out of bounds; None if none does."""
     for x in _GRID:
         y = _composed(triples, x)
         if not 0 < y <= _LARGEST:

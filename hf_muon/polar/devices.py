@@ -1,8 +1,7 @@
-"""What kind of device works best in which way: small pieces and one by one, or in few large calls.
+"""What suits a device: small pieces one by one, or a few large calls.
 
-In: a device, or a tensor. Out: yes or no, or a dtype. Asked as ``devices.is_cpu(…)`` wherever the
-way of working follows from the device: one place decides, and a test can take the other way with
-real numbers.
+In: a device, or a tensor. Out: yes or no, or a dtype. Always call it as ``devices.is_cpu(…)``: one
+place decides, and a test can patch it to take the accelerator's way with real numbers on a CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from torch._subclasses import FakeTensor
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether work is cut into what a CPU's cache holds, and large matrices come one by one.
+    """Whether work is cut into pieces that fit a CPU's cache, and large matrices go one by one.
 
-    Elsewhere each call costs a launch, so that it serves as many tensors as memory allows.
+    On other devices each call costs a launch, so one call serves as many tensors as memory allows.
     """
     return device.type == "cpu"
 
@@ -26,8 +25,8 @@ def is_fake(x: Tensor) -> bool:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The dtype with the most digits that a device computes in: float64, which MPS does not have.
+    """Return the most precise dtype a device computes in: float64, except on MPS, which has none.
 
-    For sums over whole matrices, and for what is squared before it is inverted.
+    Used for sums over whole matrices, and for Gram matrices that are then inverted.
     """
     return torch.float32 if device.type == "mps" else torch.float64

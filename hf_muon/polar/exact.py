@@ -1,7 +1,7 @@
 """The polar factor by its definition, a singular value decomposition.
 
 In: X (…, m, n) in float32 or float64. Out: UVᵀ over the nonzero singular values, same shape.
-The oracle for the iterations, and a method of its own where matrices are small.
+The reference for the iterations, and a method of its own for small matrices.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 def svd_polar(X: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
     """Return U sign(Σ) Vᵀ for X = UΣVᵀ, where sign is 0 below max(m, n)·ε·σ₁ and 1 above.
 
-    Singular values below that threshold are indistinguishable from rounding errors of the
-    decomposition (the convention of ``torch.linalg.matrix_rank``), and so are their vectors: a
-    rank-deficient matrix gets a partial isometry, zero gets zero.
+    Singular values below that threshold cannot be told from rounding errors of the decomposition
+    (the convention of ``torch.linalg.matrix_rank``), nor can their vectors: a rank-deficient
+    matrix gives a partial isometry, zero gives zero.
 
     Args:
         X: real matrices, float32 or float64; not modified.

@@ -1,6 +1,6 @@
 """From any matrix to its polar factor: validation, choice of method, scaling, orientation.
 
-In: real matrices (…, m, n) of any floating dtype, device, stride and norm.
+In: real matrices (…, m, n) of any floating dtype, device, strides and norm.
 Out: O(X) = UVᵀ for X = UΣVᵀ, same shape; zero for zero.
 ``polar_factor`` keeps the dtype of its input, ``orthogonalize`` returns the compute dtype.
 """
@@ -58,23 +58,23 @@ def polar_factor(
         x: matrices (…, m, n), float16, bfloat16, float32 or float64; not modified. Entries must be
             finite.
         method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ; in
-            half precision with a larger safety factor, see ``coefficients.py``), ``svd``, or
+            half precision with a larger safety ratio, see ``coefficients.py``), ``svd``, or
             ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
-        coefficients: ``polar_express``, ``tight`` (from a start that lets four steps come as close
-            as five of the quintic, unless the stable rank is near one), ``quintic``, or what
-            ``register_coefficients`` has named; ``svd`` ignores it.
+        coefficients: ``polar_express``, ``tight`` (scales more tightly, so that four steps are as
+            accurate as five of ``quintic``, unless the stable rank is near one), ``quintic``, or a
+            name from ``register_coefficients``; ``svd`` ignores it.
         steps: iterations, 1 to 99 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
-        dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``;
+        dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``.
             None or ``auto`` takes bfloat16 where the device has it natively, else float16 on GPUs
-            with tensor cores for it (compute capability 7.x), else float32, which a CPU also takes
-            for ``gram`` if the shorter side is at most 16. ``svd`` computes in float32, and in
-            float64 for float64 input or on request.
-        kernel: who multiplies: ``torch``, its library, on a CPU symmetric products by halves;
-            ``triton`` (bfloat16, float16, float32; others go to ``torch``), kernels whose bits do
-            not depend on the batch; ``quack`` (bfloat16, float16), symmetric products of
-            quack-kernels; or ``auto``: ``triton`` in bfloat16 and float16 on NVIDIA devices of
-            compute capability 8.0 and newer, if it is installed and passes a check against float64
-            at first use, else ``torch``.
+            with tensor cores for it (compute capability 7.x), else float32. A CPU also takes
+            float32 for ``gram`` if the shorter side is at most 16. ``svd`` computes in float32, or
+            in float64 for float64 input or on request.
+        kernel: what computes the matrix products. ``torch``: its library; on a CPU symmetric
+            products by halves. ``triton`` (bfloat16, float16, float32; ``torch`` for other dtypes):
+            kernels whose bits do not depend on the batch. ``quack`` (bfloat16, float16): the
+            symmetric products of quack-kernels. ``auto``: ``triton`` in bfloat16 and float16 on
+            NVIDIA devices of compute capability 8.0 and newer, if it is installed and passes a
+            check against float64 at first use, else ``torch``.
 
     Returns:
         Shape and dtype of ``x``, contiguous.
@@ -82,8 +82,8 @@ def polar_factor(
     Raises:
         TypeError: ``x`` is not a strided tensor of real floating-point numbers, or an argument has
             the wrong type.
-        ValueError: ``x`` has fewer than two dimensions, or an argument is not among those allowed.
-        RuntimeError: ``kernel`` names one that is not installed or cannot be used on this device.
+        ValueError: ``x`` has fewer than two dimensions, or an argument has a value not allowed.
+        RuntimeError: ``kernel`` is not installed or cannot be used on this device.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
@@ -113,11 +113,11 @@ def orthogonalize(
 ) -> Tensor:  # (…, m, n) -> (…, m, n)
     """Return the polar factor of each matrix, in the compute dtype; no gradient is recorded.
 
-    Arguments, result and errors are those of ``polar_factor``, but for the dtype of the result.
-    Tall matrices are iterated as their contiguous transposes, so that O(Xᵀ) = O(X)ᵀ exactly when X
-    is not square. A batch of more than one goes through batched kernels. In float32 on a CPU the
-    iterations then give the bits they give for each matrix alone if the shorter side is at least
-    16; for smaller matrices, for ``svd`` and on other devices they agree to rounding.
+    Arguments, result and errors are those of ``polar_factor``, except for the dtype of the result.
+    Tall matrices are iterated as their contiguous transposes, so O(Xᵀ) = O(X)ᵀ exactly when X is
+    not square. More than one matrix goes through batched kernels. In float32 on a CPU the
+    iterations then give each matrix the bits it gets alone if its shorter side is at least 16; for
+    smaller matrices, for ``svd`` and on other devices they agree to rounding.
 
     Args:
         x: matrices (…, m, n); not modified.
@@ -125,16 +125,16 @@ def orthogonalize(
         coefficients: see ``polar_factor``.
         steps: see ``polar_factor``.
         dtype: see ``polar_factor``.
-        kernel: see ``polar_factor``; ``compile`` takes torch's library.
+        kernel: see ``polar_factor``; ``compile`` always uses torch's library.
         compile: run the iteration through ``torch.compile``, compiled once per shape. Matrix
-            products stay library calls; what lies between them is fused, without rounding to the
-            compute dtype in between, so results differ from the plain ones by such roundings. On
-            CPUs it gains nothing.
-        out: where the result goes, in its dtype: contiguous, of the shape of x, or x itself.
-            Default: a new tensor in the compute dtype.
-        workspace: memory for temporaries that later calls use again. Default: none is kept.
-        outliers: gets flags (k,): the matrices whose factor half precision took out of range, and
-            for which the result is zero. In float32 and on CPUs nothing does. Default: no check.
+            products stay library calls; the operations between them are fused and not rounded to
+            the compute dtype in between, so results differ by such roundings. No gain on CPUs.
+        out: where to write the result, in the dtype of ``out``: contiguous, of the shape of x, or
+            x itself. Default: a new tensor in the compute dtype.
+        workspace: memory for temporaries that later calls reuse. Default: none is kept.
+        outliers: receives flags (k,) for the matrices whose polar factor overflowed in half
+            precision; their result is zero. Nothing overflows in float32 or on CPUs. Default: no
+            check.
 
     Returns:
         Shape of ``x``; ``out`` if it is given.
@@ -173,7 +173,7 @@ def orthogonalize(
 def _chosen(
     x: Tensor, method: str, steps: int, dtype: str | torch.dtype | None
 ) -> tuple[str, torch.dtype]:
-    """The method and the dtype to compute in, for what may be ``auto``."""
+    """Return the method and the compute dtype, with ``auto`` resolved."""
     if method == "svd":
         return method, svd_dtype(dtype, x.dtype)
     target = compute_dtype(dtype, x.device)
@@ -198,7 +198,7 @@ def _svd(x: Tensor, out: Tensor, dtype: torch.dtype) -> None:  # (…, m, n), (�
 
 
 def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty) -> None:
-    """Bring x into shape, in memory that the result needs anyway, iterate, and bring it back."""
+    """Copy x, scaled and wide, into memory that the result needs anyway; iterate; copy it back."""
     is_tall = out.shape[-2] > out.shape[-1]
     *batch, s, l = out.mT.shape if is_tall else out.shape  # noqa: E741
     sides = aligned(s, x.device), aligned(l, x.device)
@@ -210,7 +210,7 @@ def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty)
     square = empty("squares", (squares, *batch, s, s))
     here = out if out.dtype == square.dtype else empty("here", out.shape)
     other = empty("other", (*batch, s, l))
-    # Transposed views would pick other kernels, and each pass over them takes far longer.
+    # Transposed views would select other kernels, and each pass over them takes far longer.
     X, spare = (other, here.view_as(other)) if is_tall else (here, other)
     prescale(x.mT if is_tall else x, out=X)
     found = run(X, spare, square)
@@ -225,7 +225,7 @@ def _iterate(x: Tensor, out: Tensor, run: Iteration, squares: int, empty: Empty)
 def _iterate_padded(
     x: Tensor, out: Tensor, sides: tuple[int, int], run: Iteration, squares: int, empty: Empty
 ) -> None:
-    """The same for wide matrices (…, s, l), with zeros up to some sides around them."""
+    """The same for wide matrices (…, s, l), padded with zeros to the given sides."""
     *batch, s, l = x.shape  # noqa: E741
     X = empty("other", (*batch, *sides)).zero_()
     prescale(x, out=X[..., :s, :l])
@@ -237,13 +237,13 @@ def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> 
     """Return ``gram`` or ``newton_schulz``, whichever needs fewer floating-point operations.
 
     With sides s <= l, k steps cost k(4s²l + 2s³) on X and 4s²l + (8k − 6)s³ per run on the Gram
-    matrix; at five steps ``gram`` wins from l = 1.5 s on. That is counted without mirroring, which
-    halves more of the products of ``gram``.
+    matrix; at five steps ``gram`` is cheaper from l = 1.5 s on. This does not count mirroring,
+    which saves more in ``gram``.
 
     Args:
         shape: (…, m, n).
         steps: iterations.
-        dtype: compute dtype, which sets the length of the runs.
+        dtype: compute dtype, which determines the length of the runs.
 
     Returns:
         A key of ``ITERATIONS``.
@@ -255,7 +255,7 @@ def cheapest_iteration(shape: Sequence[int], steps: int, dtype: torch.dtype) -> 
 
 
 def _flat_shape(shape: torch.Size) -> tuple[int, ...]:
-    """One matrix is two-dimensional whatever its leading ones; more are a batch (k, m, n)."""
+    """Drop leading dimensions for one matrix; merge them into a batch (k, m, n) for several."""
     count = shape[:-2].numel()
     return tuple(shape[-2:]) if count == 1 else (count, *shape[-2:])
 
@@ -267,12 +267,12 @@ def _iteration(method: str, compile: bool) -> Iteration:
         return iterate
 
     def with_own_temporaries(X: Tensor, *_: Tensor, **settings: Any) -> Tensor:
-        # What a compiled function writes to its arguments it copies there in the end.
+        # torch.compile would copy back what the function writes to its arguments.
         squares = X.new_empty(SQUARES[method], *X.shape[:-1], X.shape[-2])
         return iterate(X.clone(), torch.empty_like(X), squares, **settings)
 
-    # Static shapes: one compilation per shape, and a model has more shapes than torch's default
-    # limit of 8, past which it would silently stop compiling. The argument came after torch 2.9.
+    # Static shapes: one compilation per shape. A model has more shapes than torch's default limit
+    # of 8, past which torch silently stops compiling. The argument is newer than torch 2.9.
     options: dict[str, Any] = {"dynamic": False}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = 256

@@ -1,8 +1,8 @@
-"""The same polynomial, worked out on the small Gram matrix and applied to X once per restart.
+"""The same polynomial, computed on the small Gram matrix and applied to X once per run of steps.
 
 In: X (…, s, l) with s <= l, contiguous, in the compute dtype, how to scale it, and temporaries.
 Out: an approximation of its polar factor, same shape and dtype.
-Fewer operations than ``newton_schulz`` where X is wide enough; nothing to gain where it is square.
+Needs fewer operations than ``newton_schulz`` where X is wide enough; gains nothing on square X.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gram_newton_schulz(
 
 
 def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Split steps into runs: five are 2 + 3 in float32 and 2 + 2 + 1 in half precision."""
+    """Split the steps into runs: five become 2 + 3 in float32 and 2 + 2 + 1 in half precision."""
     longest = FIRST_RUN if dtype in HALF_PRECISION else LONGEST_RUN
     lengths: list[int] = []
     while steps > 0:
@@ -81,9 +81,9 @@ def run_lengths(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
 def product_of(
     squares: Tensor, triples: Sequence[Triple], products: Products
 ) -> Tensor:  # (4, …, s, s) -> (…, s, s)
-    """Return Q = q_k … q₁ of a run for R, the first square; the others are temporaries.
+    """Return Q = q_k … q₁ for one run; R is the first of ``squares``, the rest are temporaries.
 
-    All factors commute, being polynomials of one R.
+    The q's commute, because they are polynomials of one R.
     """
     product = products.symmetric
     R, Q, free, other = squares.unbind()

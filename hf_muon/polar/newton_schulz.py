@@ -28,8 +28,8 @@ def newton_schulz(
 ) -> Tensor:  # (…, s, l) -> (…, s, l)
     """Apply p(X) = aX + (bA + cA²)X, A = XXᵀ, once per triple.
 
-    Each singular value σ becomes p(σ) = aσ + bσ³ + cσ⁵ and the singular vectors stay. One step
-    costs 4s²l + 2s³ floating-point operations.
+    Each singular value σ becomes p(σ) = aσ + bσ³ + cσ⁵; the singular vectors stay. One step costs
+    4s²l + 2s³ floating-point operations.
 
     Args:
         X: wide matrices; overwritten.

@@ -1,9 +1,9 @@
-"""Polar factors that half precision has taken out of range, found without waiting for the device.
+"""Polar factors that overflow in half precision, detected without waiting for the device.
 
-In: what an iteration has made of matrices, and its coefficients. Out: a flag for each; what is
-flagged becomes zero. Rounding may push a singular value so far above one that the polynomial, of
-fifth degree, throws it further with each step. Such a factor is too long as a whole, or NaN; a
-single singular value that is a little too large is not noticed.
+In: the results of an iteration, and its coefficients. Out: a flag for each matrix; the flagged ones
+become zero. Rounding may push a singular value so far above one that the polynomial, of degree
+five, throws it further with each step. Such a result has too large a norm, or is NaN. A single
+singular value that is slightly too large goes unnoticed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MARGIN = 1.1
 
 
 class Watch(NamedTuple):
-    """What finds the outliers among some factors.
+    """Where the flags of outliers go.
 
     Attributes:
-        flags: gets a tensor (k,) of each iteration: the matrices whose factor was replaced by zero.
-        side: the shorter side of the matrices, where there are zeros around them.
+        flags: receives a tensor (k,) from each iteration: the matrices that were set to zero.
+        side: the shorter side of the matrices, where they are padded with zeros.
     """
 
     flags: list[Tensor]
@@ -37,19 +37,19 @@ class Watch(NamedTuple):
 def zero_outliers_(
     factors: Tensor, triples: Sequence[Triple], side: int | None = None
 ) -> Tensor:  # (…, m, n) -> (k,)
-    """Replace by zero each factor that is not finite, or longer than any that the triples make.
+    """Set to zero each matrix that is not finite, or whose norm exceeds what the triples allow.
 
     Args:
-        factors: what the iteration has made of k matrices, (m, n) or (k, m, n).
-        triples: its coefficients.
-        side: the shorter side of the matrices. Default: that of the factors.
+        factors: k approximate polar factors, (m, n) or (k, m, n).
+        triples: the coefficients of the iteration.
+        side: the shorter side of the matrices. Default: that of ``factors``.
 
     Returns:
-        Which ones were replaced.
+        Flags for those that were set to zero.
     """
     bound = _longest(tuple(triples)) * math.sqrt(side or min(factors.shape[-2:]))
     norms = torch.linalg.vector_norm(factors, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    flags: Tensor = norms.le(bound).logical_not_()  # NaN is not less than anything
+    flags: Tensor = norms.le(bound).logical_not_()  # NaN compares false, so it is flagged
     factors.masked_fill_(flags, 0)
     return flags.view(-1)
 

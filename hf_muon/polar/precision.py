@@ -1,9 +1,9 @@
-"""The dtype the polar factor is computed in.
+"""The dtype that polar factors are computed in.
 
-In: what the user asked for (None, "auto", a name or a torch.dtype) and the device.
-Out: a torch.dtype; and a context in which products are computed in the dtype of their factors.
-``auto`` is bfloat16 where the hardware multiplies it natively, since emulated bfloat16 is many
-times slower than float32; float16 on GPUs that have tensor cores for it alone; float32 elsewhere.
+In: the user's request (None, "auto", a name or a torch.dtype) and the device.
+Out: a torch.dtype; and a context in which float32 products really use float32.
+``auto`` is bfloat16 where the hardware multiplies it natively, because emulated bfloat16 is many
+times slower than float32; float16 on GPUs whose tensor cores support only that; float32 elsewhere.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _explicit_dtype(requested: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
-    """Refuse what is not among the names allowed, and say which of them is the nearest."""
+    """Raise unless a name is allowed; the message suggests the nearest one."""
     if not isinstance(name, str):
         raise TypeError(f"{argument}={name!r} is a {type(name).__name__}; give one of {allowed}.")
     if name not in allowed:
@@ -95,7 +95,7 @@ def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
 
 
 def in_own_dtype(device_type: str) -> AbstractContextManager[object]:
-    """Keep products of float32 in float32, whatever autocast and TF32 are set to outside.
+    """Compute float32 products in float32, whatever autocast and TF32 are set to outside.
 
     Args:
         device_type: as in ``torch.device.type``, of the matrices.
@@ -103,7 +103,7 @@ def in_own_dtype(device_type: str) -> AbstractContextManager[object]:
     context: AbstractContextManager[object] = nullcontext()
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         context = torch.autocast(device_type, enabled=False)
-    # A function that somebody compiles whole cannot change settings: the caller's hold there.
+    # A function that is compiled as a whole cannot change settings: the caller's settings apply.
     products = None if torch.compiler.is_compiling() else _float32_products().get(device_type)
     if products and products.fp32_precision not in ("ieee", "none"):
         context = _without_tf32(context)
@@ -112,8 +112,8 @@ def in_own_dtype(device_type: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_tf32(inner: AbstractContextManager[object]) -> Iterator[None]:
-    # torch (2.9 to 2.13) has an old setting and new ones, for CUDA and for oneDNN, and raises where
-    # one is read while they contradict each other, as torch.compile does: so all are set at once.
+    # torch (2.9 to 2.13) has an old setting and new ones, for CUDA and for oneDNN, and raises when
+    # one is read while they contradict each other, as torch.compile does: so set all of them.
     before = {products: products.fp32_precision for products in _float32_products().values()}
     try:
         old = torch.get_float32_matmul_precision()
@@ -140,7 +140,7 @@ def _float32_products() -> dict[str, Any]:
 
 @cache
 def has_native_bfloat16(device_type: str, index: int | None = None) -> bool:
-    """Say whether a device has instructions for bfloat16 products, not an emulation of them.
+    """Whether a device has instructions for bfloat16 products, rather than an emulation of them.
 
     Args:
         device_type: as in ``torch.device.type``.
@@ -159,9 +159,9 @@ def has_native_bfloat16(device_type: str, index: int | None = None) -> bool:
 
 @cache
 def has_float16_tensor_cores(device_type: str, index: int | None = None) -> bool:
-    """Say whether a device is a GPU with tensor cores for float16: of compute capability 7 or more.
+    """Whether a device is a GPU with tensor cores for float16: compute capability 7.0 or higher.
 
-    Those of 7.x (V100, T4) have none for bfloat16.
+    The tensor cores of 7.x (V100, T4) do not support bfloat16.
 
     Args:
         device_type: as in ``torch.device.type``.
@@ -171,8 +171,8 @@ def has_float16_tensor_cores(device_type: str, index: int | None = None) -> bool
 
 
 def _cpu_has_native_bfloat16() -> bool:
-    # torch 2.9 to 2.13 answer these questions under private names only; a name that went away
-    # counts as "no", which costs speed and never correctness.
+    # torch 2.9 to 2.13 answer these questions under private names only. A name that disappears
+    # counts as "no", which costs speed but not correctness.
     if platform.machine().lower() in ("x86_64", "amd64"):
         queries = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, query, bool)() for query in queries)

@@ -1,6 +1,6 @@
-"""Scaling before the iteration: to singular values of at most one, without changing a digit first.
+"""Scaling before the iteration, to singular values of at most one.
 
-In: X (…, m, n) of any norm. Out: the same matrices at a norm the iteration accepts.
+In: X (…, m, n) of any norm. Out: the same matrices at a norm that the iteration accepts.
 Nothing here branches on the data, so nothing waits for the device.
 """
 
@@ -21,11 +21,11 @@ that may leave above one is within the safety factor of the coefficients."""
 
 
 def prescale(x: Tensor, out: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
-    """Return in ``out`` x, multiplied by the power of two that suits each matrix.
+    """Write x to ``out``, each matrix multiplied by a suitable power of two.
 
-    The factor brings the largest entry of a matrix to [1, 2), where no sum of squares, or of fourth
-    powers, leaves the range of float32. Powers of two change no digit, so that the iteration goes
-    on with the bits it would have had.
+    It brings the largest entry of a matrix to [1, 2), where no sum of squares or of fourth powers
+    overflows or underflows float32. Powers of two are exact, so that the iteration computes the
+    same bits as without them.
 
     Args:
         x: floating-point matrices; not modified, unless they are ``out``.
@@ -35,7 +35,7 @@ def prescale(x: Tensor, out: Tensor) -> Tensor:  # (…, m, n) -> (…, m, n)
     if may_overflow:
         x = x * _suitable_power(x)
     if x is not out:
-        # To convert and to transpose are fast one after the other, and slow together.
+        # Converting and transposing are fast one after the other, and slow together.
         out.copy_(x if x.is_contiguous() else x.to(out.dtype))
     return out if may_overflow else out.mul_(_suitable_power(out))
 
@@ -54,8 +54,8 @@ def _largest(X: Tensor) -> Tensor:
     if not devices.is_cpu(X.device):
         norm: Tensor = torch.linalg.vector_norm(X, math.inf, both, keepdim=X.ndim > 2)
         return norm
-    # There that takes 40 times as long (torch 2.13), as aminmax does for a batch; X.abs() would
-    # write a copy.
+    # On a CPU vector_norm takes 40 times as long (torch 2.13), as does aminmax of a batch; X.abs()
+    # would write a copy.
     low, high = torch.aminmax(X) if X.ndim == 2 else (X.amin(both, True), X.amax(both, True))
     return torch.maximum(high, -low)
 
@@ -63,8 +63,8 @@ def _largest(X: Tensor) -> Tensor:
 def inverse_power_of_two(largest: Tensor) -> Tensor:
     """Return 2⁻ᵉ with 2ᵉ <= largest < 2ᵉ⁺¹, by arithmetic on the exponent bits.
 
-    Exact on every device, which ``exp2`` and ``pow`` do not promise. Zero and subnormal numbers get
-    the largest power below overflow.
+    Exact on every device, which ``exp2`` and ``pow`` do not guarantee. Zero and subnormal numbers
+    give the largest power that does not overflow.
 
     Args:
         largest: non-negative float32 or float64.
@@ -110,7 +110,7 @@ def unit_schatten_(
 
 def _norm(X: Tensor, products: Products) -> Tensor:
     # Zero divided by the smallest normal number is zero, and a scaled nonzero matrix has a larger
-    # norm. It has to be that of X's dtype: on a device a scalar takes the dtype of a matrix.
+    # norm. It must be the smallest of X's dtype: on a device a scalar takes the matrix's dtype.
     return products.norm(X).clamp(min=torch.finfo(X.dtype).tiny)
 
 

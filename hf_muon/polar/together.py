@@ -1,8 +1,8 @@
-"""Which matrices are given to a function together, which one by one, and that it changes no bit.
+"""Which matrices are orthogonalized in a batch and which one by one, without changing a bit.
 
 In: shapes, matrices in batches, a function of whole matrices. Out: their results, in place. On a
-CPU what a matrix gets must not depend on what else there is, to the last bit: there batched kernels
-round like those for one matrix within the bounds here and not beyond them.
+CPU the result of a matrix must not depend on the other matrices, to the last bit: batched kernels
+round like those for one matrix only within the bounds below.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from torch import Tensor
 
 from . import devices
 
-# Elements and rows, by the bytes of an element, from which a CPU orthogonalizes matrices one by
-# one: a batch would be slower (scripts/bench/step.py --batching), and its symmetric products, which
-# are not mirrored, would be rounded otherwise.
+# The number of elements and of rows, by bytes per element, from which a CPU orthogonalizes matrices
+# one by one: a batch would be slower (scripts/bench/step.py --batching), and its symmetric
+# products, which are not mirrored, would round differently.
 _CPU_ALONE = {2: (2**18, 384), 4: (2**16, 256), 8: (2**16, 256)}
-# With fewer elements or rows a CPU rounds alike in batches of two or more, and otherwise in one.
+# Below these a CPU rounds alike in batches of two or more, but differently in a batch of one.
 _CPU_IN_TWOS = (2**14, 32)
 
 
 def batched(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Indices of matrices by their shape; those of n × m come behind those of m × n."""
+    """Group indices of matrices by shape; in a group, n × m ones follow the m × n ones."""
     batches = alike(tuple(sorted(shape)) for shape in shapes).values()
     return [sorted(batch, key=lambda index: shapes[index]) for batch in batches]
 
 
 def batched_alike(keys: Iterable[Hashable], device: torch.device) -> list[list[int]]:
-    """Indices of equal keys, for a function of several matrices; on a CPU one by one."""
+    """Group indices of equal keys, for a function of several matrices; on a CPU one by one."""
     return list(alike(enumerate(keys) if devices.is_cpu(device) else keys).values())
 
 
 def aligned(side: int, device: torch.device) -> int:
-    """The side of a matrix with the zeros that an accelerator's products want beside it.
+    """Return a side of a matrix padded to what an accelerator's products need.
 
-    They need rows that begin at multiples of 16 bytes, 8 numbers of half precision, and Triton's
-    large tiles of 32 bytes: without, they are reported to take 3 to 100 times as long (LLaMA-1B has
-    sides of 5461). Products with zeros are zeros, so that padding changes no other entry.
+    Rows must begin at multiples of 16 bytes, 8 numbers in half precision, and for Triton's large
+    tiles at multiples of 32. Unaligned products reportedly take 3 to 100 times as long (LLaMA-1B
+    has sides of 5461). Products with zeros are zero, so padding changes no other entry.
     """
     unit, step = (8, 8) if side <= 64 else (16, 64)
     if devices.is_cpu(device) or side % unit == 0:
@@ -59,12 +59,12 @@ def alike(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
 def apply_together(
     function: Callable[[Tensor], object], batch: Tensor, shapes: Sequence[tuple[int, int]]
 ) -> None:
-    """Replace the matrices of a batch by what a function makes of them.
+    """Replace the matrices of a batch by the results of a function.
 
     Args:
         function: replaces a matrix (m, n), or a batch (k, m, n), by its result.
-        batch: contiguous memory (k, m, n); one of n × m lies there row by row.
-        shapes: of each matrix, in the order of ``batched``. Those of n × m are transposed where all
+        batch: contiguous memory (k, m, n); a matrix n × m is stored row by row in its (m, n).
+        shapes: of each matrix, in the order of ``batched``. Matrices n × m are transposed where all
             are computed together.
     """
     shape = (batch.shape[1], batch.shape[2])
@@ -88,7 +88,7 @@ def apply_together(
 
 
 def computed_together(shape: tuple[int, int], itemsize: int, device: torch.device) -> bool:
-    """Whether matrices of a shape, and its transposes, go through a function together."""
+    """Whether matrices of a shape, and their transposes, go through a function in a batch."""
     if not devices.is_cpu(device):
         return True
     numel, rows = _CPU_ALONE[itemsize]
@@ -96,18 +96,18 @@ def computed_together(shape: tuple[int, int], itemsize: int, device: torch.devic
 
 
 def _rounds_alone(shape: tuple[int, int]) -> bool:
-    """Whether a CPU gives a batch of one the bits that a larger one gets."""
+    """Whether a CPU rounds a batch of one like a larger batch."""
     numel, rows = _CPU_IN_TWOS
     return shape[0] * shape[1] > numel and min(shape) >= rows
 
 
 def _apply_wide(function: Callable[[Tensor], object], batch: Tensor, tall: int) -> None:
-    """The same on an accelerator, in memory where all are wide and have :func:`aligned` sides.
+    """The same on an accelerator, in memory where all matrices are wide and have aligned sides.
 
     Args:
         function: see :func:`apply_together`.
-        batch: see there.
-        tall: how many of the last ones have more rows than columns.
+        batch: see :func:`apply_together`.
+        tall: how many of the last matrices have more rows than columns.
     """
     (s, l), wide = sorted(batch.shape[1:]), len(batch) - tall  # noqa: E741
     sides = aligned(s, batch.device), aligned(l, batch.device)

@@ -1,9 +1,9 @@
-"""Adapters of PEFT: which of their tensors are factors of a linear map.
+"""PEFT adapters: which of their tensors are matrices of a linear map.
 
-In: a model that may contain PEFT tuner layers. Out: a decision for every adapter tensor, found
-through the containers in which the tuner layers keep them, never through names. The A and B of
-LoRA are matrices and come with their partner and ``scaling``; everything else goes to AdamW.
-PEFT is looked at only where it has been imported already: no PEFT model exists otherwise.
+In: a model that may contain PEFT tuner layers. Out: a decision for every adapter tensor. Tensors
+are found through the containers of the tuner layers, never through names. LoRA's A and B are
+matrices and come with their partner and ``scaling``; everything else goes to AdamW. PEFT is
+inspected only if it has been imported; otherwise there can be no PEFT model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ OF_RANK_ONE = "LoRA factor of rank 1, a vector"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one adapter tensor is.
+    """The decision for one adapter tensor.
 
     Attributes:
         reason: In words.
-        matrices: Those inside it; none where it is no factor of a linear map.
-        factor: Which one of W₀ + cBA it is.
-        partner: The other one, where both are trained.
+        matrices: The matrices in it; empty unless it is LoRA's A or B.
+        factor: ``A`` or ``B`` of W₀ + cBA.
+        partner: The other one, if both are trained.
         scaling: c.
         is_dora: Whether the layer normalizes W₀ + cBA.
     """
@@ -46,7 +46,7 @@ class Adapter:
 
 
 def adapters(model: nn.Module) -> dict[int, Adapter]:
-    """Decisions for the adapter tensors of a model, by ``id`` (for one routing call)."""
+    """Return decisions for a model's adapter tensors, by ``id`` (valid during one routing call)."""
     if "peft" not in sys.modules:
         return {}
     model = unwrapped(model)
@@ -63,7 +63,7 @@ def adapters(model: nn.Module) -> dict[int, Adapter]:
 
 
 def _beside_the_base_model(model: nn.Module) -> dict[int, Adapter]:
-    """Prompt encoders, shared vector banks: what a PEFT model holds next to its base model."""
+    """Return decisions for what a PEFT model adds beside its base model: prompt encoders, …."""
     if not isinstance(model, importlib.import_module("peft").PeftModel):
         return {}
     base = model.get_base_model()
@@ -73,8 +73,8 @@ def _beside_the_base_model(model: nn.Module) -> dict[int, Adapter]:
 
 
 def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
-    """Everything a tuner layer added to its base layer; factors of LoRA as matrices."""
-    # The base layer is left to the ordinary rules: a norm trained along with LoRA stays a norm.
+    """Return decisions for everything a tuner layer added to its base layer."""
+    # The base layer follows the ordinary rules: a norm trained along with LoRA stays a norm.
     kind = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     found = {
         id(parameter): Adapter(f"adapter: {_container(name)} of {kind}, no factor of a linear map")
@@ -111,10 +111,10 @@ class _Pair(NamedTuple):
 
 
 def _pairs(layer: Any) -> Iterator[_Pair]:
-    """The linear A and B of each adapter of a LoRA layer, with its scaling.
+    """Yield the linear A and B of each adapter of a LoRA layer, with its scaling.
 
-    AdaLoRA derives from LoRA, but its A and B are singular vectors under a penalty that keeps
-    them orthogonal, not free factors.
+    AdaLoRA derives from LoRA, but its A and B are singular vectors that a penalty keeps orthogonal;
+    they are not free matrices.
     """
     lora_layer = importlib.import_module("peft.tuners.lora").LoraLayer
     adalora_layer = importlib.import_module("peft.tuners.adalora.layer").AdaLoraLayer
@@ -128,7 +128,7 @@ def _pairs(layer: Any) -> Iterator[_Pair]:
 
 
 def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrices, Matrices]:
-    """Matrices of A (r, in) and B (out, r); per expert where a wrapper adapts a stack of them."""
+    """Return the matrices of A (r, in) and B (out, r); one per expert for a stack of experts."""
     shape_a, shape_b = shape_of(first), shape_of(second)
     experts = int(getattr(layer, "num_experts", 1)) if _wraps_parameter(layer) else 1
     if experts == 1:
@@ -139,14 +139,14 @@ def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrice
 def _expert_factors(
     layer: Any, shape_a: tuple[int, ...], shape_b: tuple[int, ...], experts: int
 ) -> tuple[Matrices, Matrices]:
-    """The layout that PEFT's ``ParamWrapper`` reads its expert factors in.
+    """Return one matrix per expert, in the layout of PEFT's ``ParamWrapper``.
 
-    A (experts · r, in) holds its experts in consecutive rows; B (out, r · experts) holds expert e
+    A (experts · r, in) holds the experts in consecutive rows; B (out, r · experts) holds expert e
     in the columns e, e + experts, ….
     """
     rank, inputs, outputs = shape_a[0] // experts, shape_a[1], shape_b[0]
-    # PEFT takes a stack that does not say how it is stored for (experts, out, in). If it is
-    # (experts, in, out) after all, A and B change sides; so their fan-out stays open.
+    # PEFT assumes (experts, out, in) for a stack that does not declare its layout. If it is really
+    # (experts, in, out), A and B change sides; so their fan-out is left undeclared.
     fan_out_dim = None if expert_fan_out(layer.get_base_layer()) is None else 0
     strides = (rank * experts, experts)
     of_a = (

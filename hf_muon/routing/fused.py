@@ -1,8 +1,8 @@
-"""Fused projections: several linear maps stored in one weight, and how each layout is cut.
+"""Fused projections: several linear maps in one weight, and how each layout splits into them.
 
 In: the module that uses the projection, the projection's name and its shape. Out: one matrix per
-map, or None where no layout is declared. Layouts are declared after reading the forward that cuts
-the output apart; shapes are never used to guess one. Class names as of transformers 5.23.
+linear map, or None if no layout is declared. A layout is declared here after reading the forward
+that splits the output; it is never guessed from shapes. Class names as of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_muon.distributed.layout import Matrix
 from hf_muon.routing.matrices import Matrices, columns_are_outputs, expert_fan_out, part
 from hf_muon.routing.survey import Candidate
 
-# Names that announce several maps in one weight. They only decide whether a weight without a
+# Names that suggest several maps in one weight. They only decide whether a weight that has no
 # declared layout deserves a warning.
 LOOKS_FUSED = re.compile(
     r"qkv|query_key_value|c_attn$|gate_up|w_?pack|\bkv_proj|in_proj$|in_proj_weight$", re.IGNORECASE
@@ -26,7 +26,7 @@ LOOKS_FUSED = re.compile(
 
 @dataclass(frozen=True)
 class Projection:
-    """A weight that may be fused, seen from the module whose forward cuts its output."""
+    """A weight that may be fused, as seen from the module whose forward splits its output."""
 
     user: nn.Module
     name: str
@@ -39,13 +39,13 @@ Split = Callable[[Projection], Matrices]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the users of one projection lay its maps out.
+    """How the users of one projection arrange its linear maps.
 
     Attributes:
         name: Name of the projection.
-        users: Classes whose forward cuts its output so.
-        split: Cuts it.
-        head_size: Where attention heads come out: what the users call the size of one.
+        users: Classes whose forward splits its output in this way.
+        split: Splits it.
+        head_size: If the outputs are attention heads: the users' attribute for the size of one.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Layout:
 
 
 def projection_of(candidate: Candidate) -> Projection:
-    """A linear layer is cut by its parent, a raw parameter by its owner."""
+    """Return a weight as its parent (for a linear layer) or owner (a raw parameter) uses it."""
     raw = candidate.leaf != "weight" or candidate.parent is None
     user = candidate.owner if raw or candidate.parent is None else candidate.parent
     name = candidate.leaf if raw else candidate.path[-1]
@@ -63,7 +63,7 @@ def projection_of(candidate: Candidate) -> Projection:
 
 
 def split(projection: Projection) -> Matrices | None:
-    """The maps of a fused projection, or None where no layout is declared."""
+    """Return the linear maps of a fused projection, or None if no layout is declared."""
     if isinstance(projection.user, nn.MultiheadAttention):
         return thirds(projection) if projection.name == "in_proj_weight" else None
     if projection.name == "gate_up_proj" and hasattr(projection.user, "is_concatenated"):
@@ -73,17 +73,17 @@ def split(projection: Projection) -> Matrices | None:
 
 
 def layout_of(projection: Projection) -> Layout | None:
-    """The declared layout of a projection."""
+    """Return the declared layout of a projection, if any."""
     users = of_transformers(projection.user)
     found = (one for one in LAYOUTS if one.name == projection.name and users & one.users)
     return next(found, None)
 
 
 def of_transformers(user: nn.Module) -> set[str]:
-    """The names of a module's classes that are transformers'.
+    """Return the names of those of a module's classes that belong to transformers.
 
-    Bases as well, because FSDP2 replaces a module's class by a subclass; those of transformers
-    alone, because a class of the same name elsewhere may cut otherwise.
+    Base classes count, because FSDP2 replaces a module's class by a subclass. Other packages' do
+    not, because a class of the same name may split its output differently.
     """
     return {
         cls.__name__
@@ -93,12 +93,12 @@ def of_transformers(user: nn.Module) -> set[str]:
 
 
 def looks_fused(projection: Projection) -> bool:
-    """Whether the name says that the weight holds several maps."""
+    """Whether the name suggests that the weight holds several maps."""
     return LOOKS_FUSED.search(projection.name) is not None
 
 
 def blocks(projection: Projection, sizes: tuple[int, ...]) -> Matrices:
-    """Consecutive outputs of the given sizes: rows, or columns of a ``Conv1D``."""
+    """Return consecutive outputs of the given sizes: rows, or columns of a ``Conv1D``."""
     dim = int(columns_are_outputs(projection.owner))
     rows, cols = projection.shape
     if sum(sizes) != projection.shape[dim]:
@@ -115,7 +115,7 @@ def blocks(projection: Projection, sizes: tuple[int, ...]) -> Matrices:
 
 
 def equal(count: int) -> Split:
-    """``count`` maps of one size, one after the other."""
+    """Split into ``count`` consecutive maps of equal size."""
 
     def cut(projection: Projection) -> Matrices:
         outputs = projection.shape[int(columns_are_outputs(projection.owner))]
@@ -128,14 +128,14 @@ halves, thirds = equal(2), equal(3)
 
 
 def of_embedding_size(projection: Projection) -> Matrices:
-    """GPT-2: as many maps as ``split_size`` fits into (three; two under cross-attention)."""
+    """GPT-2: maps of ``split_size`` outputs (three; two under cross-attention)."""
     size = int(getattr(projection.user, "split_size"))  # noqa: B009 - set in the attention's init
     outputs = projection.shape[int(columns_are_outputs(projection.owner))]
     return blocks(projection, (size,) * (outputs // size))
 
 
 def grouped_query(projection: Projection) -> Matrices:
-    """Rows [query; key; value], where key and value have fewer heads."""
+    """Rows [query; key; value], with fewer heads for key and value."""
     config, head_dim = projection.user.config, int(projection.user.head_dim)  # type: ignore[arg-type]
     query = int(config.num_attention_heads) * head_dim  # type: ignore[union-attr, arg-type]
     key = int(config.num_key_value_heads) * head_dim  # type: ignore[union-attr, arg-type]
@@ -143,7 +143,7 @@ def grouped_query(projection: Projection) -> Matrices:
 
 
 def per_head(head_size: str) -> Split:
-    """Rows that run head by head, each head holding its query, key and value."""
+    """Rows ordered by head, each head with its query, key and value."""
 
     def cut(projection: Projection) -> Matrices:
         head_dim = int(getattr(projection.user, head_size))
@@ -160,7 +160,7 @@ def gate_up_columns(projection: Projection) -> Matrices:
 
 
 def expert_gate_up(projection: Projection) -> Matrices | None:
-    """Experts that say through transformers' decorator how gate and up are stored."""
+    """Experts that declare through transformers' decorator how gate and up are stored."""
     dim = expert_fan_out(projection.user)
     if dim is None or len(projection.shape) != 3 or not getattr(projection.user, "has_gate", True):
         return None

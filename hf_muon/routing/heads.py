@@ -1,8 +1,8 @@
 """Attention heads: which outputs of a projection belong to one head.
 
-In: a projection as :mod:`hf_muon.routing.fused` sees it. Out: one matrix per head of its queries,
-keys or values, or None where the architecture declares no heads. Heads are what a module or its
-configuration says they are, and only where the rows fit; shapes alone are never used to guess.
+In: a projection as :mod:`hf_muon.routing.fused` describes it. Out: one matrix per head of its
+queries, keys or values, or None if the architecture declares no heads. Heads are what a module or
+its configuration declares, and only if the rows fit; they are never guessed from shapes.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ KEYS_AND_VALUES = (
 # The raw parameters of nn.MultiheadAttention.
 RAW = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
-# What transformers' modules and configurations call these numbers (5.23).
+# The names of these numbers in transformers' modules and configurations (5.23).
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", *_HEADS)
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def split(projection: Projection) -> Matrices | None:
-    """One matrix for each head, or None where the architecture declares no heads."""
+    """Return one matrix per head, or None if the architecture declares no heads."""
     if len(projection.shape) != 2:
         return None
     size = head_size(projection)
     outputs = projection.shape[int(columns_are_outputs(projection.owner))]
-    if size is None or size < 2 or outputs % size:  # one row is a vector, which has no polar factor
+    if size is None or size < 2 or outputs % size:  # a single row is a vector
         return None
     return blocks(projection, (size,) * (outputs // size))
 
 
 def is_of_heads(projection: Projection) -> bool:
-    """Whether the name says that queries, keys or values come out."""
+    """Whether the name says that the outputs are queries, keys or values."""
     named = (*QUERIES, *KEYS_AND_VALUES, "q_b_proj", "kv_b_proj", "c_attn", "qkv", "qkv_proj")
     return projection.name in (*named, *RAW, "query_key_value")
 
 
 def head_size(projection: Projection) -> int | None:
-    """How many consecutive outputs of a projection make up one head."""
+    """Return how many consecutive outputs of a projection form one head, if it is known."""
     user, name = projection.user, projection.name
     if isinstance(user, nn.MultiheadAttention):
         return user.head_dim if name in RAW else None
     if not of_transformers(user):
         return None
     layout = layout_of(projection)
-    if layout is not None:  # query, key and value have heads of one size, in whatever order
+    if layout is not None:  # query, key and value heads have one size, in whatever order
         return None if layout.head_size is None else number(user, layout.head_size)
     if number(user, "qk_nope_head_dim") is not None:
         return _latent_head_size(projection)
@@ -62,7 +62,7 @@ def head_size(projection: Projection) -> int | None:
 
 
 def _latent_head_size(projection: Projection) -> int | None:
-    """Multi-head latent attention: a head of a query, or of a key without rotation and a value."""
+    """Multi-head latent attention: a head of the query, or of the unrotated key and the value."""
     user, heads = projection.user, number(projection.user, *_HEADS)
     without = number(user, "qk_nope_head_dim") or 0
     if projection.name in ("q_proj", "q_b_proj"):
@@ -73,9 +73,9 @@ def _latent_head_size(projection: Projection) -> int | None:
 
 
 def _fitting(projection: Projection, heads: int | None, size: int | None) -> int | None:
-    """The size of a head, if that many heads of it are all outputs.
+    """Return the size of a head if that many heads make up all outputs, else None.
 
-    They are not where a projection holds more than heads, such as a gate.
+    They do not if a projection holds something besides heads, such as a gate.
     """
     outputs = projection.shape[int(columns_are_outputs(projection.owner))]
     if not heads or outputs % heads:
@@ -84,7 +84,7 @@ def _fitting(projection: Projection, heads: int | None, size: int | None) -> int
 
 
 def number(user: nn.Module, *names: str) -> int | None:
-    """The first of some numbers that a module has, else its configuration."""
+    """Return the first of some numbers that a module, or else its configuration, has."""
     for holder in (user, getattr(user, "config", None)):
         for name in names:
             value = getattr(holder, name, None)

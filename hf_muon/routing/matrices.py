@@ -1,4 +1,4 @@
-"""Which matrices live inside a parameter.
+"""Which matrices are inside a parameter.
 
 In: a parameter's shape, its owner and what the owner declares. Out: a tuple of
 :class:`~hf_muon.distributed.layout.Matrix`: one for a linear layer, one per expert of a stack, one
@@ -22,7 +22,7 @@ def whole(shape: tuple[int, ...], fan_out_dim: int | None = 0) -> Matrices:
 
 
 def stack(shape: tuple[int, ...], fan_out_dim: int | None) -> Matrices:
-    """One matrix for each entry of the first of three dimensions."""
+    """One matrix per index of the first of three dimensions."""
     entries, rows, cols = shape
     size = rows * cols
     return tuple(Matrix(e * size, (rows, cols), (cols, 1), fan_out_dim) for e in range(entries))
@@ -31,7 +31,7 @@ def stack(shape: tuple[int, ...], fan_out_dim: int | None) -> Matrices:
 def part(
     shape: tuple[int, int], dim: int, start: int, size: int, *, step: int = 1, offset: int = 0
 ) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """``(offset, shape, strides)`` of ``size`` rows (dim 0) or columns (dim 1) of a matrix."""
+    """Return ``(offset, shape, strides)`` of ``size`` rows (dim 0) or columns (dim 1)."""
     rows, cols = shape
     if dim == 0:
         return offset + start * cols, (size, cols), (step * cols, 1)
@@ -39,10 +39,10 @@ def part(
 
 
 def expert_fan_out(owner: nn.Module) -> int | None:
-    """Which dimension of one expert's matrix is the output; None where the module is silent.
+    """Return which dimension of one expert's matrix is the output; None if it is not declared.
 
-    transformers' experts decorator sets ``is_transposed``. A module without it may be stored
-    either way, and the larger side says nothing.
+    transformers' experts decorator sets ``is_transposed``. Without it, a module may store either
+    layout, and the sizes do not tell which.
     """
     transposed = getattr(owner, "is_transposed", None)
     return int(transposed) if isinstance(transposed, bool) else None

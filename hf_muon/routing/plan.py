@@ -1,8 +1,8 @@
-"""The plan: what was decided for every trainable parameter, and the param groups that follow.
+"""The routing plan: the decision for every trainable parameter, and the resulting param groups.
 
 In: a model and a :class:`~hf_muon.config.MuonConfig`. Out: a :class:`RoutePlan` with one
-:class:`Route` per parameter; it prints as a table, exports to JSON, has a fingerprint that tells
-two routings apart, and makes the optimizer's param groups.
+:class:`Route` per parameter. It prints as a table, exports to JSON, has a fingerprint that tells
+two routings apart, and builds the optimizer's param groups.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class RoutePlan:
         routes: One for each trainable parameter.
         parameters: The parameters themselves, in the same order; empty in a plan without a model.
         frozen: Number of parameters that are not trained.
-        remedy: Why nothing went to Muon and what to do, where that is known; else empty.
-        headless: Whether no output layer was recognised in a model that may have one.
+        remedy: Why nothing went to Muon and what to do about it, if known; else empty.
+        headless: Whether no output layer was recognized in a model that may have one.
     """
 
     routes: tuple[Route, ...]
@@ -64,7 +64,7 @@ class RoutePlan:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash over names, shapes, algorithms and matrices."""
+        """Short hash of names, shapes, algorithms and matrices."""
         facts = [(r.name, r.shape, r.algorithm, r.matrices) for r in self.routes]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -79,7 +79,7 @@ class RoutePlan:
         return tuple(route for route in self.routes if route.algorithm == "adamw")
 
     def totals(self) -> dict[str, int]:
-        """Counts of tensors, matrices and elements."""
+        """Numbers of tensors, matrices and elements."""
         return {
             "muon_tensors": len(self.muon),
             "muon_matrices": sum(len(route.matrices) for route in self.muon),
@@ -90,17 +90,17 @@ class RoutePlan:
         }
 
     def table(self, *, compact: bool | None = None) -> str:
-        """The plan as text.
+        """Return the plan as text.
 
         Args:
-            compact: Fold the numbered layers of a stack into one line. Default: only where there
-                are more than 100 parameters.
+            compact: Fold the numbered layers of a stack into one line. Default: only if there are
+                more than 100 parameters.
         """
         compact = len(self.routes) > 100 if compact is None else compact
         return render(self.routes, self.totals(), self.fingerprint, compact=compact)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values, for JSON."""
+        """Return the plan as plain values, for JSON."""
         return {
             "fingerprint": self.fingerprint,
             "totals": self.totals(),
@@ -108,11 +108,11 @@ class RoutePlan:
         }
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the trainable parameters of a model are still those that were routed."""
+        """Whether the model's trainable parameters are still those that were routed."""
         return [id(p) for _, p in trainable(model)] == [id(p) for p in self.parameters]
 
     def only(self, names: Container[str]) -> RoutePlan:
-        """The plan of some of the parameters."""
+        """Return the plan of some of the parameters."""
         kept = [n for n, one in enumerate(self.routes) if one.name in names]
         return dataclasses.replace(
             self,
@@ -121,7 +121,7 @@ class RoutePlan:
         )
 
     def require_matrices(self) -> None:
-        """Raise where nothing goes to Muon, with the cause.
+        """Raise if nothing goes to Muon, with the cause.
 
         Raises:
             ValueError: No parameter was routed to Muon.
@@ -153,27 +153,28 @@ class RoutePlan:
     def param_groups(
         self, config: MuonConfig, given: Iterable[Any] | None = None
     ) -> list[dict[str, Any]]:
-        """The optimizer's groups: Muon first, then AdamW; decayed first; none empty.
+        """Return the optimizer's groups: Muon first, then AdamW; decayed first; none empty.
 
-        Parameters of different device meshes get different groups; so do pairs of LoRA factors
-        that move together and other matrices.
+        Parameters on different device meshes get different groups. So do LoRA pairs that are
+        updated together, and other matrices.
 
         Args:
             config: Gives the hyper-parameters of both halves.
             given: Parameters, or groups of them as another optimizer takes them. Each group is
-                split by the routes and keeps its own hyper-parameters; where it repeats the run's
+                split by the routes and keeps its own hyper-parameters; if it repeats the run's
                 ``lr`` or ``weight_decay``, its AdamW part follows the settings of that half.
                 Default: all parameters of the plan.
 
         Returns:
             Groups with ``params`` as ``(name, parameter)`` pairs. Muon groups hold ``matrices``,
-            aligned with ``params``: for each a tuple of ``(offset, shape, strides, fan_out_dim)``;
-            and where there are LoRA factors ``pairs``, ``factors`` and ``scalings``, aligned as
-            well: the name of the partner, ``A`` or ``B``, and c. They are empty or 0 for others.
+            aligned with ``params``: for each a tuple of ``(offset, shape, strides, fan_out_dim)``.
+            With LoRA they also hold ``pairs``, ``factors`` and ``scalings``, aligned too: the name
+            of the partner, ``A`` or ``B``, and c; these are empty or 0 for other parameters.
 
         Raises:
             ValueError: No parameter was routed to Muon; a given parameter that needs a gradient is
-                not in the plan, or a given group leaves open which rate its AdamW part has.
+                not in the plan; or a given group does not determine the learning rate of its AdamW
+                part.
         """
         self.require_matrices()
         _log_fallbacks(self.muon, config.lora_update)
@@ -187,18 +188,18 @@ class RoutePlan:
 
 
 def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
-    """Decide for every trainable parameter of a model.
+    """Decide for every trainable parameter of a model whether Muon or AdamW trains it.
 
     Args:
-        model: Any module; wrapped by DDP, ``torch.compile`` or PEFT as well.
+        model: Any module, also wrapped by DDP, ``torch.compile`` or PEFT.
         config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused``,
-            ``split_heads`` and ``lr_multipliers``. Default: none.
+            ``split_heads`` and ``lr_multipliers``. Default: none of them.
 
     Returns:
-        The plan. It may have an empty Muon half; :meth:`RoutePlan.param_groups` refuses that.
+        The plan. Its Muon half may be empty; :meth:`RoutePlan.param_groups` then raises.
 
     Raises:
-        ValueError: A pattern matches nothing, or sends something without matrices to Muon.
+        ValueError: A pattern matches nothing, or sends a parameter without matrices to Muon.
     """
     config = MuonConfig() if config is None else config
     facts, of_adapters = survey(model), adapters(model)
@@ -251,7 +252,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
 
 
 def _of_factor(made: Route, adapter: Adapter, pair: str | None, lora_update: LoraUpdate) -> Route:
-    """The route of a LoRA factor, with the reason if it is updated otherwise than asked for."""
+    """Return the route of LoRA's A or B; its reason says if it is not updated as asked for."""
     obstacle = ""
     if lora_update != "factor" and adapter.is_dora:
         obstacle = "DoRA normalizes W + cBA"
@@ -271,7 +272,7 @@ _ON_ITS_OWN = ", lora_update='factor' because "
 
 
 def _log_fallbacks(routes: Iterable[Route], lora_update: LoraUpdate) -> None:
-    """Say how many LoRA factors are updated otherwise than asked for, and why."""
+    """Log how many LoRA matrices are not updated as asked for, and why."""
     alone = [r for r in routes if r.factor and r.lora_update != lora_update]
     obstacles = Counter(r.reason.rpartition(_ON_ITS_OWN)[2] for r in alone)
     for obstacle, count in obstacles.items():
@@ -285,7 +286,7 @@ def _log_fallbacks(routes: Iterable[Route], lora_update: LoraUpdate) -> None:
 
 
 def _decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that the Trainer would decay."""
+    """Return the names of the parameters that the Trainer would decay."""
     from transformers.trainer_pt_utils import get_parameter_names
 
     names = get_parameter_names(model, UNDECAYED_LAYERS, UNDECAYED_NAMES)  # type: ignore[no-untyped-call]
@@ -293,7 +294,7 @@ def _decayed_names(model: nn.Module) -> set[str]:
 
 
 def _flat_parameters(model: nn.Module) -> str:
-    """FSDP1 hands the optimizer pieces of flattened parameters, whose matrices are gone."""
+    """Return a remedy under FSDP1, which flattens parameters, so that their matrices are gone."""
     if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return ""
     return (
@@ -303,7 +304,7 @@ def _flat_parameters(model: nn.Module) -> str:
 
 
 def _matched(field_name: str, patterns: Iterable[str], facts: Survey) -> dict[str, str]:
-    """The first pattern that matches each name; a pattern that matches none is an error."""
+    """Return the first pattern that matches each name; raise if a pattern matches none."""
     names = [candidate.name for candidate in facts.candidates]
     found: dict[str, str] = {}
     for pattern in patterns:
@@ -316,7 +317,7 @@ def _matched(field_name: str, patterns: Iterable[str], facts: Survey) -> dict[st
 
 
 def _lr_factors(by_pattern: dict[str, float], facts: Survey) -> dict[str, float]:
-    """What multiplies the learning rate, by name of a parameter: the first pattern counts."""
+    """Return each parameter's multiplier of the learning rate: the first matching pattern's."""
     found = _matched("lr_multipliers", by_pattern, facts)
     for pattern in by_pattern:
         if pattern in found.values():
@@ -329,7 +330,7 @@ def _lr_factors(by_pattern: dict[str, float], facts: Survey) -> dict[str, float]
 
 
 def _check_rates_of_pairs(routes: Iterable[Route]) -> None:
-    """A and B that move together have one rate."""
+    """Raise if the A and B of a pair that is updated together have different learning rates."""
     factors = {one.name: one.lr_multiplier for one in routes}
     for one in routes:
         moved = one.pair is not None and one.lora_update != "factor"
@@ -358,10 +359,10 @@ _IN_WRAPPERS = re.compile(rf"(?:{'|'.join(sorted(set(WRAPPERS.values())))})\\?\.
 
 
 def state_bytes(plan: RoutePlan, config: MuonConfig) -> dict[str, int]:
-    """Bytes of optimizer state under the plan, and under AdamW alone.
+    """Return the bytes of optimizer state under the plan, and under AdamW alone.
 
-    Muon keeps what its rule does: one buffer per matrix, none in ``polar_only``; AdamW two; both a
-    step counter of four bytes per tensor.
+    Muon keeps the buffers of its rule: one per matrix by default, none in ``polar_only``. AdamW
+    keeps two. Both keep a step counter of four bytes per tensor.
     """
     muon, adamw, reference = 0, 0, 0
     for one, parameter in zip(plan.routes, plan.parameters, strict=True):

@@ -1,7 +1,7 @@
-"""A route, what was decided for one parameter, and the param groups that follow from routes.
+"""A route, the decision for one parameter, and the param groups that follow from routes.
 
-In: the decision of the rules; routes with their parameters, the settings, and the groups that a
-client made itself. Out: a :class:`Route`; groups of plain values, Muon's first, none of them empty.
+In: the decisions of the rules; routes with their parameters, the settings, and any groups that a
+client built. Out: a :class:`Route`; groups of plain values, Muon's first, none of them empty.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hf_muon.routing.rules import Algorithm
 
 @dataclass(frozen=True)
 class Route:
-    """What was decided for one parameter.
+    """The decision for one parameter.
 
     Attributes:
-        name: Name in the model, clean of wrappers.
-        shape: Whole shape.
+        name: Name in the model, without the prefixes of wrappers.
+        shape: Shape of the whole parameter.
         algorithm: ``muon`` or ``adamw``.
         reason: Why; the part before the first colon or comma is the kind.
-        matrices: What Muon orthogonalizes; empty under AdamW.
+        matrices: The matrices that Muon orthogonalizes; empty under AdamW.
         decay: Whether weight decay applies, by the Trainer's own rule.
-        lr_multiplier: What multiplies the learning rate.
-        pair: Name of the partner, for a LoRA factor whose partner is trained by Muon as well.
-        scaling: c of W₀ + cBA, for a LoRA factor.
-        factor: ``A`` or ``B``, for a LoRA factor.
-        lora_update: How a LoRA factor is updated: the setting, or ``factor`` where that cannot be.
+        lr_multiplier: Multiplies the learning rate.
+        pair: For LoRA's A or B: the name of its partner, if Muon trains that too.
+        scaling: For LoRA's A or B: c of W₀ + cBA.
+        factor: For LoRA's A or B: ``A`` or ``B``.
+        lora_update: How LoRA's A or B is updated: as set, or ``factor`` if that is impossible.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Route:
 
     @property
     def numel(self) -> int:
-        """Elements of the parameter."""
+        """Number of elements of the parameter."""
         return math.prod(self.shape)
 
     @property
@@ -62,13 +62,13 @@ class Route:
         return re.split("[:,(]", self.reason)[0].strip()
 
     def to_dict(self) -> dict[str, Any]:
-        """The route as plain values, for JSON."""
+        """Return the route as plain values, for JSON."""
         matrices = [plain(matrix) for matrix in self.matrices]
         return {**vars(self), "shape": list(self.shape), "matrices": matrices}
 
 
 def plain(matrix: Matrix) -> tuple[int, tuple[int, ...], tuple[int, ...], int | None]:
-    """A matrix as nested tuples, which ``torch.load(weights_only=True)`` accepts."""
+    """Return a matrix as nested tuples, which ``torch.load(weights_only=True)`` accepts."""
     return (matrix.offset, tuple(matrix.shape), tuple(matrix.strides), matrix.fan_out_dim)
 
 
@@ -78,7 +78,7 @@ Bound = tuple[Route, nn.Parameter]
 def param_groups(
     every: Sequence[Bound], config: MuonConfig, given: Iterable[Any] | None
 ) -> list[dict[str, Any]]:
-    """What :meth:`~hf_muon.routing.plan.RoutePlan.param_groups` returns."""
+    """Return the groups of :meth:`~hf_muon.routing.plan.RoutePlan.param_groups`."""
     if given is None:
         return _split(every, config, {})
     by_identity = {id(parameter): (one, parameter) for one, parameter in every}
@@ -91,7 +91,7 @@ def param_groups(
 
 
 def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
-    """What an optimizer takes, parameters or groups of them, as groups with unnamed parameters."""
+    """Return an optimizer's argument, parameters or groups, as groups without names."""
     items = list(given)
     if items and not isinstance(items[0], dict):
         items = [{"params": items}]
@@ -118,7 +118,7 @@ def _bound(group: Mapping[str, Any], by_identity: Mapping[int, Bound]) -> list[B
 def _split(
     bound: Sequence[Bound], config: MuonConfig, given: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Groups of one kind and mesh each, with the hyper-parameters that were given for all."""
+    """Return groups of one kind and mesh each, with the hyper-parameters given for all of them."""
     own = {key: value for key, value in given.items() if key not in ("params", "param_names")}
     mixed = len({one.algorithm for one, _ in bound}) > 1
     if mixed and config.adamw_lr is not None and own.get("lr", config.lr) != config.lr:
@@ -127,7 +127,7 @@ def _split(
             f"and adamw_lr={config.adamw_lr!r} is set: the group does not say which rate the "
             "others have. Make two groups of it, or leave adamw_lr out, so that both have its lr."
         )
-    parts: dict[Any, list[Bound]] = {}  # one group is on one device mesh; plain tensors on none
+    parts: dict[Any, list[Bound]] = {}  # a group is on one device mesh; plain tensors on none
     for one, parameter in sorted(bound, key=lambda entry: _kind(entry[0])):
         mesh = getattr(parameter, "device_mesh", None)
         parts.setdefault((_kind(one), mesh), []).append((one, parameter))
@@ -137,13 +137,13 @@ def _split(
 
 
 def _kind(route: Route) -> tuple[bool, bool, bool, bool, float]:
-    """What the members of a group share; it sorts them as groups are ordered."""
+    """Return what members of a group have in common; also the sort key of groups."""
     in_pairs, factor = route.lora_update in ("product", "tangent"), route.lr_multiplier
     return route.algorithm != "muon", not route.decay, in_pairs, factor != 1, factor
 
 
 def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the half, what the group has of its own, and the rate times its factor."""
+    """Return the half's settings, updated by the group's own, with the multiplied rate."""
     settings, factor = _of_half(route, config, own), route.lr_multiplier
     if factor == 1:
         return settings
@@ -155,7 +155,7 @@ def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[s
         own = {key: value for key, value in own.items() if key not in ("betas", "eps")}
         lora_update = route.lora_update or "factor"
         return {**config.muon_group(route.decay), **own, "lora_update": lora_update}
-    run = {"lr": config.lr, "weight_decay": config.weight_decay}  # the AdamW half has its own
+    run = {"lr": config.lr, "weight_decay": config.weight_decay}  # AdamW's may differ
     differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
     return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
 

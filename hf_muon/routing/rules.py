@@ -1,8 +1,8 @@
 """The rules that send a parameter to Muon or to AdamW: ordered, the first match wins.
 
-In: a :class:`Context`, one trainable parameter with what is known of its surroundings. Out: a
-:class:`Decision` with a reason. The rules look at owners, accessors and geometry; names come
-last, and no rule knows a model type. :data:`RULES` is the table; read it first.
+In: a :class:`Context`, one trainable parameter with its surroundings. Out: a :class:`Decision` with
+a reason. The rules look at owners, accessors and geometry first, at names last, and never at the
+model type. Start reading at the table :data:`RULES`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-# Mixture-of-experts routers; a ForgetGate or a GatedMLP is none.
+# Routers of mixtures of experts. A ForgetGate or a GatedMLP is not one.
 ROUTER_CLASS = re.compile(r"Router(?:MLP|Linear)?$|Top[kK\d]+Gat(?:e|ing)$|Mo[Ee](?:V\d+)?Gate$")
 EXPERT_CLASS = re.compile(r"Experts?$")
 ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -40,7 +40,7 @@ PROJECTOR_PATHS = ("projector", "multi_modal", "connector", "visual")
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user said: the pattern that names a parameter, by name of the parameter."""
+    """The user's patterns: for each parameter that one matches, the pattern."""
 
     muon: dict[str, str] = field(default_factory=dict)
     adamw: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Context:
-    """One trainable parameter and everything that the rules may ask about it."""
+    """One trainable parameter and everything the rules may ask about it."""
 
     candidate: Candidate
     survey: Survey
@@ -65,17 +65,17 @@ class Context:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole shape of the parameter."""
+        """The shape of the whole parameter."""
         return self.candidate.shape
 
     @property
     def is_vector(self) -> bool:
-        """Whether the trailing matrix has a single row or column, or there is none."""
+        """Whether there are no two dimensions, or the last two have a single row or column."""
         return len(self.shape) < 2 or min(self.shape[-2:]) <= 1
 
     @property
     def is_flattened(self) -> bool:
-        """Whether the parameter is a kernel that the user wants as a matrix."""
+        """Whether the parameter is a convolution kernel that the user wants flattened."""
         is_kernel = self.candidate.leaf == "weight" and isinstance(self.owner, CONVOLUTIONS)
         return self.conv == "flatten" and is_kernel
 
@@ -98,7 +98,7 @@ def adamw(reason: str) -> Decision:
 
 
 def decide(context: Context) -> Decision:
-    """The decision of the first rule that has one."""
+    """Return the decision of the first rule that makes one."""
     for rule in RULES:
         decision = rule(context)
         if decision is not None:
@@ -107,7 +107,7 @@ def decide(context: Context) -> Decision:
 
 
 def user_override(context: Context) -> Decision | None:
-    """Explicit beats inferred; an AdamW pattern may carve an exception out of a Muon pattern."""
+    """The user's patterns come first; an AdamW pattern may make exceptions to a Muon pattern."""
     name = context.candidate.name
     if pattern := context.overrides.adamw.get(name):
         return adamw(f"user: adamw_params {pattern!r}")
@@ -118,7 +118,7 @@ def user_override(context: Context) -> Decision | None:
 
 
 def adapter(context: Context) -> Decision | None:
-    """The container says what an adapter tensor is, on whatever layer it sits."""
+    """PEFT's container tells what an adapter tensor is, on any layer."""
     found = context.adapter
     if found is None:
         return None
@@ -126,10 +126,10 @@ def adapter(context: Context) -> Decision | None:
 
 
 def embedding_or_head(context: Context) -> Decision | None:
-    """One row per token. By identity, so that a tied tensor is found under any name."""
+    """One row per token. Found by identity, so a tied tensor is recognized under any name."""
     identity = id(context.candidate.parameter)
     if len(context.shape) < 2 or isinstance(context.owner, CONVOLUTIONS):
-        return None  # the bias of a head; the patches of an image: rules of their own
+        return None  # a head's bias, an image's patch embedding: other rules decide
     if identity in context.survey.embeddings or isinstance(context.owner, EMBEDDINGS):
         tied = " (tied to the output head)" if identity in context.survey.heads else ""
         return adamw(f"embedding{tied}")
@@ -137,12 +137,12 @@ def embedding_or_head(context: Context) -> Decision | None:
 
 
 def vector(context: Context) -> Decision | None:
-    """Norms, biases, one-row gates: the polar factor of a vector is plain normalisation."""
+    """Norms, biases, one-row gates: the polar factor of a vector is just its normalization."""
     return adamw("vector") if context.is_vector and not context.is_flattened else None
 
 
 def convolution(context: Context) -> Decision | None:
-    """A kernel is not one linear map; flattening it is a choice for the user."""
+    """A kernel is not one linear map; whether to flatten it is the user's choice."""
     if isinstance(context.owner, CONVOLUTIONS):
         return None if context.is_flattened else adamw("conv")
     if isinstance(context.owner, nn.utils.parametrize.ParametrizationList):
@@ -151,7 +151,7 @@ def convolution(context: Context) -> Decision | None:
 
 
 def head(context: Context) -> Decision | None:
-    """Task heads stand outside the backbone, or have one row per label or token."""
+    """Task heads are outside the backbone, or have one row per label or token."""
     candidate, survey = context.candidate, context.survey
     if id(candidate.parameter) in survey.classifiers:
         return adamw("head: the model's classifier")
@@ -168,9 +168,9 @@ def head(context: Context) -> Decision | None:
 
 
 def router(context: Context) -> Decision | None:
-    """Few rows with a role of their own: one per expert."""
+    """A router has few rows, each with its own role: one per expert."""
     path, survey = context.candidate.path, context.survey
-    # The owner or what is close above it: a router of whole models is none of experts.
+    # The owner or a module just above it. A router between whole models does not route to experts.
     by_class = any(
         ROUTER_CLASS.search(type(module).__name__) and not survey.holds_blocks(module)
         for module in context.candidate.modules[1:][-3:]
@@ -182,16 +182,16 @@ def router(context: Context) -> Decision | None:
 
 
 def _selects(context: Context) -> bool:
-    """Whether a `gate` has a row per expert; where none are known, far fewer rows than columns.
+    """Whether a `gate` has a row per expert or, if unknown, far fewer rows than columns.
 
-    `gate_proj` and square gates are ordinary maps.
+    `gate_proj` and square gates are ordinary linear maps.
     """
     rows, experts = context.shape[0], context.survey.experts
     return rows in experts if experts else rows * 4 <= context.shape[-1]
 
 
 def bias_stack(context: Context) -> Decision | None:
-    """(experts, n) looks like a matrix and is a list of vectors."""
+    """(experts, n) looks like a matrix but is a list of vectors."""
     return adamw("bias stack") if context.candidate.leaf.endswith("bias") else None
 
 
@@ -204,14 +204,14 @@ def linear(context: Context) -> Decision | None:
 
 
 def kernel(context: Context) -> Decision | None:
-    """A kernel that the user wants flattened; one filter for each channel is a list of vectors."""
+    """A kernel to be flattened; a depthwise one is a list of vectors."""
     if not context.is_flattened:
         return None
     found = matrices.flattened_kernel(context.owner, context.shape)
     return Decision("muon", "conv, flattened", found) if found else adamw(_NO_MATRIX)
 
 
-_NO_MATRIX = "conv, a vector for each group"  # depthwise: one filter for each channel
+_NO_MATRIX = "conv, a vector for each group"  # depthwise: one filter per channel
 
 
 def experts(context: Context) -> Decision | None:
@@ -222,7 +222,7 @@ def experts(context: Context) -> Decision | None:
 
 
 def unknown(context: Context) -> Decision | None:
-    """Raw parameters carry no contract; the report names them."""
+    """Nothing declares what a raw parameter is; the report lists them."""
     return adamw(f"unknown: {context.candidate.leaf} of {type(context.owner).__name__}")
 
 
@@ -243,7 +243,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def is_linear_map(context: Context) -> bool:
-    """Whether the parameter is the weight of a layer that computes x ↦ Wx and no more."""
+    """Whether the parameter is the weight of a layer that only computes x ↦ Wx."""
     owner, leaf = context.owner, context.candidate.leaf
     if len(context.shape) != 2:
         return False
@@ -255,7 +255,7 @@ def is_linear_map(context: Context) -> bool:
 
 
 def hidden(context: Context, kind: str) -> Decision:
-    """A hidden weight: whole, per expert, or where the user asks, cut by maps or by heads."""
+    """A hidden weight: whole, one matrix per expert, or split into maps or heads on request."""
     projection = fused.projection_of(context.candidate)
     if context.split_heads and heads.is_of_heads(projection):
         cut = heads.split(projection)
@@ -279,7 +279,7 @@ def hidden(context: Context, kind: str) -> Decision:
 
 
 def forced_matrices(context: Context, pattern: str) -> Matrices:
-    """The matrices of a parameter that the user sends to Muon, or an error where there are none."""
+    """Return the matrices of a parameter that the user sends to Muon; raise if it has none."""
     if context.adapter is not None and context.adapter.matrices:
         return context.adapter.matrices
     found: Matrices = ()

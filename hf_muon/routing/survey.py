@@ -1,8 +1,8 @@
-"""What a model says about itself, gathered once per routing call.
+"""What a model declares about itself, collected once per routing call.
 
 In: a model, possibly wrapped (DDP, ``torch.compile``, a DeepSpeed engine). Out: a
 :class:`Survey` with every trainable parameter as a :class:`Candidate` — clean name, owner, path —
-and the facts that the rules ask for: embeddings and heads by identity, backbones, repeated stacks.
+and the facts that the rules need: embeddings and heads by identity, backbones, repeated stacks.
 A survey is keyed by object identity and must not outlive the call that made it.
 """
 
@@ -18,8 +18,8 @@ from torch.nn.parameter import UninitializedParameter
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-# Child names that a wrapper inserts, with the wrapper's class. A module of a user's own that is
-# called "module" keeps its name, because its parent is none of these.
+# Child names that a wrapper inserts, by the wrapper's class. A user's own module called "module"
+# keeps its name, because its parent is none of these.
 WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -33,7 +33,7 @@ WRAPPERS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trainable parameter and where it lives."""
+    """A trainable parameter and where it is in the model."""
 
     name: str
     raw_name: str
@@ -56,7 +56,7 @@ class Candidate:
 
 @dataclass
 class Survey:
-    """The facts that the rules ask for; sets hold ``id()`` values."""
+    """The facts that the rules need; sets hold ``id()`` values."""
 
     model: nn.Module
     base: nn.Module
@@ -73,16 +73,16 @@ class Survey:
     knows_heads: bool = False
 
     def in_stack(self, candidate: Candidate) -> bool:
-        """Whether the parameter lies in a repeated stack of blocks."""
+        """Whether the parameter is in a repeated stack of blocks."""
         return any(id(module) in self.stacks for module in candidate.modules[:-1])
 
     def holds_blocks(self, module: nn.Module) -> bool:
-        """Whether embeddings or repeated blocks lie inside a module, as in a backbone."""
+        """Whether a module contains embeddings or repeated blocks, as a backbone does."""
         return any(isinstance(m, EMBEDDINGS) or id(m) in self.stacks for m in module.modules())
 
 
 def survey(model: nn.Module) -> Survey:
-    """Walk a model once and gather what the rules need."""
+    """Walk through a model once and collect what the rules need."""
     base = _base(model)
     facts = Survey(model=model, base=base)
     _walk(facts)
@@ -109,7 +109,7 @@ def survey(model: nn.Module) -> Survey:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Clean names and trainable parameters, each once, in the order of ``named_parameters``."""
+    """Yield (clean name, trainable parameter), each once, in the order of ``named_parameters``."""
     seen = set()
     for _, name, module in named_modules(model):
         for leaf, parameter in module._parameters.items():
@@ -120,7 +120,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """``(raw name, clean name, module)`` in the order of ``named_modules``."""
+    """Yield ``(raw name, clean name, module)`` in the order of ``named_modules``."""
     clean: dict[str, str] = {}
     kinds: dict[str, nn.Module] = {}
     for raw, module in model.named_modules():
@@ -134,7 +134,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, a compiled module or a DeepSpeed engine."""
+    """Return the model inside DDP, a compiled module or a DeepSpeed engine."""
     while True:
         inner = next((c for name, c in model.named_children() if _wraps(model, name)), None)
         if inner is None:
@@ -143,7 +143,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The whole shape; ZeRO-3 leaves (0,) on the parameter and the real one in ``ds_shape``."""
+    """Return the whole shape; under ZeRO-3 it is in ``ds_shape``, and ``shape`` is (0,)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -188,7 +188,7 @@ def _walk(facts: Survey) -> None:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    """The model under wrappers and under PEFT."""
+    """Return the model inside wrappers and PEFT."""
     model = unwrapped(model)
     get_base_model = getattr(model, "get_base_model", None)
     base = get_base_model() if callable(get_base_model) else None
@@ -201,13 +201,13 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _accessor(module: nn.Module, name: str) -> set[int]:
-    """Identities of the parameters of what an accessor returns."""
+    """Return the ids of the parameters of what an accessor returns."""
     accessor = getattr(module, name, None)
     if not callable(accessor):
         return set()
     try:
         found = accessor()
-    except (NotImplementedError, AttributeError, TypeError):  # models without such a part
+    except (NotImplementedError, AttributeError, TypeError):  # a model without such a part
         return set()
     parts = found if isinstance(found, tuple | list) else [found]
     return {id(p) for part in parts for p in _parameters(part)}
@@ -220,10 +220,10 @@ def _parameters(part: object) -> Iterable[nn.Parameter]:
 
 
 def _backbones(base: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Models with the parts of them that are backbone; heads stand beside those.
+    """Yield models with their backbones; heads are what is outside the backbone.
 
-    A model of transformers names its backbone. One that names none may be a pair of models that
-    do (encoder and decoder). A module of someone's own around such models has them for backbone.
+    A transformers model names its backbone. If it does not, it may consist of two models that do
+    (encoder and decoder). In a user's module around such models, those models are the backbone.
     """
     prefix = getattr(base, "base_model_prefix", None)
     backbone = getattr(base, prefix, None) if isinstance(prefix, str) and prefix else None
@@ -245,7 +245,7 @@ def _topmost_pretrained(base: nn.Module) -> list[nn.Module]:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """A list of blocks. Bare layers in a row (a head per codebook, an MLP) are none."""
+    """Whether a module is a list of blocks, not of bare layers (a head per codebook, an MLP)."""
     entries = list(module.children())
     if isinstance(module, nn.ModuleList) and entries:
         return all(any(entry.children()) for entry in entries)
@@ -255,7 +255,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _label_rows(base: nn.Module) -> set[int]:
-    """Row counts that betray a head: the vocabulary, the labels."""
+    """Return the numbers of rows that reveal a head: vocabulary size, number of labels."""
     config: Any = getattr(base, "config", None)
     if not _is_pretrained(base):
         tables = [(n, m) for n, m in base.named_modules() if isinstance(m, EMBEDDINGS)]
@@ -266,20 +266,20 @@ def _label_rows(base: nn.Module) -> set[int]:
     return _counts(config, _LABEL_KEYS) | _counts(text, _LABEL_KEYS)
 
 
-_POSITIONS = re.compile(r"pos|wpe|time|type")  # whose rows no output counts
+_POSITIONS = re.compile(r"pos|wpe|time|type")  # embeddings whose size no head shares
 _LABEL_KEYS = ("vocab_size", "num_labels", "num_classes")
 
 
 def _counts(holder: object, keys: Iterable[str]) -> set[int]:
-    """The numbers above one that an object has under some names."""
+    """Return the numbers above one that an object has under some names."""
     values = [getattr(holder, key, None) for key in keys]
     return {value for value in values if isinstance(value, int) and value > 1}
 
 
 def _classifiers(base: nn.Module) -> set[int]:
-    """Output layers of models outside transformers: by timm's accessor, else by a usual name.
+    """Return output layers of models outside transformers: by timm's accessor or a common name.
 
-    By name only if no linear layer comes after it. ``head`` may be a module of its own.
+    A name counts only if no linear layer comes after it. ``head`` may be a module of several.
     """
     found: set[int] = set()
     for module in base.modules():
@@ -298,7 +298,7 @@ _HEAD_NAMES = ("head", "heads", "fc", "lm_head", "classifier")
 
 
 def _inmost(module: nn.Module) -> nn.Module:
-    """The model inside modules that hold nothing else that is trained."""
+    """Return the model inside modules that train nothing else."""
     while not module._parameters:
         inside = [child for child in module.children() if any(True for _ in child.parameters())]
         if len(inside) != 1:
@@ -308,7 +308,7 @@ def _inmost(module: nn.Module) -> nn.Module:
 
 
 def _counts_of_experts(module: nn.Module) -> set[int]:
-    """How many experts a module or its configuration says that there are."""
+    """Return the numbers of experts that a module or its configuration declares."""
     config = getattr(module, "config", None)
     named = vars(config) if config is not None and hasattr(config, "__dict__") else {}
     said = {value for key, value in named.items() if _EXPERT_KEY.search(key)}

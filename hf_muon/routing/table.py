@@ -1,8 +1,8 @@
-"""A route plan as text.
+"""A routing plan as text.
 
-In: the routes of a plan, its totals and fingerprint. Out: plain text with a line per parameter (or
-per parameter of a repeated layer), totals per reason, and the parameters that no rule knows by
-name. Where there are LoRA factors, each comes with its partner, rank and scaling.
+In: the routes of a plan, its totals and fingerprint. Out: plain text with one line per parameter
+(or per parameter of a repeated layer), totals per reason, and the names of parameters that no rule
+knows. LoRA's A and B are listed with their partner, rank and scaling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_muon.routing.route import Route
 def render(
     routes: Sequence[Route], totals: dict[str, int], fingerprint: str, *, compact: bool
 ) -> str:
-    """The plan as a table, a summary per kind, and a paragraph on unknown parameters."""
+    """Return the plan as a table, a summary per kind, and a paragraph on unknown parameters."""
     lines = [text(_routes(routes, compact=compact)), text(_summary(routes))]
     lines.append(f"{_totals(totals)} Fingerprint {fingerprint}.")
     unknown = [route for route in routes if route.kind == "unknown"]
@@ -67,7 +67,7 @@ def _matrices(route: Route) -> str:
 
 
 def _adapter(route: Route) -> tuple[str, str, str]:
-    """Partner, rank and scaling of a LoRA factor; blank for any other parameter."""
+    """Return partner, rank and scaling of LoRA's A or B; blanks for any other parameter."""
     if route.factor is None:
         return "", "", ""
     matrix = route.matrices[0]
@@ -76,7 +76,7 @@ def _adapter(route: Route) -> tuple[str, str, str]:
 
 
 def _partner(route: Route) -> str:
-    """The partner's name without the modules that both are in."""
+    """Return the partner's name without the modules that contain both."""
     if route.pair is None:
         return "none"
     own, other = route.name.split("."), route.pair.split(".")
@@ -111,7 +111,7 @@ def _folded(routes: list[Route]) -> list[tuple[tuple[str, str], int]]:
 
 
 def _pattern(name: str) -> str:
-    """The name with its layer numbers starred."""
+    """Return the name with its layer numbers replaced by stars."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
@@ -120,7 +120,7 @@ def _shape(route: Route) -> str:
 
 
 def text(table: Table) -> str:
-    """Rendered as wide as it needs to be: a name that is cut in two cannot be searched for."""
+    """Render a table as wide as it needs to be: a name cut in two cannot be searched for."""
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     console.width = console.measure(table).maximum
     with console.capture() as capture:

@@ -20,16 +20,16 @@ from hf_muon import create_muon_optimizer
 
 
 class Progress:
-    """How many steps were taken; accelerate saves and loads it with the rest."""
+    """The number of steps done; accelerate saves and loads it with the rest."""
 
     steps = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return what is saved."""
+        """Return what to save."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over what was saved."""
+        """Restore what was saved."""
         self.steps = state["steps"]
 
 
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> tuple[float, float]:
     accelerator = Accelerator()
     set_seed(0)
     model, progress = build_model(), Progress()
-    # "world": under DDP every process holds a copy of each tensor. In one process it is the same.
+    # "world": under DDP every process holds a copy of each tensor. It has no effect in one process.
     optimizer = create_muon_optimizer(model, lr=args.lr, weight_decay=0.1, replicate_group="world")
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=args.steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    # The schedule is stepped once a step, whatever the number of processes: it is registered with
-    # the progress, and not prepared, which would step it once for each process.
+    # The schedule steps once per step, whatever the number of processes. So it is registered with
+    # the progress and not prepared: a prepared schedule steps once for each process.
     accelerator.register_for_checkpointing(progress, schedule)
     if args.resume:
         accelerator.load_state(args.folder)

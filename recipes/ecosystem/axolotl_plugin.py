@@ -14,7 +14,7 @@ from axolotl.integrations.base import BasePlugin
 
 import hf_muon
 
-# With one of these, axolotl (0.19) makes parameter groups of its own, which leave the routes out.
+# With any of these, axolotl (0.19) builds its own parameter groups, which ignore the routes.
 GROUPS_OF_AXOLOTL = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
 
 
@@ -22,7 +22,7 @@ class HfMuonPlugin(BasePlugin):
     """Registers hf_muon's optimizer names."""
 
     def register(self, cfg: Mapping[str, Any]) -> None:
-        """Register; axolotl calls this when it has read the configuration.
+        """Register the names; axolotl calls this when it has read the configuration.
 
         Raises:
             ValueError: ``optimizer`` is axolotl's own Muon, or a setting bypasses the routes.

@@ -1,8 +1,8 @@
 """A LLaMA of 0.4 M parameters over bytes, and text for it that needs no download.
 
-In: the number of a step, and which of how many processes asks. Out: its rows of the batch, the same
-batch on any number of processes; the loss on text that is held out, and a sample of what the model
-writes.
+In: the number of a step, the rank and the number of ranks. Out: the rank's rows of that step's
+batch, which is the same on any number of ranks; the loss on held-out text; and a sample of the
+model's output.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def text(files: str) -> torch.Tensor:
 
 
 def rows(step: int, rank: int = 0, ranks: int = 1, files: str = TRAINED_ON) -> torch.Tensor:
-    """Return a process's rows (rows, LENGTH) of a step's batch, which the step's number decides."""
+    """Return a rank's rows (rows, LENGTH) of the batch that belongs to a step's number."""
     generator, content = torch.Generator().manual_seed(step), text(files)
     starts = torch.randint(len(content) - LENGTH, (BATCH,), generator=generator)
     if BATCH % ranks:
@@ -54,7 +54,7 @@ def rows(step: int, rank: int = 0, ranks: int = 1, files: str = TRAINED_ON) -> t
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM) -> float:
-    """Return the loss, in nats a byte, on four batches of files that are not trained on."""
+    """Return the loss, in nats per byte, on four batches of held-out files."""
     device = next(model.parameters()).device
     batches = [rows(step, files=HELD_OUT).to(device) for step in range(4)]
     return sum(model(input_ids=batch, labels=batch).loss.item() for batch in batches) / 4

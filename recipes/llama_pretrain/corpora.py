@@ -1,9 +1,9 @@
-"""The texts: local corpora that packages carry, files of one's own, any text dataset of the Hub.
+"""The texts: local corpora from packages, files of your own, any text dataset of the Hub.
 
 In: the name or the path of a corpus. Out: training and validation documents with their names, the
-same ones for every optimizer and seed. Whole documents are held out, so that no sentence of a
-validation text is seen in training; of own text in fewer than ``holdout_every`` documents, the end
-of each is held out. Asset packages are found by path and never imported.
+same for every optimizer and seed. Whole documents are held out, so that no sentence of a validation
+text is seen in training. If your own text has fewer than ``holdout_every`` documents, the end of
+each document is held out. Asset packages are found by path and never imported.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Split:
 
 
 def load(data: DataSettings) -> Split:
-    """Return the split of the corpus named in ``data``; names joined by ``+`` are read together.
+    """Return the split of the named corpus; several names joined by ``+`` make one corpus.
 
     Raises:
-        RecipeError: an unknown name, a path at which no text is, or an asset that is not installed.
+        RecipeError: an unknown name, a path without text, or an asset that is not installed.
     """
     if own_text.is_path(data.corpus) and "+" not in data.corpus:
         return load_own(data.corpus, data)
@@ -46,7 +46,7 @@ def load(data: DataSettings) -> Split:
 
 
 def load_local(name: str, data: DataSettings, folder: Path = Path()) -> Split:
-    """Return the split of one local corpus; relative paths are those of files below a folder."""
+    """Return the split of one local corpus; relative paths of files start at ``folder``."""
     if own_text.is_path(name):
         return load_own(name, data, folder)
     if name not in LOCAL:
@@ -70,7 +70,7 @@ def load_own(corpus: str, data: DataSettings, folder: Path = Path()) -> Split:
 
 
 def load_mixture(path: Path, data: DataSettings) -> Split:
-    """Return one split of the parts of a mixture, whose training documents are weighted."""
+    """Return one split of the parts of a mixture, with weighted training documents."""
     sources = own_text.mixture(path, data.text_column)
     splits = []
     for source in sources:
@@ -84,10 +84,11 @@ def load_mixture(path: Path, data: DataSettings) -> Split:
 
 
 def weighted(parts: Sequence[Sequence[Document]], weights: Sequence[float]) -> list[list[Document]]:
-    """Return parts whose characters are to each other as the weights.
+    """Return the parts, repeated so that their numbers of characters are proportional to weights.
 
-    The part that is largest for its weight is taken once, and the others as often as it takes: as
-    ``datasets.interleave_datasets`` does with ``all_exhausted``, but to the nearest document.
+    The part that is largest relative to its weight is taken once, the others as often as needed.
+    ``datasets.interleave_datasets`` does the same with ``all_exhausted``; here, documents stay
+    whole.
     """
     sizes = [sum(len(document.text) for document in part) for part in parts]
     unit = max(size / weight for size, weight in zip(sizes, weights, strict=True))
@@ -98,7 +99,7 @@ def weighted(parts: Sequence[Sequence[Document]], weights: Sequence[float]) -> l
 
 
 def repeated(documents: Sequence[Document], times: float) -> list[Document]:
-    """Return documents a number of times; a fraction takes those that are evenly spread."""
+    """Return documents a number of times; a fraction takes evenly spread documents."""
     count = len(documents)
     whole, rest = divmod(round(times * count), count)
     spread = [documents[place * count // rest] for place in range(rest)]
@@ -106,7 +107,7 @@ def repeated(documents: Sequence[Document], times: float) -> list[Document]:
 
 
 def together(splits: Sequence[Split]) -> Split:
-    """Return one split of several, so that each corpus is held out in the same proportion."""
+    """Merge several splits, so that each corpus is held out in the same proportion."""
     train, validation = (
         list(chain.from_iterable(getattr(split, half) for split in splits))
         for half in ("train", "validation")
@@ -115,7 +116,7 @@ def together(splits: Sequence[Split]) -> Split:
 
 
 def cut_ends(documents: Sequence[Document], every: int) -> Split:
-    """Hold out the end of each document, one part in ``every``."""
+    """Hold out the end of each document, 1/``every`` of it."""
     if every < 2:
         raise RecipeError(f"holdout_every={every} must be at least 2, or nothing is trained on.")
     cuts = [int(len(document.text) * (1 - 1 / every)) for document in documents]
@@ -178,7 +179,7 @@ LOCAL: dict[str, Callable[[], list[Document]]] = {
 def load_from_hub(data: DataSettings) -> Split:
     """Return a Hub dataset: its train split, and the first documents of its validation split.
 
-    A dataset without a validation split gives up the first documents of its train split instead.
+    If it has no validation split, the first documents of the train split are held out instead.
     """
     try:
         parts = datasets.load_dataset(data.corpus, data.corpus_config, streaming=data.streaming)

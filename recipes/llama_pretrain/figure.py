@@ -77,9 +77,9 @@ def points(curve: Sequence[Mapping[str, float]]) -> tuple[list[float], list[floa
 
 
 def set_limits(axes: plt.Axes, lines: Sequence[Line]) -> None:
-    """Show all of the curves but their steep start.
+    """Show the curves without their steep start.
 
-    The first losses are those of a random model and would flatten the part that is compared.
+    The first losses, those of a random model, would compress the part that matters.
     """
     last = max(line.tokens[-1] for line in lines)
     late = [
@@ -94,7 +94,7 @@ def set_limits(axes: plt.Axes, lines: Sequence[Line]) -> None:
 
 
 def label_ends(axes: plt.Axes, lines: Sequence[Line]) -> None:
-    """Write each line's name beside its end, pushed up where two would overlap."""
+    """Write each line's name beside its end, moved up where names would overlap."""
     bottom, top = axes.get_ylim()
     previous = -float("inf")
     for line in sorted(lines, key=lambda line: line.losses[-1]):

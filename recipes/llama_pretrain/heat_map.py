@@ -34,7 +34,7 @@ from study.folder import claim_folder, split_extra
 
 
 class Point(NamedTuple):
-    """What is varied: tokens of a step, momentum β, learning rate."""
+    """The axes of the grid: tokens per step, momentum β, learning rate."""
 
     batch: int
     momentum: float
@@ -120,7 +120,7 @@ def shown(loss: float) -> str:
 
 
 def draw(losses: Losses, path: Path, order: str) -> None:
-    """Draw one panel for each batch, with colours of its own; the best point of each is framed."""
+    """Draw one panel per batch, each with its own colour scale; its best point is framed."""
     batches, momenta, rates = (list(dict.fromkeys(values)) for values in zip(*losses, strict=True))
     figure, panels = plt.subplots(
         1, len(batches), figsize=(3.4 * len(batches), 0.75 * len(momenta) + 1.4),
@@ -128,7 +128,7 @@ def draw(losses: Losses, path: Path, order: str) -> None:
     )  # fmt: skip
     for axes, batch in zip(panels[0], batches, strict=True):
         grid = np.array([[losses[Point(batch, m, r)] for r in rates] for m in momenta])
-        # What diverged has no colour, and a grid on which nothing trained none at all.
+        # Diverged runs have no colour; a grid on which nothing trained is empty.
         axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", aspect="auto")
         write_cells(axes, grid)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])

@@ -1,7 +1,7 @@
-"""Training runs as processes of their own.
+"""Training runs in processes of their own.
 
-In: a configuration, its overrides and an output folder for each run. Out: their ``results.json``.
-A run that has one already is not repeated, so that an interrupted search goes on where it stopped.
+In: a configuration, overrides and an output folder for each run. Out: their ``results.json``. A run
+that already has one is skipped, so that an interrupted search continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Run:
     """One training run: ``run.py config --name value ... --output_dir folder``.
 
     Raises:
-        RecipeError: ``extra``, what all runs have in common, sets one of the run's own options.
+        RecipeError: ``extra``, which all runs share, sets one of the run's own options.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Run:
     extra: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Refuse options that would be overridden without a word."""
+        """Raise for options that would silently be overridden."""
         names = (word[2:] for word in self.extra if word.startswith("--"))
         fixed = {name.partition("=")[0].replace("-", "_") for name in names}
         for name in fixed & {*self.options, "output_dir"}:
@@ -67,10 +67,10 @@ class Run:
 
 
 def run_side_by_side(runs: Mapping[str, Run]) -> None:
-    """Run all trainings at the same time with equal shares of the cores, a progress bar each.
+    """Run all trainings at the same time on equal shares of the cores, with a progress bar each.
 
-    At the same time, so that whatever else the machine does slows all of them alike and their
-    speeds can be compared; one thread on a core of its own also wastes nothing on synchronization.
+    Running at the same time, they are all slowed alike by other work on the machine, so that their
+    speeds can be compared. One thread per core also spends no time on synchronization.
     """
     threads = max(1, len(available_cores()) // len(runs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -88,7 +88,7 @@ def run_side_by_side(runs: Mapping[str, Run]) -> None:
 
 
 def follow(progress: Progress, label: str) -> Callable[[str], None]:
-    """Return a function that moves a progress bar by the lines that ``run.py`` prints."""
+    """Return a function that advances a progress bar when ``run.py`` prints a line."""
     task = progress.add_task(label, total=None, losses="starting")
     losses: dict[str, str] = {}
 
@@ -111,10 +111,10 @@ def available_cores() -> Sequence[int]:
 
 
 def run_all(runs: Sequence[Run], jobs: int, label: str) -> None:
-    """Run what is not finished, ``jobs`` at a time with one thread each, logs in the folders.
+    """Run what is not finished, ``jobs`` at a time with one thread each; logs go to the folders.
 
     Raises:
-        RuntimeError: a run failed; the message holds the end of its log.
+        RuntimeError: a run failed; the message contains the end of its log.
     """
     waiting = [run for run in runs if run.results() is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -128,7 +128,7 @@ def run_all(runs: Sequence[Run], jobs: int, label: str) -> None:
 
 
 def run_quietly(run: Run, threads: int = 1, on_line: Callable[[str], None] | None = None) -> None:
-    """Run one training, its output in ``log.txt`` and, line by line, in ``on_line``."""
+    """Run one training; its output goes to ``log.txt`` and, line by line, to ``on_line``."""
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "log.txt"
     limits = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}

@@ -60,7 +60,7 @@ def evenly_spread(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def unigram_loss(train: datasets.Dataset, validation: datasets.Dataset, vocab_size: int) -> float:
-    """Return the validation loss, in nats per token, of knowing only how frequent each token is."""
+    """Return the validation loss, in nats per token, of predicting by token frequency alone."""
     counts = np.bincount(flat(train), minlength=vocab_size) + 1  # add-one: no token is impossible
     surprise = -np.log(counts / counts.sum())
     return float(surprise[flat(validation)].mean())

@@ -1,7 +1,7 @@
 """What a step of Muon would cost each rank for a model of this recipe, without training it.
 
-In: ``python plan.py configs/7b.yaml --ranks 64 --layout fsdp2``; the options are those of
-``hf-muon plan``. Out: its table. Nothing is downloaded and one process is enough.
+In: ``python plan.py configs/7b.yaml --ranks 64 --layout fsdp2``, with the options of
+``hf-muon plan``. Out: its table. Nothing is downloaded, and one process is enough.
 """
 
 from __future__ import annotations

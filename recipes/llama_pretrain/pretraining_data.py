@@ -84,7 +84,7 @@ def local_facts(
     vocab_size: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Return what is known of a corpus that fits in memory, after a check of its size."""
+    """Return facts about a corpus that fits in memory, after checking its size."""
     available = len(train) * data.seq_len
     epochs = passes(data, steps * data.tokens_per_step, available, len(validation))
     return {
@@ -102,7 +102,7 @@ def names(documents: Sequence[corpora.Document], most: int = 20) -> list[str] | 
 
 
 def passes(data: DataSettings, asked: int, available: int, validation_blocks: int) -> float:
-    """Return how often the budget passes over the corpus, and refuse what makes no sense."""
+    """Return how often the budget passes over the corpus; raise if the sizes make no sense."""
     if available == 0 or validation_blocks == 0:
         raise RecipeError(
             f"The corpus {data.corpus!r} is too small: it does not fill one step of "

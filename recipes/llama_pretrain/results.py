@@ -1,6 +1,6 @@
-"""What is reported of a pretraining run: losses over tokens, and tokens per second.
+"""The report of a pretraining run: losses over tokens, and tokens per second.
 
-In: a ``Trainer`` after training. Out: the content of ``results.json``, but for model and data.
+In: a ``Trainer`` after training. Out: the content of ``results.json``, except model and data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import Trainer
 
 
 def run_results(trainer: Trainer, clock: measure.StepClock, rates: Rates) -> dict[str, Any]:
-    """Return what the finished training itself says; the caller adds model and data."""
+    """Return the facts of the finished training; the caller adds model and data."""
     history, speed = trainer.state.log_history, clock.steps_per_second()
     tokens_per_step = rates.tokens_per_step
     unknown = {"tokens_per_second": None, "model_flops_utilisation": None}
@@ -35,8 +35,8 @@ def over_tokens(curve: list[dict[str, Any]], tokens_per_step: int) -> list[dict[
 def exact_loss(trainer: Trainer, blocks: datasets.Dataset) -> float:
     """Return the mean loss over all blocks, whatever the number of processes.
 
-    Processes that evaluate together fill the last round of batches up with repeated blocks, which
-    then count. So the blocks of an incomplete round are evaluated one by one.
+    Processes that evaluate together pad the last round of batches with repeated blocks, which would
+    count twice. So the blocks of an incomplete round are evaluated one by one.
     """
     args = trainer.args
     rest = len(blocks) % (args.per_device_eval_batch_size * args.world_size)

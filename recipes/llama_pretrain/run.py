@@ -2,8 +2,8 @@
 
 In: ``python run.py configs/tiny.yaml [--optim muon] [--learning_rate 0.01] ...``.
 Out: in ``--output_dir``, ``results.json``, ``trainer_state.json`` and ``loss.png``, and checkpoints
-when asked for. After SIGTERM or SIGUSR1 there is a checkpoint instead, from which the training goes
-on exactly.
+on request. After SIGTERM or SIGUSR1 there is a checkpoint instead, from which training resumes
+exactly.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     check_sharding(trainer)
     use_quiet_progress(trainer)
     rates = rates_of(model, data_settings, args)
-    # First, because reporters see what is in a log when their turn comes.
+    # First, because reporters only see what is in a log when they are called.
     trainer.callback_handler.callbacks.insert(0, LogSpeed(clock, rates))
     begin = checkpoint(args)
     keep_place(trainer, data_settings.tokens_per_step // data_settings.seq_len, begin)
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def announce(facts: dict[str, Any], args: Any) -> None:
-    """Print what will be trained on, and how often that passes over the corpus."""
+    """Print what the run trains on, and how often it passes over the corpus."""
     if args.process_index == 0:
         epochs = f" ({facts['epochs']:.2f} epochs)" if "epochs" in facts else ""
         print(
@@ -102,7 +102,7 @@ def build_model(shape: settings.ModelSettings, data: PretrainingData) -> LlamaFo
 
 
 def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) -> Rates:
-    """Return what turns steps per second into tokens per second and utilisation."""
+    """Return what converts steps per second into tokens per second and utilization."""
     peak = data.peak_tflops or peak_tflops(args.device)
     return Rates(
         tokens_per_step=data.tokens_per_step,
@@ -112,7 +112,7 @@ def rates_of(model: LlamaForCausalLM, data: settings.DataSettings, args: Any) ->
 
 
 def save_whole_model(trainer: Trainer) -> None:
-    """Write the model as ``from_pretrained`` reads it, also when its checkpoints are sharded."""
+    """Write the model for ``from_pretrained``, even if checkpoints are sharded."""
     if trainer.is_fsdp_enabled:  # save_model writes nothing under SHARDED_STATE_DICT
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()

@@ -3,9 +3,9 @@
 In: ``python search.py configs/tiny.yaml [--muon RATE ...] [--adamw RATE ...] [--jobs 2]
 [--budget 24] [--final-seeds 3] [--record] [-- RUN OPTIONS]``.
 Out: ``search.jsonl`` with every run, a table, the figures, and with ``--record`` the best rates in
-``configs/best/``. Either optimizer has one rate for the hidden matrices and one for embeddings,
-head and norms. Both begin equal, with as many first rates for each optimizer, and are then searched
-by coordinate descent. Finished runs are kept, so it can be interrupted.
+``configs/best/``. Each optimizer has one rate for the hidden matrices and one for embeddings, head
+and norms. Both rates start equal, from equally many starting points per optimizer, and are then
+searched by coordinate descent. Finished runs are kept, so the search can be interrupted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Trainings:
     extra: Sequence[str]
 
     def __call__(self, run: records.Run) -> Results:
-        """Train, unless that is done, and return what the harness keeps."""
+        """Train, unless it was done before, and return what the harness keeps."""
         training = self.of(run)
         if training.results() is None:
             run_quietly(training)
@@ -64,7 +64,7 @@ class Trainings:
         return {"loss": finite(final_loss(training)), "seconds": found.get("wall_seconds", 0.0)}
 
     def of(self, run: records.Run) -> Run:
-        """Return the training of a run; its folder is named after what differs."""
+        """Return the training of a run; its folder is named after what sets it apart."""
         rate, other = run.point["learning_rate"], run.point["other_learning_rate"]
         options = {**run.settings, "learning_rate": f"{rate:g}", "seed": str(run.seed)}
         second = ""
@@ -81,7 +81,7 @@ def final_loss(run: Run) -> float:
 
 
 def finite(loss: float) -> float | None:
-    """Return a loss; None for one that JSON does not have."""
+    """Return a loss, or None if it is not finite, because JSON has no such numbers."""
     return loss if math.isfinite(loss) else None
 
 
@@ -152,7 +152,7 @@ def plans_of(config: Path, arguments: argparse.Namespace) -> list[Plan]:
 
 
 def both_at(rate: float) -> dict[str, float]:
-    """Return the point at which both rates are the same."""
+    """Return the point at which both rates are equal."""
     return {"learning_rate": rate, "other_learning_rate": rate}
 
 
@@ -164,7 +164,7 @@ def summary(found: records.Records, plans: Sequence[Plan]) -> str:
 
 
 def searched(rows: Sequence[tables.Row]) -> list[str]:
-    """Return a table of the validation loss at every point, the best of each optimizer bold."""
+    """Return a table of the validation loss at every point; each optimizer's best is bold."""
     head = ["optimizer", "matrices", "embeddings, head, norms", "validation loss"]
     lines = [tables.cells(head), tables.cells(["---"] * len(head))]
     for row in rows:
@@ -187,7 +187,7 @@ def record(config: Path, best: Mapping[str, Mapping[str, float]]) -> None:
 def compared(
     found: records.Records, plans: Sequence[Plan], train: Trainings, out: Path
 ) -> list[float | None]:
-    """Draw both optimizers on the fresh seeds; say and return Muon's share of AdamW's tokens."""
+    """Plot both optimizers on the fresh seeds; print and return Muon's share of AdamW's tokens."""
     rows = tables.rows(found, plans)
     figures.draw(rows, REFERENCE, out / "seeds.png", plans[0].cell["config"])
     runs = {
@@ -210,10 +210,10 @@ def compared(
 
 
 def tokens_to_reach(run: Results, reference: Results) -> float | None:
-    """Return the share of the reference's tokens after which ``run`` has its final loss.
+    """Return the share of the reference's tokens that ``run`` needs for its final loss.
 
-    Both losses are those of the evaluation curve, between whose points the run is interpolated
-    linearly. None when the run never gets there.
+    Both losses are from the evaluation curves; between points, the run's curve is interpolated
+    linearly. None if the run never reaches the loss.
     """
     goal = reference["eval_curve"][-1]["loss"]
     curve = run["eval_curve"]

@@ -2,7 +2,7 @@
 
 In: ``sys.argv``-like strings, e.g. ``configs/tiny.yaml --optim muon --learning_rate 0.02``.
 Out: ``ModelSettings``, ``DataSettings``, ``RateSettings`` and the stock ``TrainingArguments``, in
-which the number of steps and of accumulation steps follow from the tokens asked for and the number
+which the numbers of steps and of accumulation steps follow from the requested tokens and the number
 of processes.
 """
 
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     Raises:
         RecipeError: a name that does not exist, or token counts that do not fit together.
     """
-    # Every parameter of a LLaMA gets a gradient; DDP need not look for others in each step.
+    # Every parameter of a LLaMA gets a gradient, so DDP need not search for unused ones.
     given = read(argv, SETTINGS, HERE, ddp_find_unused_parameters=False)
     set_step_counts(given.values)
     set_other_rate(given.values)
@@ -129,8 +129,8 @@ def parse(argv: Sequence[str]) -> Parsed:
 def set_step_counts(values: dict[str, Any]) -> None:
     """Fill in ``gradient_accumulation_steps`` and ``max_steps`` from the token counts.
 
-    This happens before ``TrainingArguments`` exists, because it hands both numbers on to a
-    DeepSpeed configuration while it is constructed.
+    This must happen before ``TrainingArguments`` is constructed, because its constructor passes
+    both numbers on to a DeepSpeed configuration.
     """
     processes = launched_processes()
     per_pass = values["seq_len"] * values["per_device_train_batch_size"] * processes
@@ -151,9 +151,9 @@ def set_step_counts(values: dict[str, Any]) -> None:
 
 
 def fitting(values: dict[str, Any], processes: int) -> str:
-    """Return an option under which the tokens of a step divide evenly.
+    """Return an option with which the tokens of a step divide evenly.
 
-    A smaller batch where there is one: it leaves the training as it is.
+    If possible it is a smaller batch, which does not change the training.
     """
     batch, seq_len = values["per_device_train_batch_size"], values["seq_len"]
     sequences, rest = divmod(values["tokens_per_step"], seq_len * processes)

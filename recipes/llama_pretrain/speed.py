@@ -1,8 +1,8 @@
-"""How fast a run trains: tokens per second, and the share of what the hardware could compute.
+"""How fast a run trains: tokens per second, and the share of the hardware's peak.
 
 In: the model, and the clock that runs with its training. Out: both numbers, in every log of the
-training loss and at the end. The utilisation counts what the model needs, not what was computed:
-recomputed activations and the optimizer do not raise it.
+training loss and at the end. The utilization counts the operations that the model needs, not those
+that were done: recomputed activations and the optimizer do not raise it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from shared.measure import StepClock
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-# Dense bfloat16 TFLOP/s of one device, from NVIDIA's data sheets; the first name that fits counts.
+# Dense bfloat16 TFLOP/s of one device, from NVIDIA's data sheets; the first matching name counts.
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
@@ -22,7 +22,8 @@ def flops_per_token(model: LlamaForCausalLM, seq_len: int) -> int:
     """Return the operations of forward and backward for one token.
 
     6 for every weight that is multiplied with, and 12·layers·width·seq_len for attention scores and
-    their sums; the embedding is a look-up and counts nothing (PaLM, arXiv:2204.02311, Appendix B).
+    their sums. The embedding is a table look-up and costs nothing (PaLM, arXiv:2204.02311,
+    Appendix B).
     """
     config: LlamaConfig = model.config
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
@@ -31,7 +32,7 @@ def flops_per_token(model: LlamaForCausalLM, seq_len: int) -> int:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Return what the device can do in bfloat16, or None where that is not known."""
+    """Return the device's peak in bfloat16, or None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -40,12 +41,12 @@ def peak_tflops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """What turns steps per second into the numbers that are reported.
+    """Converts steps per second into the numbers that are reported.
 
     Args:
         tokens_per_step: tokens of an optimizer step, over all processes.
         flops_per_token: operations of the model for one of them.
-        peak_tflops: what all processes together could compute, in TFLOP/s; None if unknown.
+        peak_tflops: peak of all processes together, in TFLOP/s; None if unknown.
     """
 
     tokens_per_step: int
@@ -53,7 +54,7 @@ class Rates:
     peak_tflops: float | None
 
     def at(self, steps_per_second: float) -> dict[str, float]:
-        """Return tokens per second and, where the peak is known, the utilisation."""
+        """Return tokens per second and, if the peak is known, the utilization."""
         tokens = steps_per_second * self.tokens_per_step
         shown = {"tokens_per_second": round(tokens, 1)}
         if self.peak_tflops is not None:
@@ -63,7 +64,7 @@ class Rates:
 
 
 class LogSpeed(TrainerCallback):
-    """Adds the speed since the last log to the Trainer's logs, for every reporter to see."""
+    """Adds the speed since the last log to the Trainer's logs, where every reporter sees it."""
 
     def __init__(self, clock: StepClock, rates: Rates) -> None:
         self.clock, self.rates = clock, rates

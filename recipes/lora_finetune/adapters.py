@@ -1,7 +1,7 @@
-"""Pretrained models and the adapters that are trained in them.
+"""Pretrained models and the adapters to train in them.
 
 In: ``ModelSettings``. Out: the model, PEFT's configuration of the adapters, and PEFT's LoRA+
-optimizer when that is asked for; every other optimizer is chosen by ``--optim``.
+optimizer on request; ``--optim`` selects every other optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def tokenizer_of(model: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def base_model(kind: Any, model: ModelSettings, **options: Any) -> PreTrainedModel:
-    """Return the pretrained model, ``kind`` being one of the auto classes."""
+    """Return the pretrained model; ``kind`` is one of the auto classes."""
     return opened(
         kind.from_pretrained, model.model, attn_implementation=model.attn_implementation, **options
     )
@@ -50,10 +50,10 @@ def lora_config(model: ModelSettings, task_type: str, whole: list[str] | None = 
 def loraplus(
     ratio: float | None, network: PeftModel, args: TrainingArguments
 ) -> torch.optim.Optimizer | None:
-    """Return PEFT's LoRA+ with AdamW, or None where no ratio is given.
+    """Return PEFT's LoRA+ with AdamW, or None if no ratio is given.
 
-    A learns with ``learning_rate`` and B with ``ratio`` times that; a new head counts as A, its
-    bias as B.
+    A learns with ``learning_rate`` and B with ``ratio`` times that; a new head's weight gets the
+    rate of A, its bias that of B.
 
     References:
         arXiv 2402.12354.
@@ -72,6 +72,6 @@ def loraplus(
 
 
 def sizes(network: PeftModel) -> dict[str, int]:
-    """Return how many parameters are trained, of how many."""
+    """Return the number of trained parameters, and of all parameters."""
     trained, everything = network.get_nb_trainable_parameters()
     return {"parameters": everything, "trained_parameters": trained}

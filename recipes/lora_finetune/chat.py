@@ -2,7 +2,7 @@
 
 In: settings. Out: a stock ``Trainer``, and facts about model and rows. Only the answer has labels;
 the prompt is masked. Accuracy compares the log-probabilities of the label tokens at the end of the
-prompt, so it needs no generation and is defined before any training.
+prompt, so it needs no generation and is defined even before training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IGNORED = -100
 def build(
     model: ModelSettings, data: DataSettings, args: TrainingArguments
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Return the Trainer, and what is reported of model and rows."""
+    """Return the Trainer, and facts about model and rows."""
     tokenizer = adapters.tokenizer_of(model)
     answers = label_tokens(tokenizer)
     split = data.split()
@@ -78,7 +78,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def conversations(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> datasets.Dataset:
-    """Return question, tweet and answer of each row as tokens: the prompt, the label, the end."""
+    """Return each row's question, tweet and answer as tokens: the prompt, the label, the end."""
     answers = label_tokens(tokenizer)
     texts = shortened(rows["text"][:], tokenizer, max_tokens)
     prompts = tokenizer.apply_chat_template(
@@ -107,11 +107,11 @@ def shortened(
 
 @dataclass(frozen=True)
 class Padding:
-    """Collator: pads on the left, so that the answers of a batch stand in the same columns.
+    """Collator that pads on the left, so that a batch's answers are in the same columns.
 
-    The model then computes logits for the three columns that predict them only, by its argument
-    ``logits_to_keep``: a vocabulary of 49,152 for every token of the prompt would cost a fifth of
-    the step.
+    With its argument ``logits_to_keep``, the model then computes logits only for the three columns
+    that predict the answers. A vocabulary of 49,152 for every token of the prompt would cost a
+    fifth of the step.
     """
 
     token: int
@@ -129,7 +129,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Keeps of the logits what the metric needs, so that evaluation stores little."""
+    """Reduces the logits to what the metric needs, so that evaluation stores little."""
 
     answers: Sequence[int]
 

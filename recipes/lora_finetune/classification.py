@@ -1,7 +1,7 @@
 """Sequence classification: an encoder with adapters and a new head.
 
 In: settings. Out: a stock ``Trainer``, and facts about model and rows. The head is trained and
-saved whole (PEFT's ``modules_to_save``), so the saved adapter holds everything that was trained.
+saved in full (PEFT's ``modules_to_save``), so the saved adapter holds everything that was trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 def build(
     model: ModelSettings, data: DataSettings, args: TrainingArguments
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Return the Trainer, and what is reported of model and rows."""
+    """Return the Trainer, and facts about model and rows."""
     tokenizer = adapters.tokenizer_of(model)
     split = data.split()
     network = adapters.base_model(

@@ -1,13 +1,13 @@
-"""Compare AdamW, LoRA+ and the updates of Muon for adapters, each at its best learning rates.
+"""Compare AdamW, LoRA+ and Muon's updates for adapters, each at its own best learning rates.
 
 In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [--ranks 8 4 16 64]
 [--seeds 3 1] [--budget 12] [-- RUN OPTIONS]``. Out: ``study.jsonl`` with every run, ``study.json``,
 tables in ``study.md`` and ``study.png``.
 
-Each method has one rate for the adapters and one for the head; LoRA+ ties them. Seed 0 searches
-both by coordinate descent; ranks after the first begin at its best rates. What is compared are
-seeds that the search has not seen. All runs take equal steps. Finished runs are kept, so a study
-can be interrupted and grown.
+Each method has one rate for the adapters and one for the head; LoRA+ ties them. Both are searched
+by coordinate descent on seed 0; ranks after the first start at the first one's best rates. The
+comparison uses seeds that the search has not seen. All runs take the same number of steps. Finished
+runs are kept, so a study can be interrupted and extended.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Trainings:
     extra: Sequence[str]
 
     def __call__(self, one: records.Run) -> Results:
-        """Train, unless that is done, and return what the harness keeps."""
+        """Train, unless it was done before, and return what the harness keeps."""
         found = self.result(one)
         loss = found["validation_loss"]
         return {
@@ -158,7 +158,7 @@ def plans_at(
     arguments: argparse.Namespace,
     starts: Mapping[str, Mapping[str, float]],
 ) -> list[Plan]:
-    """Return how each method is searched at a rank, from a grid or from where it starts."""
+    """Return how each method is searched at a rank, from a grid or from its starting point."""
     plans = []
     for name in arguments.methods:
         grid = [starts[name]] if name in starts else [both_at(name, r) for r in FIRST_RATES[name]]
@@ -169,16 +169,16 @@ def plans_at(
 
 
 def both_at(method: str, rate: float) -> dict[str, float]:
-    """Return the point at which adapters and head have the same rate, which LoRA+ has only."""
+    """Return the point with one rate for adapters and head; LoRA+ has only one."""
     if "loraplus_ratio" in METHODS[method]:
         return {"learning_rate": rate}
     return {"learning_rate": rate, "other_learning_rate": rate}
 
 
 def at_rates(row: tables.Row) -> Results:
-    """Return loss and accuracy by the adapters' rate at the best rate of the head.
+    """Return loss and accuracy for each rate of the adapters, at the best rate of the head.
 
-    At the best rate they are those of the fresh seeds, at the others those of the search.
+    At the best rate they come from the fresh seeds, at other rates from the search.
     """
     best, *other = row.best
     lines = {(*line["point"].values(), line["seed"]): line["found"] for line in row.lines}
@@ -194,7 +194,7 @@ def at_rates(row: tables.Row) -> Results:
 
 
 def lost_is_infinite(loss: float | None) -> float:
-    """Return a loss as a number; that of a run that diverged is infinite."""
+    """Return a loss as a number; infinite if the run diverged."""
     return math.inf if loss is None else loss
 
 

@@ -1,6 +1,6 @@
 """The figure of a study: loss over learning rate at one rank, and loss over rank.
 
-In: the content of ``study.json``. Out: a PNG. Losses far above the rest, of rates that are too
+In: the content of ``study.json``. Out: a PNG. Losses far above the rest, from rates that are too
 large, are cut off.
 """
 
@@ -32,8 +32,8 @@ def study_figure(report: Mapping[str, Any], path: Path) -> None:
     """Draw both panels, means with the range of the seeds.
 
     Args:
-        report: by rank and method, what was reached at each rate, and the best rate; the rates of
-            the first rank are drawn.
+        report: by rank and method, the result at each rate, and the best rate; rates are drawn for
+            the first rank.
         path: file to write.
     """
     ranks = report["ranks"]
@@ -75,7 +75,7 @@ def draw(
 
 
 def axis_of(axes: plt.Axes, ticks: Sequence[float], every: int) -> None:
-    """Put a logarithmic axis under the values that occur, every second or all of them labelled."""
+    """Make an axis logarithmic with ticks at the values that occur; label all or every second."""
     axes.set_xscale("log", base=2)
     shown = set(ticks[::every])
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -84,7 +84,7 @@ def axis_of(axes: plt.Axes, ticks: Sequence[float], every: int) -> None:
 
 
 def limits(ranks: Mapping[int, Mapping[str, Any]]) -> tuple[float, float]:
-    """Return lowest and highest loss to show: all but what lies far above the middle."""
+    """Return the lowest and highest loss to show: all except those far above the median."""
     losses = [
         loss
         for methods in ranks.values()

@@ -2,7 +2,7 @@
 
 In: ``python run.py configs/minilm_sentiment.yaml [--optim muon] [--learning_rate 0.002] ...``.
 Out: in ``--output_dir``, ``results.json`` and ``adapter/``, which stock PEFT loads, and checkpoints
-when asked for.
+on request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     started = time.perf_counter()
     model, data, args, rates = settings.parse(argv)
     quiet_libraries()
-    set_seed(args.seed)  # a new head and the factors A are random
+    set_seed(args.seed)  # a new head and LoRA's A are random
     trainer, facts = TASKS[model.task](model, data, args)
     trainer.optimizer_cls_and_kwargs = adamw_of_two_rates(args, rates)
     check_sharding(trainer)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
 
 
 def announce(facts: dict[str, Any], args: TrainingArguments) -> None:
-    """Print what is trained on what, and what a constant answer would reach."""
+    """Print what the run trains, and what a constant answer would reach."""
     if args.process_index == 0:
         base = ""
         if "base_accuracy" in facts:
@@ -82,7 +82,7 @@ def announce(facts: dict[str, Any], args: TrainingArguments) -> None:
 
 
 def save(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
-    """Write the adapter and the results, and say how it went."""
+    """Write the adapter and the results, and print a summary."""
     trainer.save_model(str(folder / "adapter"))
     if not trainer.is_world_process_zero():
         return

@@ -70,7 +70,7 @@ class DataSettings:
     max_tokens: int = field(default=48, metadata={"help": "Tweets are cut to so many tokens."})
 
     def split(self) -> tweets.Split:
-        """Return the graded tweets that are asked for."""
+        """Return the requested tweets."""
         return tweets.load(
             min_confidence=self.min_confidence,
             train_rows=self.train_rows,
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> Parsed:
 
 
 def check(model: ModelSettings, training: TrainingArguments) -> None:
-    """Refuse values that would train something else than was meant."""
+    """Raise for values that would train something other than what was meant."""
     if model.task not in TASKS:
         raise RecipeError(
             f"Unknown task {model.task!r}.{near(model.task, TASKS)} Allowed: {', '.join(TASKS)}."

@@ -2,8 +2,8 @@
 
 In: ``python step_cost.py configs/smollm2_sentiment.yaml [--ranks 8 64] [--updates factor product
 tangent] [--repeats 5] [-- RUN OPTIONS]``. Out: ``step_cost.json`` and a table. Forward and backward
-of one batch and the steps of all optimizers are taken in turn, so that whatever else the machine
-does slows all alike. Seconds are those of the processor's time on a CPU, one thread.
+of one batch and the steps of all optimizers take turns, so that other work on the machine slows all
+of them alike. On a CPU, seconds are processor time, with one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import Trainer, set_seed
 
 import hf_muon
 
-RATE = 1e-6  # the weights are to stay where they are
+RATE = 1e-6  # so small that the weights hardly change
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -88,13 +88,13 @@ def measured(arguments: argparse.Namespace, rank: int, extra: list[str]) -> dict
 def gradients(trainer: Trainer, batch: Mapping[str, Any]) -> None:
     """Compute the gradients of a batch."""
     trainer.model.zero_grad()
-    with trainer.compute_loss_context_manager():  # bfloat16 where that is asked for
+    with trainer.compute_loss_context_manager():  # bfloat16 if the arguments say so
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
 
 
 def optimizers(trainer: Trainer, updates: list[str]) -> dict[str, torch.optim.Optimizer]:
-    """Return AdamW, fused, and Muon with each update, all of them for the same adapters."""
+    """Return fused AdamW, and Muon with each update, all for the same adapters."""
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     muons = {
         update: hf_muon.create_muon_optimizer(trainer.model, lr=RATE, lora_update=update)
@@ -104,7 +104,7 @@ def optimizers(trainer: Trainer, updates: list[str]) -> dict[str, torch.optim.Op
 
 
 def interleaved(stages: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each stage, all stages in turn; one round before them warms up."""
+    """Return the seconds of each stage, all stages taking turns after a warmup round."""
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for _ in range(1 + repeats):
         for name, stage in stages.items():

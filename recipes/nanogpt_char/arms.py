@@ -1,7 +1,7 @@
-"""What competes on nanoGPT's benchmark: AdamW as published, and arms that are searched.
+"""The competitors on nanoGPT's benchmark: AdamW as published, and arms that are searched.
 
-Each arm has three rates, one for matrices, one for embeddings and head, one for norms; momentum and
-weight decay. All are searched under the same budget; nothing else differs between the arms.
+Each arm has three learning rates (matrices; embeddings and head; norms), momentum and weight decay.
+All are searched under the same budget; nothing else differs between the arms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ARMS = {
     "four_terms": muon(axes=WITHOUT_MOMENTUM, **BETAS),
     "normuon": muon(rescale="rows"),
     "split_qkv": muon(split_fused=True),
-    # The control: matrices as they began.
+    # The control: matrices stay at their initial values.
     "untrained": muon(0.0, {"embedding_rate": 2.0, "rest_rate": 2.0}),
 }
 BUDGET = 24

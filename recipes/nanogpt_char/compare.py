@@ -1,8 +1,8 @@
 """nanoGPT's benchmark for CPUs, characters of Shakespeare: AdamW as published, tuned, and Muon.
 
 In: ``python compare.py run --out FILE.jsonl [--corpus file:input.txt] [--arms ARM ...]``. Out: the
-file, a line for each training; with ``report`` a table of it, and a figure. It may be stopped at
-any time, and goes on with the same command.
+file, one line per training; with ``report``, a table and a figure of it. It may be stopped at any
+time, and the same command continues it.
 
 The benchmark's text is tiny Shakespeare: 1,115,394 characters, public domain,
 https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt

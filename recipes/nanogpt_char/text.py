@@ -1,7 +1,7 @@
 """Characters: a text becomes numbers, and windows of them.
 
-In: a corpus. Out: training and validation characters, of a single file the first 90 % and the last
-10 % as nanoGPT cuts it; windows to train and to evaluate on.
+In: a corpus. Out: training and validation characters (of a single file the first 90 % and the last
+10 %, as in nanoGPT), and windows to train and to evaluate on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from settings import DataSettings
 
 @dataclass(frozen=True)
 class Text:
-    """A text as numbers of characters.
+    """A text as a sequence of character numbers.
 
     Attributes:
-        name: with a hash of the content, so that runs on other texts are not mistaken for its own.
-        characters: all that occur, sorted.
+        name: includes a hash of the content, so that runs on another text are told apart.
+        characters: all characters in the text, sorted.
         train: to train on.
         validation: held out.
     """
@@ -67,12 +67,12 @@ def encoded(train: str, validation: str, name: str) -> Text:
 
 
 class Windows(Dataset):
-    """Windows of a text, each with the characters that follow.
+    """Windows of a text, each with the next character at every position.
 
     Args:
-        data: numbers of characters.
-        starts: of the windows.
-        length: of a window.
+        data: character numbers.
+        starts: starts of the windows.
+        length: length of a window.
     """
 
     def __init__(self, data: np.ndarray, starts: Sequence[int], length: int) -> None:
@@ -83,11 +83,11 @@ class Windows(Dataset):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return a window, (length,), and the characters that follow each of its own."""
+        """Return a window, (length,), and the next character at each of its positions."""
         start = int(self.starts[index])
         end = start + self.length
         following = self.data[start + 1 : end + 1]
-        # The model would shift labels itself, and lose the last one of each window.
+        # The model would shift labels itself, and lose the last label of each window.
         return {
             "input_ids": self.data[start:end],
             "labels": following,
@@ -96,7 +96,7 @@ class Windows(Dataset):
 
 
 def drawn(data: np.ndarray, count: int, length: int, seed: int) -> Windows:
-    """Return random windows, with replacement as in nanoGPT."""
+    """Return random windows, drawn with replacement as in nanoGPT."""
     starts = np.random.default_rng(seed).integers(0, len(data) - length, count)
     return Windows(data, starts, length)
 

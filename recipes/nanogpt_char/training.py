@@ -1,8 +1,8 @@
 """One training of nanoGPT's character model for CPUs, with the stock ``Trainer``.
 
-In: a text, and a run of the study. Out: the validation loss, its curve, CPU-seconds. Everything is
-as nanoGPT's readme has it for a CPU (block 64, batch 12, 4 layers, 4 heads, width 128, no dropout,
-no biases), but for what trains it:
+In: a text, and a run of the study. Out: the validation loss, its curve, CPU seconds. Everything
+except the optimizer is as nanoGPT's readme has it for a CPU (block 64, batch 12, 4 layers, 4 heads,
+width 128, no dropout, no biases):
 https://github.com/karpathy/nanoGPT/blob/master/config/train_shakespeare_char.py
 """
 
@@ -38,7 +38,7 @@ CURVE_POINTS, CURVE_WINDOWS = 8, 20 * BATCH
 
 
 def model_of(characters: int) -> GPT2LMHeadModel:
-    """Return the untrained model, from the global seed: GPT-2 with its biases kept at zero."""
+    """Return the untrained model, from the global seed: GPT-2 with its biases fixed at zero."""
     config = GPT2Config(
         vocab_size=characters,
         n_positions=BLOCK,
@@ -63,8 +63,8 @@ def model_of(characters: int) -> GPT2LMHeadModel:
 def optimizer_of(model: GPT2LMHeadModel, run: Run) -> torch.optim.Optimizer:
     """Return the optimizer of a run.
 
-    Its settings are those of ``MuonConfig``, and ``optimizer``, ``adamw`` or ``muon``; its point
-    has three rates, weight decay, and momentum: β of Muon, or β₁ of AdamW on the matrices.
+    A run's settings are those of ``MuonConfig``, plus ``optimizer``: ``adamw`` or ``muon``. Its
+    point has three rates, weight decay, and momentum: Muon's β, or AdamW's β₁ on the matrices.
     """
     settings, point = dict(run.settings), run.point
     rates = Rates(point["rate"], point["embedding_rate"], point["rest_rate"])
@@ -82,7 +82,7 @@ def train(text: Text, run: Run) -> dict[str, Any]:
 
     Args:
         text: to train and to validate on.
-        run: its cell has ``steps``, and where it is quick ``held_out``, windows of the validation.
+        run: its cell has ``steps`` and, for a quick run, ``held_out``: validation windows.
 
     Returns:
         ``loss`` on all validation windows (None if the run diverged), ``curve``, ``seconds``.
@@ -107,7 +107,7 @@ def train(text: Text, run: Run) -> dict[str, Any]:
             trainer.train()
             held_out = side_by_side(text.validation, BLOCK, few)
             loss = trainer.evaluate(held_out, metric_key_prefix="final")["final_loss"]
-        except FloatingPointError:  # how hf_muon reports gradients with NaN
+        except FloatingPointError:  # hf_muon raises it for gradients with NaN
             pass
         logged = trainer.state.log_history
     return {

@@ -1,8 +1,8 @@
 """What the filter's gain depends on: kind of noise, strength, width and drift.
 
-In: variations of one stream with a signal of rank 1. Out: over the window, alignment and angle of
-the leading direction behind the filter, with closed forms where there are any; and what the three
-orders make of the same gradients at T = 20.
+In: variations of a stream with a signal of rank 1. Out: over the window, alignment and angle of the
+leading direction after the filter, with closed forms where they exist; and the updates of the three
+orders on the same gradients at T = 20.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     bound = torch.inf if clip is None else clip * deviation
     cut = partial(torch.clamp, min=-bound, max=bound)
     filtered, last = averages(stream_of(settings), MOMENTA, cut)
-    # Closed forms are those of a fixed signal in noise whose variance is finite.
+    # The closed forms hold for a fixed signal in noise with finite variance.
     fixed = not settings.get("drift") and settings.get("degrees_of_freedom", 3) > 2
     rows = []
     for momentum, average in filtered.items():
@@ -121,7 +121,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_cases(panel: plt.Axes, cases: dict[str, Any]) -> None:
-    """Draw the alignment over the window, with closed forms where there are some."""
+    """Draw the alignment over the window, with closed forms where they exist."""
     for (name, case), colour, marker in zip(cases.items(), COLOURS, MARKERS, strict=False):
         windows = [row["window"] for row in case["rows"]]
         values = [row["alignment"] for row in case["rows"]]

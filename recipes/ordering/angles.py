@@ -1,9 +1,9 @@
 """Real gradients over the window: a LLaMA at several checkpoints, stationary and along its way.
 
-In: nothing but sizes. Out: sin Θ of the filter's output and alignment of the updates with the mean
-of held-out gradients, for every order and window; with the in-buffer mean as a contrast, and the
-null beside every number. Means over four matrices and over seeds. Trained at a good learning rate
-and at a sixteenth of it, as it is the steps that turn the signal.
+In: only sizes. Out: sin Θ of the filter's output and alignment of the updates with the mean of
+held-out gradients, for every order and window; the same with the in-buffer mean, for contrast; and
+the null of every number. Means are over four matrices and over seeds. The model trains at a good
+learning rate and at a sixteenth of it, because the steps are what turns the signal.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def measure(
         learning_rate: of the matrices.
         seed: of weights and data.
         steps: of the training.
-        checkpoints: steps at which to probe; along the way only where the buffer is full.
-        replayed: gradients that are replayed.
-        held_out: gradients at fixed weights whose mean is the proxy of the signal.
-        ahead: the same along the way: those of the steps that follow.
+        checkpoints: steps at which to probe; trajectory probes only once the buffer is full.
+        replayed: number of gradients to replay.
+        held_out: number of gradients at fixed weights whose mean is the proxy of the signal.
+        ahead: the same for trajectory probes: gradients of the following steps.
         **sizes: of the model.
     """
     world = WORLDS["llama"](steps=steps, **sizes)
@@ -120,11 +120,11 @@ class Probing(TrainerCallback):
         self._probe(0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the clipped gradients that the optimizer is about to take."""
+        """Copy the clipped gradients that the optimizer is about to use."""
         self.trajectory.record()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Probe where it was asked for."""
+        """Probe if the step is a checkpoint."""
         self._probe(state.global_step)
 
     def _probe(self, step: int) -> None:
@@ -139,7 +139,7 @@ class Probing(TrainerCallback):
 
 
 def other_batches(world: World, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield batches as large as those of training, none of whose blocks comes twice."""
+    """Yield batches of the training's size; no block appears twice."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(world.train), generator=generator)[: count * world.batch]
     for rows in order.split(world.batch):
@@ -164,7 +164,7 @@ def flat(report: ProbeReport, kind: str, step: int) -> list[dict[str, Any]]:
 
 
 def means(readings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the readings as means over matrices and seeds."""
+    """Average the readings over matrices and seeds."""
     keys = ("kind", "step", "order", "window", "proxy")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for reading in readings:

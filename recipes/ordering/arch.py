@@ -1,7 +1,7 @@
 """The published grid of spectra in ARCH noise: singular values over β.
 
 In: a signal of rank 3 in ARCH(1) noise, 100 × 100, 1000 steps, and momenta. Out: σ₁ … σ₄ of the
-average as means over seeds, with their scatter and the closed forms for white noise.
+average as means over seeds, with their spread and the closed forms for white noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
 
 
 def measure(settings: dict[str, Any], momenta: Sequence[float]) -> list[dict[str, Any]]:
-    """Return σ₁ … σ₄ of every momentum, over seeds, with what is known of white noise."""
+    """Return σ₁ … σ₄ for every momentum, over seeds, with the closed forms for white noise."""
     filtered, _ = averages(stream_of(settings), momenta)
     shape, deviation = (settings["m"], settings["n"]), settings["sigma"]
     rows = []

@@ -1,6 +1,6 @@
 """Figures of this recipe: a row of panels in the style of all recipes.
 
-In: numbers of panels and axes. Out: matplotlib axes with names, and PNG files.
+In: the number of panels, and axes. Out: labelled matplotlib axes, and PNG files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def grid(rows: int, columns: int, **settings: Any) -> tuple[plt.Figure, Any]:
 
 
 def label(axes: plt.Axes, x: str, y: str, title: str) -> None:
-    """Name the axes."""
+    """Label the axes."""
     tidy(axes, x, y, title)
 
 
@@ -43,7 +43,7 @@ def logarithmic(axis: Any, ticks: Sequence[float]) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write a figure with few colours, which makes the file a third as large."""
+    """Write a figure with few colours, which makes the file a third of the size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)

@@ -1,7 +1,7 @@
 """The control: a small ViT on scikit-learn's digits, where AdamW may win.
 
-In: nothing but sizes. Out: held-out loss and accuracy of AdamW and of the three orders over
-learning rates, and at the best rates over fresh seeds.
+In: only sizes. Out: held-out loss and accuracy of AdamW and of the three orders over learning
+rates, and over fresh seeds at the best rates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WITHIN = 0.02
 
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
-    """Return what every method reaches."""
+    """Return the results of every method."""
     plan = Plan("digits", STEPS, GRIDS)
     if quick:
         few = {name: rates[1:3] for name, rates in GRIDS.items()}
@@ -45,5 +45,5 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return what was found, in words."""
+    """Return the results in words."""
     return sentences(results["methods"], results["untrained"], WITHIN)

@@ -1,7 +1,7 @@
-"""The three orders on a signal that is known: how much of an update is signal, over the window.
+"""The three orders on a known signal: how much of an update is signal, over the window.
 
 In: a fixed signal of rank 1 in white noise, and momenta. Out: alignment, its direction and the size
-of the update of each order, with ``match_update_rms`` for ``post_polar`` as well.
+of the update of each order; for ``post_polar`` also with ``match_update_rms``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOOKS = dict(zip(VARIANTS, zip(COLOURS, MARKERS, strict=True), strict=False))
 
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
-    """Return what every order reaches at every window."""
+    """Return the results of every order at every window."""
     settings = SETTINGS | ({"copies": 8} if quick else {"copies": 32})
     momenta = MOMENTA[:-1] if quick else MOMENTA
     measured = parts(
@@ -63,7 +63,7 @@ def measure(settings: dict[str, Any], momentum: float) -> dict[str, Any]:
             "direction": mean_and_error(diagnostics.direction_alignment(updates, signal).mean(0)),
             "rms": mean_and_error(updates.square().mean((-2, -1)).sqrt().mean(0)),
         }
-    # Copy by copy: both see the same gradients, so that their scatter cancels in part.
+    # Copy by copy: both orders see the same gradients, so part of the variation cancels.
     difference = mean_and_error(alignments["post_polar"] - alignments["polar_only"])
     shape = (settings["m"], settings["n"])
     theory = seen(settings["strengths"][0], settings["sigma"], shape, window)
@@ -105,7 +105,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return what was found, in words."""
+    """Return the results in words."""
     last = results["rows"][-1]
     words = [
         f"T = {last['window']:.0f}: {name} alignment {value['alignment']['mean']:.3f}, "

@@ -1,8 +1,8 @@
-"""Parts of an experiment: computed once, kept, several at a time.
+"""Parts of an experiment: each is computed once and kept; several run at a time.
 
-In: functions of importable modules with plain arguments. Out: their results, which are plain too,
-each in a JSON file of its own beside the arguments. A part that is there already, with the same
-arguments, is not computed again, so that an interrupted experiment goes on where it stopped.
+In: functions of importable modules with plain arguments. Out: their plain results, each in a JSON
+file of its own with the arguments. A part that exists with the same arguments is not computed
+again, so that an interrupted experiment continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shared.progress import quiet_libraries
 
 
 class Task(NamedTuple):
-    """What one part computes: ``function(**arguments)``, both ways through JSON."""
+    """The work of one part: ``function(**arguments)``; arguments and result go through JSON."""
 
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
@@ -40,14 +40,14 @@ class Parts:
         self.folder, self.workers = folder, workers
 
     def __call__(self, tasks: Mapping[str, Task]) -> dict[str, Any]:
-        """Return the result of every task by its name, computing what is missing."""
+        """Return the result of every task by name; compute what is missing."""
         missing = {name: task for name, task in tasks.items() if self.kept(name, task) is None}
         for count, (name, seconds) in enumerate(self._computed(missing), 1):
             print(f"  {name}: {seconds:.0f} s ({count}/{len(missing)})", flush=True)
         return {name: self.kept(name, task)["result"] for name, task in tasks.items()}
 
     def kept(self, name: str, task: Task) -> dict[str, Any] | None:
-        """Return what the file of a part holds, or None where it holds something else."""
+        """Return the content of a part's file, or None if it belongs to other arguments."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
             return None
@@ -55,7 +55,7 @@ class Parts:
         return content if content["arguments"] == plain(task.arguments) else None
 
     def seconds(self) -> float:
-        """Return what all parts took together, in seconds of their processes."""
+        """Return the total time of all parts, in process seconds."""
         contents = (json.loads(path.read_text(encoding="utf8")) for path in self._files())
         return sum(content["seconds"] for content in contents)
 
@@ -63,7 +63,7 @@ class Parts:
         return sorted(self.folder.glob("*.json"))
 
     def _computed(self, tasks: Mapping[str, Task]) -> Any:
-        """Yield name and seconds of each part when it is written."""
+        """Yield name and seconds of each part once it is written."""
         if self.workers is None:
             for name, task in tasks.items():
                 yield name, compute(self.folder / f"{name}.json", task)
@@ -85,7 +85,7 @@ def compute(path: Path, task: Task) -> float:
     content = {"arguments": task.arguments, "seconds": round(seconds, 2), "result": result}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf8") as file:
         json.dump(content, file)
-    os.replace(file.name, path)  # an interruption leaves no half of a part
+    os.replace(file.name, path)  # so that an interruption leaves no partial file
     return seconds
 
 
@@ -95,11 +95,11 @@ def plain(value: Any) -> Any:
 
 
 def processes(count: int) -> ProcessPoolExecutor:
-    """Return worker processes with one thread each, which the small matrices here keep busy."""
+    """Return worker processes with one thread each, which is enough for small matrices."""
     return ProcessPoolExecutor(count, get_context("spawn"), initializer=prepare_process)
 
 
 def prepare_process() -> None:
-    """One thread, and no notices of libraries: what the process prints is about the parts."""
+    """Use one thread, and silence libraries, so that output is about the parts only."""
     torch.set_num_threads(1)
     quiet_libraries()

@@ -1,6 +1,6 @@
 """The orders in real pretraining: a LLaMA and a GPT-2 on Shakespeare, rates tuned for each order.
 
-In: nothing but sizes. Out: held-out losses over learning rates, at the best rates over fresh seeds,
+In: only sizes. Out: held-out losses over learning rates, and over fresh seeds at the best rates,
 with AdamW as the reference; stable rank of the weights; width of the plateau of good rates.
 """
 
@@ -26,7 +26,7 @@ TITLES = {"llama": "LLaMA, 0.5 M", "gpt2": "GPT-2, 0.4 M"}
 
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
-    """Return what every method reaches on both models."""
+    """Return the results of every method on both models."""
     plans = {name: plan(name, quick) for name in TITLES}
     models = {name: tune(parts, plans[name]) for name in TITLES}
     at_rest = {
@@ -62,7 +62,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return what was found, in words."""
+    """Return the results in words."""
     return [
         f"{TITLES[name]}: {line}"
         for name, tuned in results["models"].items()

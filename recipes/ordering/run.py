@@ -2,7 +2,7 @@
 
 In: ``python run.py EXPERIMENT [--quick] [--jobs 2] [--out FOLDER]``, or ``all``. Out: in the
 folder, ``EXPERIMENT.json``, ``EXPERIMENT.png``, and the parts of the experiment, from which a later
-call goes on.
+call continues.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
 
 
 def main(argv: list[str]) -> None:
-    """Run what is asked for, one experiment after the other."""
+    """Run the requested experiments, one after the other."""
     arguments = command_line(argv)
     prepare_process()
     names = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
@@ -66,7 +66,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def run_experiment(name: str, parts: Parts, out: Path, quick: bool) -> None:
-    """Compute what is missing, write JSON and figure, and say what was found."""
+    """Compute what is missing, write JSON and figure, and print the results."""
     started = time.perf_counter()
     print(f"{name}", flush=True)
     experiment = EXPERIMENTS[name]
@@ -82,7 +82,7 @@ def run_experiment(name: str, parts: Parts, out: Path, quick: bool) -> None:
 
 
 def strict(value: Any) -> Any:
-    """Return a value with null for numbers that JSON does not have: losses of lost runs."""
+    """Return a value with null for numbers that JSON does not have, as losses of diverged runs."""
     if isinstance(value, dict):
         return {key: strict(inside) for key, inside in value.items()}
     if isinstance(value, (list, tuple)):

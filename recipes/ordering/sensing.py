@@ -1,13 +1,13 @@
 """Matrix sensing: what polar steps do to the spectrum of the weights (arXiv 2606.08388).
 
 In: underdetermined regressions. Out: the spectrum of the solution under polar steps and under
-gradient steps of the same norm; whether the dynamics of singular values tell when the spectrum
-flattens; and whether of all bounded updates the flat one raises the entropy most in one step.
+gradient steps of the same norm; whether the dynamics of singular values predict when the spectrum
+flattens; and whether, of all bounded updates, the flat one raises the entropy most in one step.
 
-To first order a step W + D moves a singular value by d_i = u_iᵀDv_i. With p_i = σ_i²/Σσ² the
-entropy H = −Σ p_i ln p_i then changes by dH = −2 Cov_p(d/σ, ln p): the spectrum flattens iff the
-small singular values grow faster in proportion. That is the condition on the measurements, which
-decide d.
+To first order a step W + D moves a singular value by d_i = u_iᵀDv_i. With p_i = σ_i²/Σσ², the
+entropy H = −Σ p_i ln p_i changes by dH = −2 Cov_p(d/σ, ln p): the spectrum flattens iff small
+singular values grow proportionally faster. That is a condition on the measurements, which determine
+d.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
 
 
 def descend(measurements: int, rank: int, copies: int, steps: int) -> dict[str, Any]:
-    """Return what both rules do to the spectrum on one kind of problem, 16 × 16."""
+    """Return the effect of both methods on the spectrum, for one kind of problem, 16 × 16."""
     problem = diagnostics.matrix_sensing(
         16, 16, measurements, rank=rank, steps=1, batch=(copies,), dtype=torch.float64
     )
@@ -79,17 +79,17 @@ def path_of(problem: MatrixSensing, rule: str, steps: int) -> Iterator[tuple[Ten
 
 
 def norm_matched(gradient: Tensor) -> Tensor:
-    """The gradient with the Frobenius norm of its polar factor."""
+    """Return the gradient, scaled to the Frobenius norm of its polar factor."""
     norm = torch.linalg.matrix_norm(gradient, keepdim=True)
     return gradient * (min(gradient.shape[-2:]) ** 0.5 / norm)
 
 
 def dynamics(path: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Return the effective rank over the steps, and how well first order foretells the entropy."""
+    """Return the effective rank over the steps, and how well first order predicts the entropy."""
     ranks, foretold, happened = [], [], []
-    before: tuple[Tensor, Tensor] | None = None  # entropy, and what it should change by
+    before: tuple[Tensor, Tensor] | None = None  # entropy, and its predicted change
     for weight, change in path:
-        if not weight.any():  # the spectrum of the start is not defined
+        if not weight.any():  # zero weights have no spectrum
             continue
         entropy = diagnostics.spectral_entropy(weight)
         if before is not None:
@@ -117,7 +117,7 @@ def entropy_change(weight: Tensor, change: Tensor) -> Tensor:
     """The first-order change of the spectral entropy, −2 Cov_p(d/σ, ln p), (…).
 
     Args:
-        weight: W, (…, m, n), with singular values that differ and are not zero.
+        weight: W, (…, m, n), with distinct nonzero singular values.
         change: D, (…, m, n).
     """
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -128,12 +128,12 @@ def entropy_change(weight: Tensor, change: Tensor) -> Tensor:
 
 
 def one_step(draws: int, size: int = 16, eta: float = 0.3, seed: int = 0) -> dict[str, Any]:
-    """Return the entropy that one bounded update adds, by the power of the gradient's spectrum.
+    """Return the entropy that one bounded update adds, for powers of the gradient's spectrum.
 
     An update with the gradient's directions and d_i = (g_i/g₁)^q has spectral norm 1; q = 0 is the
     polar factor and q = 1 the gradient. Weights have a log-normal spectrum. ``flat_wins``: the
-    share of draws in which no other power adds as much. ``adaptive``: an update that looks at the
-    weights and leaves out the largest of their singular values.
+    share of draws in which no other power adds as much. ``adaptive``: an update that knows the
+    weights and leaves out their largest singular value.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -173,13 +173,13 @@ def one_step(draws: int, size: int = 16, eta: float = 0.3, seed: int = 0) -> dic
 
 
 def gain(weight: Tensor, change: Tensor) -> Tensor:
-    """What a step adds to the spectral entropy, (draws,); that of no weights counts as 0."""
+    """Return the spectral entropy that a step adds, (draws,); zero weights count as entropy 0."""
     before = diagnostics.spectral_entropy(weight).nan_to_num(0.0)
     return diagnostics.spectral_entropy(weight + change) - before
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw effective ranks over steps, foretold and actual changes, and the one-step claim."""
+    """Draw effective ranks over steps, predicted and actual changes, and the one-step claim."""
     figure, (left, middle, right) = grid(1, 3)
     shown = [one for one in results["problems"] if one["measurements"] == 128]
     for one, colour in zip(shown, COLOURS, strict=False):
@@ -187,7 +187,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             name = f"rank {one['rank']}, {LABELS[rule]}"
             ranks = one[rule]["effective_rank"]
             left.plot(range(1, len(ranks) + 1), ranks, style, color=colour, lw=1.4, label=name)
-    left.set_ylim(0, 23)  # up to 16, and room for the names
+    left.set_ylim(0, 23)  # up to 16, plus space for the labels
     left.legend(frameon=False, fontsize=7.5, loc="upper right", ncols=2)
     label(left, "step", "effective rank of W", "128 measurements of 256 entries")
     one = shown[1]
@@ -212,7 +212,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return what was found, in words."""
+    """Return the results in words."""
     said = []
     for one in results["problems"]:
         parts = ", ".join(

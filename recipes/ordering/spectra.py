@@ -1,6 +1,6 @@
-"""What a momentum filter does to a spectrum: singular values and angles over β.
+"""The effect of a momentum filter on a spectrum: singular values and angles over β.
 
-In: a fixed signal of rank 3 in white noise, and momenta. Out: the spectrum behind each filter with
+In: a fixed signal of rank 3 in white noise, and momenta. Out: the spectrum after each filter with
 its closed forms, and the slopes of noise and angles over the window.
 """
 
@@ -28,7 +28,7 @@ def run(parts: Parts, quick: bool) -> dict[str, Any]:
     settings = SETTINGS | size
     measured = parts({"spectra": Task(measure, {"settings": settings, "momenta": MOMENTA})})
     rows = measured["spectra"]
-    # From where on all of the signal is visible, so that the next singular value is noise.
+    # The rows in which all of the signal is visible, so that the next singular value is noise.
     late = [row for row in rows if row["theory"]["visible"] == len(SETTINGS["strengths"])]
     lengths = [2 * row["window"] - 1 for row in late]
     slopes = {
@@ -118,6 +118,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return what was found, in words."""
+    """Return the results in words."""
     slopes = ", ".join(f"{name} {slope:.3f}" for name, slope in results["slopes"].items())
     return [f"slopes over 2T − 1: {slopes}"]

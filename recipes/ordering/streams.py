@@ -1,7 +1,7 @@
-"""Averages of synthetic gradient streams: one pass serves several momenta.
+"""Averages of synthetic gradient streams: one pass for several momenta.
 
-In: arguments of ``spiked_stream`` and momenta. Out: the optimizer's moving average of each, and the
-last gradient with its signal; and what the metrics say of them, as means over independent copies.
+In: arguments of ``spiked_stream`` and momenta. Out: the optimizer's moving average for each, and
+the last gradient with its signal; and their metrics, as means over independent copies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def averages(
     Args:
         stream: from ``spiked_stream``.
         momenta: β of each average.
-        prepare: what is averaged, as a function of the gradient.
+        prepare: a function of the gradient whose result is averaged.
     """
     kept: dict[float, Tensor] = {}
     last = None
@@ -59,6 +59,6 @@ def mean_and_error(values: Tensor) -> dict[str, float]:
 
 
 def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the slope of the straight line through log y over log x."""
+    """Return the slope of a straight line fitted to log y over log x."""
     logs = [torch.tensor(values, dtype=torch.float64).log() for values in (x, y)]
     return (torch.cov(torch.stack(logs))[0, 1] / logs[0].var()).item()

@@ -1,9 +1,9 @@
-"""Closed forms for a signal in white noise behind a moving average.
+"""Closed forms for a signal in white noise after a moving average.
 
 In: the strength of a singular direction, the standard deviation of the noise's entries, the shape
-and the window T = 1/(1−β). Out: where it is seen in the spectrum, at which angles, and where the
-noise ends. Limits for large matrices; Benaych-Georges and Nadakuditi, J. Multivariate Anal. 111
-(2012), behind an average that divides white noise by √(2T−1).
+and the window T = 1/(1−β). Out: where the direction appears in the spectrum, at which angles, and
+where the noise ends. Limits for large matrices: Benaych-Georges and Nadakuditi, J. Multivariate
+Anal. 111 (2012), applied to an average that divides white noise by √(2T−1).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from hf_muon.diagnostics.noise_edge import cosines_squared
 
 
 class Seen(NamedTuple):
-    """What is seen of one direction of the signal.
+    """How one direction of the signal appears in the average.
 
     Attributes:
-        sigma: its singular value in the average; the noise edge where it is hidden.
+        sigma: its singular value in the average; the noise edge if it is hidden.
         sin_left: sine of the angle between its left singular vector and that of the average.
         sin_right: the same on the right.
         alignment: cos∠U·cos∠V, the signal alignment of a signal of rank 1.
-        visible: whether it stands above the noise at all.
+        visible: whether it exceeds the noise at all.
     """
 
     sigma: float
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 def seen(strength: float, deviation: float, shape: tuple[int, int], window: float) -> Seen:
-    """Return what an average over ``window`` shows of a direction of this strength.
+    """Return how a direction of this strength appears in an average over ``window``.
 
     Args:
         strength: λ, its singular value.

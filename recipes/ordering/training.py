@@ -1,8 +1,7 @@
 """One training run of the studies: a small model, a method, a learning rate, a seed.
 
-In: plain values, so that a run can go to another process. Out: plain values: the loss on what was
-held out, the training curve, and the spectra of the weights at the end. The stock ``Trainer``
-trains.
+In: plain values, so that a run can go to another process. Out: plain values: the held-out loss, the
+training curve, and the spectra of the final weights. The stock ``Trainer`` trains.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ def train(
         learning_rate: of the matrices.
         seed: of the weights and of the order of the data.
         steps: optimizer steps.
-        adamw_lr: of everything else; under ``adamw`` None is the same rate as the matrices'.
-        **sizes: of model and data, where they differ from the defaults of the world.
+        adamw_lr: of everything else; for the method ``adamw``, None is the rate of the matrices.
+        **sizes: of model and data, where they differ from the world's defaults.
 
     Returns:
         ``loss`` (None if the run diverged), ``stable_rank``, ``effective_rank``, ``curve``, …
@@ -66,7 +65,7 @@ def train(
         trainer = trainer_of(chosen, model, folder, method, learning_rate, seed, steps, adamw_lr)
         try:
             trainer.train()
-        except FloatingPointError:  # how hf_muon reports gradients with NaN
+        except FloatingPointError:  # hf_muon raises it for gradients with NaN
             return {"loss": None}
         found = trainer.evaluate()
         logged = trainer.state.log_history
@@ -93,7 +92,7 @@ def trainer_of(
 ) -> Trainer:
     """Return the Trainer of a run.
 
-    There is no weight decay: it is multiplied by the learning rate, which is what differs.
+    Without weight decay, because its effect scales with the learning rate, which is varied.
     """
     options, of_two_rates = dict(METHODS[method]), None
     if options["optim"] == "muon":
@@ -131,13 +130,13 @@ def trainer_of(
         compute_metrics=world.metrics,
         optimizer_cls_and_kwargs=of_two_rates,
     )
-    trainer.pop_callback(PrinterCallback)  # its lines would hide those of the parts
+    trainer.pop_callback(PrinterCallback)  # its lines would hide the progress of the parts
     return trainer
 
 
 @torch.no_grad()
 def weight_spectra(model: nn.Module) -> dict[str, float]:
-    """Return stable and effective rank of the matrices that Muon trains, as means over them."""
+    """Return stable and effective rank, averaged over the matrices that Muon trains."""
     matrices = [parameter.detach().float() for parameter, _ in muon_matrices(model).values()]
     ranks = {"stable_rank": diagnostics.stable_rank, "effective_rank": diagnostics.effective_rank}
     return {

@@ -1,7 +1,7 @@
-"""Methods at learning rates of their own: a grid, wider where the best is at an edge; fresh seeds.
+"""Methods at their own learning rates: a grid that grows where the best is at an edge; fresh seeds.
 
-In: how to train once, first grids, seeds. Out: by method, the losses at every rate, the best rate,
-and the losses there of seeds that the search has not seen. Figures of these.
+In: a function that trains once, first grids, seeds. Out: for each method, the losses at every rate,
+the best rate, and the losses there of seeds that the search has not seen. Figures of these.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Plan:
         grids: first learning rates of each method.
         seeds: of the search.
         fresh: seeds of the comparison at the best rates.
-        widen: how often a grid may grow by one rate, twice as often where there are two rates; 0
-            leaves it as it is.
+        widen: how often a grid may grow by one rate (twice as often with two rates); 0 keeps it
+            as it is.
         sizes: of model and data, where they differ from the world's.
     """
 
@@ -60,11 +60,11 @@ class Plan:
 
 
 def tune(parts: Parts, plan: Plan) -> Tuned:
-    """Return what every method reaches.
+    """Return the results of every method.
 
-    AdamW comes first, with a rate for the matrices and one for all else. What Muon leaves to AdamW
-    has the best of the latter under every order, so that the methods differ in nothing but what
-    happens to the matrices.
+    AdamW comes first, with one rate for the matrices and one for everything else. Under every
+    order, the parameters that Muon leaves to AdamW get the best of the latter, so that the methods
+    differ only in how they treat the matrices.
     """
     tuned = searched(parts, plan, ["adamw"], None)
     other = tuned["adamw"]["best_other"]
@@ -78,7 +78,7 @@ def tune(parts: Parts, plan: Plan) -> Tuned:
 
 
 def searched(parts: Parts, plan: Plan, methods: Sequence[str], other: float | None) -> Tuned:
-    """Return what was found at every rate, and the best, inside its grid unless ``widen`` is 0.
+    """Return the results at every rate, and the best, inside its grid unless ``widen`` is 0.
 
     Args:
         parts: of the experiment.
@@ -114,7 +114,7 @@ def searched(parts: Parts, plan: Plan, methods: Sequence[str], other: float | No
 
 
 def found_of(grid: Mapping[Point, Any]) -> dict[str, Any]:
-    """Return the best rates, and what was found at all rates of the matrices beside the best."""
+    """Return the best rates, and the results for all matrix rates at the best other rate."""
     best, other = best_point(losses(grid))
     rates = {rate: at for (rate, beside), at in grid.items() if beside == other}
     return {
@@ -126,23 +126,23 @@ def found_of(grid: Mapping[Point, Any]) -> dict[str, Any]:
 
 
 def untrained(parts: Parts, plan: Plan, other: float) -> dict[str, Any]:
-    """Return what is reached when the matrices stay as they began, and all else is trained."""
+    """Return the result when the matrices keep their initial values and all else is trained."""
     jobs = [("polar_only", STANDSTILL, other, seed) for seed in plan.fresh]
     return summary(list(trained(parts, plan, jobs).values()))
 
 
 def losses(grid: Mapping[Point, Any]) -> dict[Point, float]:
-    """Return the mean loss at every point; infinite where a run diverged."""
+    """Return the mean loss at every point; infinite if a run diverged."""
     return {point: at["loss"]["mean"] for point, at in grid.items()}
 
 
 def means(part: Mapping[str, Any]) -> dict[float, float]:
-    """Return the same of what was found of a method."""
+    """Return the same for one method's results."""
     return {at["rate"]: at["loss"]["mean"] for at in part["rates"]}
 
 
 def trained(parts: Parts, plan: Plan, jobs: Sequence[Job]) -> dict[Job, dict[str, Any]]:
-    """Return the results of runs by what they are."""
+    """Return the results of runs, by run."""
     tasks = {}
     for method, rate, other, seed in jobs:
         is_one_rate = method == "adamw" and other == rate
@@ -161,7 +161,7 @@ def trained(parts: Parts, plan: Plan, jobs: Sequence[Job]) -> dict[Job, dict[str
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean and spread over seeds of what runs have in common."""
+    """Return mean and spread over seeds of the values that all runs have."""
     found = {"loss": mean_and_spread([lost_is_infinite(run["loss"]) for run in runs])}
     for name in ("accuracy", "stable_rank", "effective_rank"):
         values = [run[name] for run in runs if name in run]
@@ -171,12 +171,12 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def lost_is_infinite(loss: float | None) -> float:
-    """Return a loss as a number; that of a run that diverged is infinite."""
+    """Return a loss as a number; infinite if the run diverged."""
     return math.inf if loss is None else loss
 
 
 def plateau(part: Mapping[str, Any], within: float) -> float:
-    """Return the ratio of the largest to the smallest rate whose loss is ``within`` of the best."""
+    """Return the ratio of the largest to the smallest rate with a loss ``within`` of the best."""
     best = min(means(part).values())
     near = [rate for rate, loss in means(part).items() if loss <= best + within]
     return max(near) / min(near)
@@ -211,7 +211,7 @@ def draw_row(
 
 
 def draw_best(axes: plt.Axes, tuned: Tuned) -> None:
-    """Draw the fresh seeds at the best rates; AdamW is named at the edge where it is far off."""
+    """Draw the fresh seeds at the best rates; AdamW is written at the edge if it is far off."""
     names = list(tuned)
     for height, name in enumerate(names):
         colour, marker = LOOKS[name]
@@ -235,7 +235,7 @@ def draw_best(axes: plt.Axes, tuned: Tuned) -> None:
 
 
 def part_worst(part: Mapping[str, Any]) -> float:
-    """Return the loss up to which a method is drawn: a factor of 8 in rate around its best."""
+    """Return the highest loss to draw for a method: within a factor of 8 of its best rate."""
     near = [
         loss
         for rate, loss in means(part).items()

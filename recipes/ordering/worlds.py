@@ -34,16 +34,16 @@ VOCABULARY, LENGTH = 1024, 128
 
 @dataclass(frozen=True)
 class World:
-    """What is trained on what.
+    """A model and its data.
 
     Attributes:
         build: makes the untrained model, from the global seed.
         train: rows to train on.
-        validation: rows that were held out.
-        batch: rows of a step.
+        validation: held-out rows.
+        batch: rows per step.
         collate: makes a batch of rows.
-        metrics: what is measured beside the loss.
-        facts: what is worth to know of the data.
+        metrics: further measures besides the loss.
+        facts: further facts about the data.
     """
 
     build: Callable[[], nn.Module]
@@ -71,7 +71,7 @@ def language(
 
     Args:
         build: makes the model.
-        steps: that will be taken; the corpus must be large enough.
+        steps: number of steps; the corpus must be large enough.
         corpus: a name that the pretraining recipe knows.
         batch: blocks of a step.
         held_out: blocks of validation, spread over the held-out documents.
@@ -166,7 +166,7 @@ def digit_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of images whose digit is told."""
+    """Return the share of images whose digit is recognized."""
     told = np.argmax(prediction.predictions, axis=-1)
     return {"accuracy": float((told == prediction.label_ids).mean())}
 

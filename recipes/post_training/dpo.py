@@ -15,7 +15,7 @@ METHOD = Method(
     config=DPOConfig,
     trainer=DPOTrainer,
     packaged=preferences,
-    # Before training the policy is the reference: the loss is log 2, and no pair has a margin.
+    # Before training the policy equals the reference: the loss is log 2, and no pair has a margin.
     measures={"loss": "loss", "preferred": "rewards/accuracies"},
     samples=written,
     # With adapters, the reference is the model without them.

@@ -1,4 +1,4 @@
-"""Reinforcement learning with TRL's ``GRPOTrainer`` and a rule for a reward: repeat the digit.
+"""Reinforcement learning with TRL's ``GRPOTrainer`` and a rule as the reward: repeat the digit.
 
 In: ``python grpo.py configs/grpo.yaml [--r 8] [--model smollm2] [--dataset owner/name] ...``; a
 dataset has ``prompt`` and ``answer``. Out: see ``method.py``.
@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def repeated(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Return the share of each completion that is its row's answer, spaces apart: from 0 to 1."""
+    """Return the share of each completion, ignoring spaces, that is its row's answer: 0 to 1."""
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     lengths = [max(1, len(text.replace(" ", ""))) for text in texts]
     return [
@@ -23,7 +23,7 @@ def repeated(completions: list[Any], answer: list[str], **_: Any) -> list[float]
 
 
 def digits(train: int, held_out: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return rows ``prompt, answer``. There are ten of them: the same ones are held out."""
+    """Return rows ``prompt, answer``. There are only ten, so the held-out rows are the same."""
 
     def rows(count: int) -> datasets.Dataset:
         answers = [str(number % 10) for number in range(count)]

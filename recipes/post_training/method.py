@@ -1,4 +1,4 @@
-"""Post-training with a trainer of TRL's and Muon: what its methods have in common.
+"""Post-training with TRL's trainers and Muon: the part that all methods share.
 
 In: the :class:`Method` of a script in this folder, and ``[config.yaml] [--name value ...]``, which
 are ``Settings`` and TRL's own configuration. Out: in ``--output_dir`` the model (or its adapter),
@@ -32,7 +32,7 @@ PACKAGED = 1800
 
 @dataclass
 class Settings(hub.Rows):
-    """The model, whether adapters train or all weights, and the rows."""
+    """The model, whether adapters or all weights are trained, and the rows."""
 
     model: str = field(
         default="tiny",
@@ -45,16 +45,16 @@ class Settings(hub.Rows):
 
 @dataclass(frozen=True)
 class Method:
-    """What one method of TRL's needs.
+    """What differs between TRL's methods.
 
     Attributes:
         config: TRL's class of arguments.
         trainer: TRL's trainer.
-        packaged: Makes the packaged rows, from how many to train on and how many to hold out.
-        measures: Name of a measure in ``results.json``, and TRL's name of it.
-        samples: From the trained model and held-out rows to lines that show what it does.
+        packaged: Makes the packaged rows, given the number to train on and to hold out.
+        measures: For each measure, its name in ``results.json`` and TRL's name of it.
+        samples: Given the trained Trainer and held-out rows, returns lines that show its output.
         task: PEFT's name of the task.
-        more: Further arguments of the trainer, from the model and whether adapters train.
+        more: Given the model and whether adapters are trained, returns further trainer arguments.
     """
 
     config: type[TrainingArguments]

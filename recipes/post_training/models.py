@@ -1,7 +1,7 @@
-"""Models to start from: a small random one, or a pretrained one, and adapters where asked for.
+"""Models to start from: a small random one or a pretrained one, with adapters on request.
 
-In: a name, a rank, PEFT's name of the task, and rows. Out: model, tokenizer, and the configuration
-of adapters that TRL puts into the model. Samples: what a model writes after some prompts.
+In: a name, a rank, PEFT's name of the task, and rows. Out: model, tokenizer, and the adapter
+configuration that TRL applies to the model. Samples: the model's output for some prompts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def open_model(name: str, r: int | None, task: str, rows: datasets.Dataset) -> O
     model.config.pad_token_id = tokenizer.pad_token_id
     adapter = None
     if r is not None:
-        head = ["score"] if task == "SEQ_CLS" else None  # it is new: trained and saved whole
+        head = ["score"] if task == "SEQ_CLS" else None  # a new module is trained and saved whole
         adapter = LoraConfig(
             task_type=task, r=r, lora_alpha=2 * r, target_modules="all-linear", modules_to_save=head
         )
@@ -61,7 +61,7 @@ def open_model(name: str, r: int | None, task: str, rows: datasets.Dataset) -> O
 
 
 def trained_tokenizer(rows: datasets.Dataset) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of the rows' texts; their order decides nothing."""
+    """Return a byte-level BPE of the rows' texts; it does not depend on their order."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -88,7 +88,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, **options: int) -> LlamaConfi
 
 @torch.no_grad()
 def written(trainer: Trainer, rows: datasets.Dataset, tokens: int = 24) -> list[str]:
-    """Return what the model writes after the first three different prompts of some rows.
+    """Return the model's output for the first three different prompts of some rows.
 
     A prompt is a text, or a conversation that the model's template turns into one.
     """

@@ -1,7 +1,7 @@
 """Packaged rows: tweets in a good and in a bad mood, as people graded them.
 
 In: how many rows to train on and to hold out. Out: rows in the forms that TRL reads. No tweet is in
-two rows, and those held out are of other wordings than those to train on.
+two rows, and held-out tweets differ in wording from those to train on.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ PROMPT = "Write a tweet in a {} mood.\n"
 
 
 def preferences(train: int, held_out: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return rows ``prompt, chosen, rejected``: a good mood was asked for."""
+    """Return rows ``prompt, chosen, rejected``; the prompt asks for a good mood."""
     return parts(train, held_out, pairs)
 
 
 def completions(train: int, held_out: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return rows ``prompt, completion``, half of them of each mood."""
+    """Return rows ``prompt, completion``, half of each mood."""
     return parts(train, held_out, prompted)
 
 
@@ -38,7 +38,7 @@ def pairs(rows: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def prompted(rows: datasets.Dataset, count: int) -> datasets.Dataset:
-    """Return ``count`` tweets, every other one in a bad mood."""
+    """Return ``count`` tweets with prompts; every other one is in a bad mood."""
     good, bad = of_moods(rows, (count + 1) // 2)
     mixed = [text for both in zip(good, bad, strict=True) for text in both][:count]
     prompts = [PROMPT.format(("good", "bad")[number % 2]) for number in range(count)]
@@ -49,7 +49,7 @@ def of_moods(rows: datasets.Dataset, count: int) -> tuple[list[str], list[str]]:
     """Return ``count`` positive and as many negative tweets.
 
     Raises:
-        RecipeError: There are fewer.
+        RecipeError: There are not enough tweets.
     """
     good, bad = (
         [row["text"] for row in rows if tweets.LABELS[row["label"]] == name]

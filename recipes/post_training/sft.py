@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL's ``SFTTrainer``: tweets in the mood that was asked for.
+"""Supervised fine-tuning with TRL's ``SFTTrainer``: tweets in the requested mood.
 
 In: ``python sft.py configs/sft.yaml [--r 8] [--model smollm2] [--dataset owner/name] ...``; a
 dataset has prompts and completions, conversations, or plain text. Out: see ``method.py``.

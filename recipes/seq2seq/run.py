@@ -120,7 +120,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
 
 
 def reversed_words(train: int, held_out: int) -> hub.Parts:
-    """Return rows of three to six words and the same words in reverse; no row is there twice."""
+    """Return rows of three to six words and the same words in reverse; no row appears twice."""
     draw = random.Random(0)
     texts: dict[str, None] = {}
     while len(texts) < train + held_out:

@@ -1,4 +1,4 @@
-"""What several recipes need: their arguments, installed assets, and what a run measures.
+"""Code that several recipes share: arguments, installed assets, measurements.
 
 The scripts of a recipe put the folder ``recipes`` on ``sys.path`` and import from here.
 """

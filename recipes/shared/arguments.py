@@ -1,8 +1,8 @@
 """Arguments of a recipe: a YAML file, overridden by the command line.
 
-In: ``sys.argv``-like strings and the dataclasses that hold the arguments. Out: the merged values,
-and the dataclasses that they make. Names that no dataclass has, and values of another type or of no
-sense are refused in a sentence, with the file that holds them.
+In: ``sys.argv``-like strings and the dataclasses that define the arguments. Out: the merged values,
+and the dataclasses built from them. Unknown names, and values of a wrong type or without meaning,
+are refused in one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hf_muon.values import near, parsed, sentence, typed
 
 
 class RecipeError(ValueError):
-    """A mistake the user can mend; the scripts print it without a traceback."""
+    """A mistake that the user can fix; the scripts print it without a traceback."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The parser of a recipe, all values, and the configuration's name."""
+    """The parser of a recipe, all values, and the name of the configuration."""
 
     parser: HfArgumentParser
     values: dict[str, Any]
@@ -51,11 +51,11 @@ def read(argv: Sequence[str], kinds: Sequence[type], recipe: Path, **defaults: o
     Args:
         argv: arguments without the program's name.
         kinds: dataclasses whose fields are the arguments.
-        recipe: folder that holds ``configs/``; its name is that of the default output folder.
-        **defaults: values where they differ from those of the dataclasses.
+        recipe: folder that contains ``configs/``; its name is also the default output folder's.
+        **defaults: values that differ from the dataclasses' defaults.
 
     Raises:
-        RecipeError: a file that cannot be read, or a name or value in it that makes no sense.
+        RecipeError: a file cannot be read, or a name or value in it makes no sense.
     """
     parser = HfArgumentParser(kinds)
     parser.set_defaults(**defaults)
@@ -84,12 +84,12 @@ def counts(kinds: Sequence[type]) -> list[str]:
 
 
 def without_rank(argv: Sequence[str]) -> list[str]:
-    """Leave out the rank that DeepSpeed's launcher puts first; it is in the environment as well."""
+    """Drop the rank that DeepSpeed's launcher puts first; it is also in the environment."""
     return [word for word in argv if not word.startswith("--local_rank=")]
 
 
 def find_config(name: str, recipe: Path) -> Path:
-    """Return the YAML file of that path, looked for here and in the recipe's folder."""
+    """Return the path of the YAML file, searched for here and in the recipe's folder."""
     for path in (Path(name), recipe / name):
         if path.is_file():
             return path
@@ -98,7 +98,7 @@ def find_config(name: str, recipe: Path) -> Path:
 
 
 def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:
-    """Return the values of a YAML file, after a check of every name and of every plain type."""
+    """Return the values of a YAML file, after checking every name and every plain type."""
     values = load(path)
     kind_of = {item.name: kind for kind in kinds for item in fields(kind)}
     for name, value in values.items():
@@ -114,7 +114,7 @@ def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return what a YAML file sets."""
+    """Return the settings in a YAML file."""
     values = load_yaml(path)
     if not isinstance(values, dict | None):
         raise RecipeError(
@@ -124,7 +124,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> Any:
-    """Return what a YAML file holds."""
+    """Return the content of a YAML file."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf8"))
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -134,9 +134,9 @@ def load_yaml(path: Path) -> Any:
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """Raise unless a value, or a text, is what a field of a plain type takes.
+    """Raise unless a field of a plain type accepts the value, or a text.
 
-    The Trainer's own fields of text also take other things, and check them.
+    The Trainer's own text fields also accept other types, and check them.
     """
     hint = get_type_hints(kind)[name]
     (plain, *others) = set(get_args(hint)) - {type(None)} or {hint}
@@ -150,10 +150,10 @@ def check_type(name: str, value: Any, kind: type) -> None:
 
 
 def checkpoint(training: TrainingArguments) -> str | None:
-    """Return the checkpoint to go on from.
+    """Return the checkpoint to resume from.
 
-    ``last`` is the newest one of the output folder; ``auto`` is the same, or the beginning when
-    there is none, so that a job can be started and restarted with one command.
+    ``last`` is the newest one in the output folder. ``auto`` is the same, or None if there is none,
+    so that one command can start and restart a job.
     """
     asked = training.resume_from_checkpoint
     if asked not in ("last", "auto"):
@@ -170,8 +170,8 @@ def checkpoint(training: TrainingArguments) -> str | None:
 def newest_checkpoint(folder: Path, say: bool = True) -> str | None:
     """Return the newest complete checkpoint, or None.
 
-    The Trainer writes ``trainer_state.json`` last: a checkpoint without it, or with part of it, was
-    interrupted. It is passed over, and named if ``say``, so that a requeued job goes on.
+    The Trainer writes ``trainer_state.json`` last: a checkpoint without a complete one was
+    interrupted. It is skipped, and named if ``say``, so that a requeued job continues.
     """
     found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):

@@ -1,8 +1,7 @@
-"""Where models and texts lie: those that ``scripts/prepare_assets.py`` installs, and others.
+"""Where models and texts are: those that ``scripts/prepare_assets.py`` installs, and others.
 
-In: the name of a package, of something in the cache, or of a model. Out: a folder, or what
-``from_pretrained`` makes of it. The packages carry files only: they are found by path and never
-imported.
+In: the name of a package, of an entry in the cache, or of a model. Out: a folder, or the result of
+``from_pretrained``. The packages only carry files: they are found by path and never imported.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ SHIPPED: dict[str, Callable[[], Path]] = {
 
 
 def source(name: str) -> str:
-    """Return what ``from_pretrained`` opens: a folder, or the name of a Hub model.
+    """Return the argument for ``from_pretrained``: a folder, or the name of a Hub model.
 
     Raises:
-        RecipeError: neither of them, or a model that is not installed.
+        RecipeError: the name is neither, or the model is not installed.
     """
     if name in SHIPPED:
         return str(SHIPPED[name]())
@@ -78,7 +77,7 @@ def source(name: str) -> str:
 
 
 def opened(open_it: Callable[..., Any], name: str, **options: Any) -> Any:
-    """Return what ``open_it``, such as ``AutoModel.from_pretrained``, makes of a model."""
+    """Return a model opened with ``open_it``, such as ``AutoModel.from_pretrained``."""
     try:
         return open_it(source(name), **options)
     except OSError as error:

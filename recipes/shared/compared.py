@@ -1,7 +1,8 @@
-"""A training that ends with a comparison: the model after it with the model before it.
+"""A training that ends with a comparison: the model before and after it.
 
-In: a ``Trainer``, what is measured, and samples of what the model does. Out: in ``--output_dir``
-the model and ``results.json``; on the screen the samples, and each measure before and after.
+In: a ``Trainer``, functions that measure the model, and samples of its output. Out: in
+``--output_dir`` the model and ``results.json``; on the screen the samples, and each measure before
+and after.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def train(
     Args:
         trainer: a Trainer that has not trained yet.
         measured: measures the trainer's model as it is, on held-out rows; all ranks call it.
-        samples: shows in a few lines what the trained model does.
-        **facts: what else belongs into the results.
+        samples: shows the trained model's output in a few lines.
+        **facts: further entries of the results.
 
     Returns:
         The results; None when a signal stopped the training, after a checkpoint was saved.
@@ -58,7 +59,7 @@ def train(
 
 
 def ended(main: Callable[[list[str]], object]) -> None:
-    """Run a recipe with the command line's arguments; a mistake ends it in one sentence."""
+    """Run a recipe with the command line's arguments; print mistakes as one sentence."""
     try:
         main(sys.argv[1:])
     except (RecipeError, FloatingPointError) as error:

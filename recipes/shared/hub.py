@@ -1,7 +1,7 @@
-"""The rows of a recipe: packaged ones, or those of a dataset of the Hub or of a folder.
+"""The rows of a recipe: packaged rows, or those of a dataset on the Hub or in a folder.
 
-In: settings that name a dataset, and how many rows are wanted. Out: rows to train on, and rows that
-are held out, with the columns that the dataset has.
+In: settings that name a dataset, and the number of rows. Out: rows to train on, and rows that are
+held out, with the dataset's columns.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Rows:
     validation_rows: int = field(default=400, metadata={"help": "Rows that are held out."})
 
     def parts(self, packaged: Callable[[int, int], Parts], most: int) -> Parts:
-        """Return both parts.
+        """Return training rows and held-out rows.
 
         Args:
-            packaged: makes rows from how many to train on and how many to hold out.
-            most: how many packaged rows to train on, where the settings leave it open.
+            packaged: makes the packaged rows, given the number to train on and to hold out.
+            most: number of packaged training rows, if the settings do not give it.
         """
         if self.dataset is None:
             return packaged(self.train_rows or most, self.validation_rows)
@@ -47,8 +47,8 @@ class Rows:
 def load(name: str, config: str | None, train_rows: int | None, validation_rows: int) -> Parts:
     """Return training rows, and ``validation_rows`` that are held out.
 
-    They are the first of the dataset's validation or test split, or the first of its train split
-    where it has neither.
+    They are the first rows of the validation or test split or, if there is neither, of the train
+    split.
 
     Raises:
         RecipeError: the dataset cannot be opened, or has too few rows.

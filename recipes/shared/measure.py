@@ -1,7 +1,7 @@
-"""What a run measures about itself.
+"""Measurements of a run.
 
 In: a ``Trainer`` while it trains. Out: the optimizer's share of the step time, the bytes of
-optimizer state, the curves, and a JSON file that holds what is needed to repeat the run.
+optimizer state, the curves, and a JSON file with everything needed to repeat the run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import hf_muon
 
 
 class StepClock(TrainerCallback):
-    """Adds up the seconds of whole training steps and, within them, of the optimizer.
+    """Sums the seconds of whole training steps and, within them, of the optimizer.
 
-    Evaluation and saving are not counted, nor is the first step, in which libraries load kernels
-    and the optimizer creates its state.
+    Evaluation and saving do not count, nor does the first step, in which libraries load kernels and
+    the optimizer creates its state.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class StepClock(TrainerCallback):
 
 
 def now() -> float:
-    """Return a clock reading that includes the work an accelerator still has queued."""
+    """Return the time, after waiting for work that an accelerator still has queued."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -83,7 +83,7 @@ def now() -> float:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of optimizer state that this process holds.
 
-    Storage is counted, not entries: under ZeRO there are placeholders that repeat one zero.
+    Counts storage rather than entries: under ZeRO some placeholders repeat a single zero.
     """
     tensors = [
         value
@@ -114,7 +114,7 @@ def curve(history: list[dict[str, Any]], **keys: str) -> list[dict[str, Any]]:
 
 
 def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
-    """Return what the finished training itself says; the caller adds model, data and metrics."""
+    """Return the facts of the finished training; the caller adds model, data and metrics."""
     args, share = trainer.args, clock.optimizer_share()
     return {
         "optim": str(getattr(args.optim, "value", args.optim)),
@@ -139,7 +139,7 @@ def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON, whole or not at all: a run may be killed while it writes."""
+    """Write readable JSON, all or nothing, because a run may be killed while it writes."""
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
     written.replace(path)

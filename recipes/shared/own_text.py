@@ -1,8 +1,8 @@
-"""Text of one's own: a file, a folder of files, or a mixture that a YAML file describes.
+"""Text of your own: a file, a folder of files, or a mixture described in a YAML file.
 
-In: a path. Out: documents; of a mixture, what it is made of. A ``.txt`` is one document, each line
-of a ``.jsonl`` and each row of a ``.parquet`` another; everything is read into memory. What cannot
-be read is refused in a sentence that names the file and the place in it.
+In: a path. Out: documents; for a mixture, its parts. A ``.txt`` file is one document; each line of
+a ``.jsonl`` and each row of a ``.parquet`` is one. Everything is read into memory. A file that
+cannot be read is refused in one sentence that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a mixture: a corpus, and its share of the training text relative to the others."""
+    """A part of a mixture: a corpus, and its relative share of the training text."""
 
     corpus: str
     weight: float = 1.0
@@ -37,18 +37,18 @@ class Source:
 
 
 def is_path(corpus: str) -> bool:
-    """Return whether a corpus is own text: ``file:…``, or what ends as such files do.
+    """Return whether a corpus is own text: ``file:…``, or a path with one of the extensions.
 
-    Other paths are data sets for ``datasets`` to open, which streams them.
+    ``datasets`` opens other paths as data sets, and streams them.
     """
     return corpus.startswith(PREFIX) or corpus.endswith((*READERS, *MIXTURES))
 
 
 def path_of(corpus: str, folder: Path = Path()) -> Path:
-    """Return the path of a corpus, relative ones below a folder.
+    """Return the path of a corpus; relative paths start at ``folder``.
 
     Raises:
-        RecipeError: nothing is there.
+        RecipeError: the path does not exist.
     """
     path = folder / Path(corpus.removeprefix(PREFIX)).expanduser()
     if not path.exists():
@@ -60,14 +60,14 @@ def path_of(corpus: str, folder: Path = Path()) -> Path:
 
 
 def documents(path: Path, column: str) -> list[Document]:
-    """Return what a file, or all files below a folder, hold.
+    """Return the documents in a file, or in all files below a folder.
 
     Args:
         path: of a ``.txt``, ``.jsonl`` or ``.parquet`` file, or of a folder with such files.
-        column: that holds the text, in the two latter.
+        column: the text's column in the latter two.
 
     Raises:
-        RecipeError: there is no text, or something in the way of it.
+        RecipeError: there is no text, or it cannot be read.
     """
     inside = path.rglob("*") if path.is_dir() else [path]
     files = sorted(file for file in inside if file.suffix in READERS and file.is_file())
@@ -129,7 +129,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
 
 
 def require_column(column: str, columns: Iterable[str], where: str) -> None:
-    """Raise unless there is such a column."""
+    """Raise unless the column exists."""
     names = list(columns)
     if column not in names:
         raise RecipeError(
@@ -139,7 +139,7 @@ def require_column(column: str, columns: Iterable[str], where: str) -> None:
 
 
 def as_text(value: Any, column: str, where: str) -> str:
-    """Return a text; nothing for a missing one."""
+    """Return a text; empty if it is missing."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -161,7 +161,7 @@ def mixture(path: Path, column: str) -> list[Source]:
     """Return the parts of a mixture: a list of ``corpus``, ``weight`` and ``text_column``.
 
     Raises:
-        RecipeError: the file is no such list.
+        RecipeError: the file does not contain such a list.
     """
     found = load_yaml(path)
     if not isinstance(found, list) or not found:
@@ -173,7 +173,7 @@ def mixture(path: Path, column: str) -> list[Source]:
 
 
 def source(entry: Any, where: str, column: str) -> Source:
-    """Return a part of a mixture, after a check of its names and values."""
+    """Return a part of a mixture, after checking its names and values."""
     names = list(Source.__dataclass_fields__)
     if not isinstance(entry, dict) or "corpus" not in entry:
         raise RecipeError(f"{where} names no corpus. It has: {', '.join(names)}.")

@@ -1,8 +1,8 @@
-"""Runs that are stopped by a signal save a checkpoint first, and go on from it exactly.
+"""Runs that a signal stops save a checkpoint first, and resume from it exactly.
 
-In: a ``Trainer``, and the checkpoint to go on from. Out: whether the training came to its end; if
-not, a checkpoint of the step that was running, and a line that says where it is. Schedulers send
-SIGTERM, or SIGUSR1 (SLURM's ``--signal``), some time before they end a job.
+In: a ``Trainer``, and the checkpoint to resume from. Out: whether training finished; if not, a
+checkpoint of the step that was running, and a line that says where it is. Schedulers send SIGTERM,
+or SIGUSR1 (SLURM's ``--signal``), some time before they end a job.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ SIGNALS = tuple(
 
 
 class AlreadyTrained(Exception):
-    """The checkpoint has all steps; the Trainer (transformers 5.23) would take one more."""
+    """The checkpoint is after the last step; the Trainer (transformers 5.23) would do one more."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops at the end of the step during which any of the processes got a signal.
+    """Saves and stops at the end of a step in which any of the processes got a signal.
 
     The processes agree after every step and evaluation with an all-reduce of one number, because a
-    signal reaches them at different moments, or only one of them. The callback that transformers
-    (5.23) brings for SIGTERM, ``enable_jit_checkpoint``, acts in each process by itself, three
-    seconds after the signal: ranks that save sharded checkpoints would wait for each other in
-    different steps.
+    signal may reach them at different moments, or only one of them. transformers' own callback for
+    SIGTERM (5.23), ``enable_jit_checkpoint``, acts in each process separately, three seconds after
+    the signal: ranks that save sharded checkpoints would wait for each other in different steps.
     """
 
     def __init__(self) -> None:
@@ -42,38 +41,38 @@ class StopOnSignal(TrainerCallback):
         self._stepped = self._saved = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take over the signals, unless nothing is left to train."""
+        """Install signal handlers, unless nothing is left to train."""
         if state.global_step >= state.max_steps:
             raise AlreadyTrained
-        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+        if threading.current_thread() is threading.main_thread():  # Python requires it
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save instead of evaluating, if a signal came during the step."""
+        """Save instead of evaluating if a signal came during the step."""
         self._stepped = True
         if self._stop(args, state, control):
             control.should_evaluate = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save without another step, if a signal came during the evaluation.
+        """Save without another step if a signal came during the evaluation.
 
-        After the evaluation before the first step there is nothing to save.
+        The evaluation before the first step leaves nothing to save.
         """
         if self._stepped:
             self._stop(args, state, control)
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Note whether the checkpoint of the stop is there."""
+        """Note whether the final checkpoint was saved."""
         self._saved = self.stopped_by is not None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save where ``save_strategy=best`` did not after an evaluation; do nothing twice."""
+        """Save if ``save_strategy=best`` did not do so after an evaluation; never twice."""
         if self.stopped_by is not None:
             control.should_evaluate = False
             control.should_save = not self._saved
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._stepped = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -82,12 +81,12 @@ class StopOnSignal(TrainerCallback):
     def _stop(self, args: Any, state: Any, control: Any) -> bool:
         """Ask all processes whether one of them got a signal, and stop if so."""
         number = largest_of_all(self.received, args.device)
-        if not number or state.global_step >= state.max_steps:  # the last step ends by itself
+        if not number or state.global_step >= state.max_steps:  # training ends here anyway
             return False
         self.stopped_by = signal.Signals(number).name
         control.should_save = control.should_training_stop = True
         if args.save_total_limit == 1:
-            args.save_total_limit = 2  # or the Trainer would keep the best checkpoint alone
+            args.save_total_limit = 2  # with 1 the Trainer would keep only the best checkpoint
         return True
 
     def _note(self, number: int, _: Any) -> None:
@@ -104,11 +103,11 @@ def largest_of_all(number: int, device: torch.device) -> int:
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> bool:
-    """Train, and return whether all steps were taken; if not, say where to go on.
+    """Train, and return whether all steps were done; if not, print where to resume.
 
     Args:
         trainer: a Trainer that has not trained yet.
-        checkpoint: folder to go on from, or None to begin.
+        checkpoint: folder to resume from, or None to start.
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)

@@ -1,7 +1,7 @@
-"""Whether the processes of a launch train together, and in the way that was asked for.
+"""Whether the processes of a launch train together, in the way that was asked for.
 
-In: training arguments, or a Trainer. Out: nothing, or an error that says how to launch: several
-launchers start something else than they were asked for and say nothing.
+In: training arguments, or a Trainer. Out: nothing, or an error that says how to launch. Several
+launchers silently start something other than what was asked for.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def launched_processes() -> int:
 
 
 def check_world_size(training: TrainingArguments, asked: int | None = None) -> None:
-    """Stop if the processes do not train together as asked.
+    """Stop unless the processes train together as asked.
 
-    Some launch forms start one process, or several that do not know of each other, and say nothing
-    about it; on a CPU most of them do.
+    Some ways to launch silently start a single process, or several that do not communicate; on a
+    CPU most of them do.
 
     Args:
         training: arguments that know how many processes have met.
-        asked: how many there have to be; by default as many as were launched.
+        asked: the required number; by default as many as were launched.
     """
     expected = asked or launched_processes()
     if training.world_size != expected:
@@ -54,9 +54,9 @@ def check_world_size(training: TrainingArguments, asked: int | None = None) -> N
 
 
 def was_left_alone() -> bool:
-    """Return whether accelerate's launcher prepared for several processes and started this one.
+    """Return whether accelerate's launcher prepared several processes but started only this one.
 
-    It then names the port of a rendezvous to which nobody comes (seen in accelerate 1.15).
+    It then names the port of a rendezvous that nobody joins (seen in accelerate 1.15).
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
     return launched and "MASTER_PORT" in os.environ and launched_processes() == 1
@@ -80,10 +80,10 @@ def check_sharding(trainer: Trainer) -> None:
 def leave_together(trainer: Trainer) -> None:
     """Wait until the first process has written its results, and close the process group.
 
-    A process that ends by itself may abort, and then the launcher ends the others, in the middle
-    of what they write: a thread of gloo's lets go of the last tensors after the collective has
-    returned, and if Python is about to end by then, it aborts (torch 2.13; 8 of 100 exits on a busy
-    CPU, 2 of 100 when the group was closed, none with the pause).
+    A process that exits early may abort, upon which the launcher kills the others while they write:
+    a gloo thread releases the last tensors after the collective has returned, and aborts if Python
+    is shutting down by then (torch 2.13; 8 of 100 exits on a busy CPU, 2 of 100 with the group
+    closed, none with the pause).
     """
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -1,6 +1,6 @@
-"""What a run says while it trains: a bar with the losses, or a short line per log.
+"""Console output during training: a bar with the losses, or a short line per log.
 
-In: a ``Trainer``. Out: callbacks in the place of those that print every log in full.
+In: a ``Trainer``. Out: callbacks that replace those that print every log in full.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class QuietProgress(ProgressCallback):
 
 
 class LogLines(TrainerCallback):
-    """A short line per log, where no progress bar is wanted."""
+    """Prints a short line per log, for runs without a progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print the step and the losses that were logged."""

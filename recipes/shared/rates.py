@@ -1,7 +1,7 @@
-"""Optimizers with a rate of their own for matrices, for embeddings and head, and for the rest.
+"""Optimizers with separate rates for matrices, for embeddings and head, and for the rest.
 
-In: a model, three rates, settings; of a recipe, a second rate beside the Trainer's. Out: AdamW or
-Muon. They differ in nothing but what trains the matrices: both have the groups of Muon's routing.
+In: a model, three rates, settings; in a recipe, a second rate beside the Trainer's. Out: AdamW or
+Muon. Both have the groups of Muon's routing, and differ only in what trains the matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 @dataclass
 class RateSettings:
-    """A second learning rate, beside that of the stock arguments."""
+    """A second learning rate, besides that of the stock arguments."""
 
     other_learning_rate: float | None = field(
         default=None,
@@ -34,7 +34,7 @@ class RateSettings:
 
 
 def set_other_rate(values: dict[str, Any]) -> None:
-    """Hand the second rate to Muon, and refuse it where it would be without effect."""
+    """Pass the second rate to Muon; raise if it would have no effect."""
     rate, optim = values["other_learning_rate"], values["optim"]
     optim = getattr(optim, "value", optim)
     if rate is None or optim in ADAMW:
@@ -55,7 +55,7 @@ def set_other_rate(values: dict[str, Any]) -> None:
 def adamw_of_two_rates(
     args: TrainingArguments, settings: RateSettings
 ) -> tuple[type, dict[str, Any]] | None:
-    """Return what ``Trainer(optimizer_cls_and_kwargs=…)`` takes; None where there is one rate."""
+    """Return the argument for ``Trainer(optimizer_cls_and_kwargs=…)``; None if one rate serves."""
     other = settings.other_learning_rate
     if other is None or args.optim not in ADAMW:
         return None
@@ -107,7 +107,7 @@ def muon_at(model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.O
 
 
 def groups_at(model: nn.Module, rates: Rates, config: MuonConfig) -> list[dict[str, Any]]:
-    """Return the groups of Muon's routing, cut by the three rates."""
+    """Return the groups of Muon's routing, split by the three rates."""
     groups = []
     for group in route(model, config).param_groups(config):
         if group["algorithm"] == "muon":

@@ -1,4 +1,4 @@
-"""How the figures of all recipes look.
+"""The style of all recipes' figures.
 
 In: axes. Out: the same axes without frame and with a faint grid; colours to draw with.
 """
@@ -10,13 +10,13 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's palette, distinguishable with the common colour deficiencies.
+# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED = "#222222", "#8a8a8a"
 
 
 def tidy(axes: plt.Axes, x: str, y: str, title: str) -> None:
-    """Name the axes, and leave of them what is read."""
+    """Label the axes, and remove what nobody reads."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=12)
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)

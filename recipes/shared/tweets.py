@@ -1,7 +1,7 @@
 """Tweets that people graded as negative, neutral or positive.
 
-In: the least confidence of the graders and the numbers of rows. Out: training and validation rows
-with columns ``text`` and ``label``, the same ones for every optimizer and seed.
+In: the minimal confidence of the graders and the numbers of rows. Out: training and validation rows
+with columns ``text`` and ``label``, the same for every optimizer and seed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def load(
 ) -> Split:
     """Return the graded tweets, split.
 
-    Tweets are put in the order of a hash of their words; the first ``validation_rows`` are held out
-    and the next ``train_rows`` are trained on. Of tweets with the same words, links and names
-    apart, one is kept: a copy of a held-out tweet must not be trained on.
+    Tweets are sorted by a hash of their words; the first ``validation_rows`` are held out, the next
+    ``train_rows`` are for training. Of tweets that differ only in links and names one is kept, so
+    that no copy of a held-out tweet is trained on.
 
     Raises:
         RecipeError: the tweets are not installed, or there are not enough of them.
@@ -93,10 +93,10 @@ def table(rows: list[tuple[str, int]]) -> datasets.Dataset:
 
 
 def facts(split: Split) -> dict[str, object]:
-    """Return what is reported of the rows: their number and what a constant answer reaches.
+    """Return facts about the rows: their number and what a constant answer reaches.
 
-    ``base_accuracy`` is that of always giving the label that is most frequent in training,
-    ``base_loss`` that of knowing only how frequent each label is there.
+    ``base_accuracy`` is that of always giving the most frequent label of the training rows,
+    ``base_loss`` that of knowing only the frequency of each label there.
     """
     train, held_out = Counter(split.train["label"]), Counter(split.validation["label"])
     rows = len(split.validation)

@@ -1,11 +1,11 @@
-"""One training of a tiny byte-level LLaMA: a rule's settings, a rate, a seed.
+"""One training of a tiny byte-level LLaMA, given a rule's settings, a learning rate and a seed.
 
 In: a run of plain values. Out: a dict of plain values: held-out loss, seconds, readings of the
 gradients, state bytes. The model is written out in functions: at this size the passes of a
 library's modules take longer than their arithmetic.
 
-Rates warm up linearly for 5 % of the steps and then fall linearly to zero. Embeddings, head and
-norms are trained by AdamW at one rate, whatever trains the matrices.
+Learning rates warm up linearly over 5 % of the steps and then fall linearly to zero. AdamW trains
+embeddings, head and norms at one rate, whatever trains the matrices.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def sizes(name: str) -> tuple[int, int]:
 
 @lru_cache
 def texts(corpus: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes to train on, and those of the documents held out."""
+    """Return the bytes to train on, and those of the held-out documents."""
     sys.path.insert(0, str(RECIPES / "llama_pretrain"))
     try:
         import corpora
@@ -158,7 +158,7 @@ def held_out_loss(weights: Weights, text: np.ndarray) -> float:
 
 
 class Optimizer:
-    """Muon or AdamW on the matrices, AdamW on the others, at rates that a factor scales."""
+    """Muon or AdamW on the matrices, AdamW on the rest, at rates that are scaled in each step."""
 
     def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
         searched = dict(run.point)
@@ -176,7 +176,7 @@ class Optimizer:
         self._rates = ((self.of_matrices, rate), (self.of_others, rate_of_others))
 
     def step(self, factor: float) -> None:
-        """Take a step of both, and drop the gradients."""
+        """Step both, and drop the gradients."""
         for optimizer, rate in self._rates:
             for group in optimizer.param_groups:
                 group["lr"] = factor * rate
@@ -191,7 +191,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[int], None]:
-    """Return what adds Student's t noise to the gradients, by the polar method (Bailey, 1994)."""
+    """Return a function that adds Student's t noise to gradients (polar method, Bailey, 1994)."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_: int) -> None:
@@ -216,7 +216,7 @@ def white_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[in
 
 
 def spike(matrices: list[Tensor], at: int) -> Callable[[int], None]:
-    """Return what makes the gradients of one step far too large."""
+    """Return a function that makes the gradients of one step far too large."""
 
     def disturb(step: int) -> None:
         for matrix in matrices if step == at else ():
@@ -229,7 +229,7 @@ ADDED = {"heavy": heavy_noise, "white": white_noise}
 
 
 def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
-    """Return what a run does to its gradients before each step."""
+    """Return what to do to the gradients before each step of a run."""
     noise = run.cell["noise"]
     if noise in ADDED:
         return ADDED[noise](matrices, run.cell["noise_scale"], run.seed)
@@ -279,7 +279,7 @@ def train(run: Run) -> dict[str, Any]:
             watch.see(step, [matrix.grad for matrix in matrices], again)
             optimizer.step(rate_factor(step, steps))
         loss = held_out_loss(weights, held_out)
-    except FloatingPointError:  # how hf_muon reports gradients with NaN
+    except FloatingPointError:  # hf_muon raises it for gradients with NaN
         pass
     return {
         "loss": loss if math.isfinite(loss) else None,

@@ -43,7 +43,7 @@ def parsers(description: str, arms: Sequence[str], budget: int) -> list[argparse
 
 
 def check_seeds(arguments: argparse.Namespace) -> None:
-    """Stop if the search sees seeds that are to be fresh."""
+    """Stop if the search uses seeds that must be fresh."""
     seen = sorted(set(arguments.seeds) & set(arguments.search_seeds))
     if seen:
         listed = ", ".join(map(str, seen))
@@ -82,12 +82,12 @@ def report(
 
 
 def heading(cell: Sequence[Row]) -> str:
-    """Return the title of the rows of a cell, and what they have cost."""
+    """Return the title of a cell's rows, with their cost."""
     return title(cell[0].plan.cell, [line for row in cell for line in row.lines])
 
 
 def draw(path: Path | None, found: Sequence[Sequence[Row]], reference: str) -> None:
-    """Draw a figure for the rows of each cell, numbered from the second one on."""
+    """Draw a figure for each cell; from the second on, file names are numbered."""
     drawn = [cell for cell in found if any(row.losses for row in cell)]
     for number, cell in enumerate(drawn if path else (), 1):
         file = path.with_stem(f"{path.stem}_{number}") if number > 1 else path

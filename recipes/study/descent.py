@@ -1,8 +1,8 @@
-"""Coordinate descent on a grid: what a search tries next, from nothing but what it knows.
+"""Coordinate descent on a grid: what a search tries next, given only the results so far.
 
-In: the points that come first, an axis for each coordinate, the losses of what was tried. Out: the
-points to try next; none once no neighbour of the best point is better. One coordinate and a first
-grid make a grid search that grows where its best is at an edge.
+In: the points to try first, an axis for each coordinate, the losses of earlier points. Out: the
+points to try next; none once no neighbour of the best point is better. With one coordinate and a
+first grid it is a grid search that grows where its best point is at an edge.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def next_points(
 ) -> list[Point]:
     """Return the points to try next.
 
-    They are neighbours of the best point along one axis: one on which the search is under way, so
-    that a line is followed to its end, else the first that is not finished.
+    They are neighbours of the best point along one axis: the axis that is being searched, so that a
+    line is followed to its end, or else the first axis that is not finished.
 
     Args:
-        losses: of the points that were tried; infinite where a run diverged.
-        first: points that are tried in any case, before all others.
+        losses: of the points that were tried; infinite if a run diverged.
+        first: points to try before all others.
         axes: of the coordinates, in the order in which they are searched.
     """
     waiting = [point for point in dict.fromkeys(first) if point not in losses]
@@ -45,7 +45,7 @@ def next_points(
 
 
 def beyond_edge(grid: Mapping[float, float]) -> list[float]:
-    """Return the rates that are missing beside the best one, in a grid of loss by rate."""
+    """Return the rates beside the best one that are missing in a grid of loss by rate."""
     losses = {(rate,): loss for rate, loss in grid.items()}
     return [rate for (rate,) in next_points(losses, [], [FACTOR])]
 
@@ -53,14 +53,14 @@ def beyond_edge(grid: Mapping[float, float]) -> list[float]:
 def best_point(losses: Mapping[Point, float]) -> Point:
     """Return the point of the lowest loss: the first of equal ones, the smallest of diverged ones.
 
-    So a coordinate without effect is not followed, and rates fall where nothing trains.
+    So a coordinate without effect is not followed, and rates fall while nothing trains.
     """
     best = min(losses, key=losses.__getitem__)
     return best if math.isfinite(losses[best]) else min(losses)
 
 
 def neighbours(value: float, axis: Axis) -> list[float]:
-    """Return the values beside one, as far as there are any; those by a factor without 0."""
+    """Return the existing values beside one; on a multiplicative axis without 0."""
     if axis is None:
         return []
     if not isinstance(axis, tuple):

@@ -1,6 +1,6 @@
-"""The figure of a study: losses of the seeds, and paired differences to the reference.
+"""The figure of a study: losses of the seeds, and paired differences from the reference.
 
-In: the rows of one cell. Out: a figure. What diverged is left out and named in the label.
+In: the rows of one cell. Out: a figure. Diverged runs are left out and mentioned in the label.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from study.tables import Row, compared
 
 
 def draw(found: Sequence[Row], reference: str, path: Path, title: str) -> None:
-    """Draw both panels, an arm in a line of each.
+    """Draw both panels, with one line per arm.
 
     Args:
         found: rows of one cell; those without fresh seeds are left out.

@@ -1,6 +1,6 @@
-"""A folder that is one study's own, and a command line that has options for every training.
+"""A folder that belongs to one study, and a command line with options for every training.
 
-In: a configuration, and the options behind ``--``. Out: a marked folder.
+In: a configuration, and the options after ``--``. Out: a marked folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def claim_folder(out: Path, config: Path, extra: Sequence[str]) -> None:
-    """Note what the folder's runs are runs of, and refuse to mix them with others."""
+    """Record what the folder's runs belong to, and refuse to mix them with others."""
     mark = out / "settings.txt"
     content = f"{config.read_text(encoding='utf8')}\n# {shlex.join(extra)}\n"
     if mark.is_file() and mark.read_text(encoding="utf8") != content:

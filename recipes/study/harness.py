@@ -1,8 +1,8 @@
-"""Search each arm, then train paired seeds: what is missing is always read from the records.
+"""Search each arm, then train paired seeds; what is missing is always read from the records.
 
-In: arms, a cell, how to train once. Out: records. A study that was stopped goes on with the same
-command, and one that grew trains what is new. Arms without a search come first, then all searches,
-then the seeds, one after the other for all arms, so that what a stop leaves are whole pairs.
+In: arms, a cell, a function that trains once. Out: records. The same command continues a study that
+was stopped, and trains only what is new in one that grew. Arms without a search come first, then
+all searches, then the seeds, one seed at a time for all arms, so that a stop leaves whole pairs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Train = Callable[[Run], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Arm:
-    """What competes.
+    """A competitor.
 
     Attributes:
-        settings: that are fixed.
+        settings: its fixed settings.
         start: where the search begins, by coordinate.
-        axes: how coordinates move, in the order in which they are searched; others stay.
-        first: further points that are tried in any case, by coordinate: a grid to begin with.
+        axes: how coordinates change, in the order of the search; other coordinates stay.
+        first: further points to try in any case, by coordinate: a starting grid.
     """
 
     settings: Mapping[str, Any]
@@ -44,15 +44,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained of an arm in a cell.
+    """The trainings of an arm in a cell.
 
     Attributes:
         name: of the arm.
         arm: its settings and its search.
         cell: what all arms have in common.
-        seeds: that the search does not see.
-        search_seeds: of the search, which takes the mean over them.
-        budget: points that the search may try; it ends there with the best so far.
+        seeds: seeds that the search does not use.
+        search_seeds: seeds of the search, which averages over them.
+        budget: how many points the search may try; it ends there with the best so far.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Plan:
         return tuple(self.arm.start[name] for name in self.arm.axes)
 
     def run(self, point: Point, seed: int) -> Run:
-        """Return the run at a point, whose values are those of the axes in their order."""
+        """Return the run at a point, whose values are in the order of the axes."""
         at = {**self.arm.start, **dict(zip(self.arm.axes, point, strict=True))}
         return Run(self.name, self.cell, self.arm.settings, at, seed)
 
@@ -88,12 +88,12 @@ class Plan:
         return found
 
     def holds(self, line: Line) -> bool:
-        """Return whether a training is one of this arm in this cell, with these settings."""
+        """Return whether a training is one of this arm, in this cell and with these settings."""
         own = Run(self.name, self.cell, self.arm.settings, line["point"], line["seed"])
         return own.key == run_of(line).key and line["point"].keys() == self.arm.start.keys()
 
     def untried(self, losses: Mapping[Point, float]) -> list[Point]:
-        """Return what the search would try next, whatever the budget."""
+        """Return what the search would try next, ignoring the budget."""
         first = [tuple(point[name] for name in self.arm.axes) for point in self.arm.first]
         return next_points(losses, [self.start, *first], tuple(self.arm.axes.values()))
 
@@ -103,7 +103,7 @@ class Plan:
         return best_point(losses) if losses else None
 
     def missing(self, records: Records) -> list[tuple[int, Run]]:
-        """Return what is to be trained next, each with its place in the order of the study."""
+        """Return what remains to be trained, each with its place in the order of the study."""
         losses = self.tried(records)
         room = self.budget - len(losses)
         points = self.untried(losses)[:room] if room > 0 else []
@@ -117,7 +117,7 @@ class Plan:
 
 
 def study(records: Records, plans: Sequence[Plan], train: Train, jobs: int = 1) -> None:
-    """Train what is missing, several at a time; one at a time in this process."""
+    """Train what is missing, several at a time; with one job in this process."""
     with workers(jobs) as pool:
         waiting: dict[Future[dict[str, Any]], Run] = {}
         while True:
@@ -134,7 +134,7 @@ def study(records: Records, plans: Sequence[Plan], train: Train, jobs: int = 1) 
 
 
 def in_order(records: Records, plans: Sequence[Plan]) -> list[Run]:
-    """Return what is missing of all plans: the seeds of all arms side by side."""
+    """Return what is missing in all plans, each seed for all arms in turn."""
     missing = [(number, *one) for number, plan in enumerate(plans) for one in plan.missing(records)]
 
     def place(entry: tuple[int, int, Run]) -> tuple[int, int, int]:
@@ -145,7 +145,7 @@ def in_order(records: Records, plans: Sequence[Plan]) -> list[Run]:
 
 
 class Here(Executor):
-    """Trains in this process, when it is asked to."""
+    """Runs work in this process, at once."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call a function now."""
@@ -156,7 +156,7 @@ class Here(Executor):
 
 @contextmanager
 def workers(count: int) -> Iterator[Executor]:
-    """Return processes that end with this one; what waits is dropped after an error."""
+    """Yield worker processes that end with this one; an error cancels pending work."""
     if count == 1:
         yield Here()
         return
@@ -168,7 +168,7 @@ def workers(count: int) -> Iterator[Executor]:
 
 
 def leave_with_parent() -> None:
-    """End this process when the one that started it is gone, even if it was killed."""
+    """End this process when its parent is gone, even if the parent was killed."""
 
     def watch() -> None:
         parent_process().join()
@@ -178,7 +178,7 @@ def leave_with_parent() -> None:
 
 
 def told(run: Run, found: Mapping[str, Any]) -> str:
-    """Return a line about a training that has finished."""
+    """Return a line about a finished training."""
     loss = found["loss"]
     shown = "diverged" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
     return f"{run.arm} ({named(run.point)}), seed {run.seed}: {shown} ({found['seconds']:.0f} s)"

@@ -1,6 +1,6 @@
-"""What losses over seeds say: mean, errors, paired differences, and whether a target is reached.
+"""Statistics of losses over seeds: mean, errors, paired differences, and whether a target is met.
 
-In: losses by seed, infinite where a run diverged. Out: numbers with their standard errors, and
+In: losses by seed, infinite if a run diverged. Out: numbers with their standard errors, and
 verdicts.
 """
 
@@ -20,7 +20,7 @@ Losses = Mapping[int, float]
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error, None of a single value."""
+    """A mean with its standard error, which is None for a single value."""
 
     mean: float
     error: float | None
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Return mean and standard error; None where there is no value, or one is not finite."""
+    """Return mean and standard error; None if there is no value, or one is not finite."""
     if not values or not all(map(math.isfinite, values)):
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -36,20 +36,20 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation (None where it has none) and the values."""
+    """Return mean, sample standard deviation (None for a single value) and the values."""
     measurable = len(values) > 1 and all(map(math.isfinite, values))
     spread = statistics.stdev(values) if measurable else None
     return {"mean": statistics.fmean(values), "spread": spread, "values": list(values)}
 
 
 def difference(losses: Losses, others: Losses) -> Estimate | None:
-    """Return the mean difference over the seeds that both have; its error is that of the pairs."""
+    """Return the mean difference over common seeds, with the standard error of the pairs."""
     both = sorted(losses.keys() & others.keys())
     return estimate([losses[seed] - others[seed] for seed in both])
 
 
 def verdict(found: Estimate) -> str:
-    """Return what a difference says; a lower loss is better, from two standard errors on."""
+    """Return the meaning of a difference, decided at two standard errors; lower loss is better."""
     if found.error is None or found.count < FEWEST:
         return f"fewer than {FEWEST} pairs"
     if abs(found.mean) <= 2 * found.error:
@@ -58,9 +58,9 @@ def verdict(found: Estimate) -> str:
 
 
 def certainty(losses: Losses, target: float) -> float | None:
-    """Return by how many standard errors the mean is below a target: (target − mean)·√n/σ.
+    """Return how many standard errors the mean is below a target: (target − mean)·√n/σ.
 
-    From ``SURE`` on the target is reached. None below ``FEWEST`` seeds, or where a run diverged.
+    From ``SURE`` on the target is met. None below ``FEWEST`` seeds, or if a run diverged.
     """
     found = estimate(list(losses.values()))
     if found is None or found.count < FEWEST or not found.error:

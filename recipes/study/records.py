@@ -1,7 +1,7 @@
-"""Trainings that are kept as they finish, a line of JSON each.
+"""Trainings that are recorded as they finish, one line of JSON each.
 
-In: runs, and what was found. Out: the same after an interruption: what stands in the file is not
-trained again. A line is written in one piece; one that a kill cut off is passed over.
+In: runs, and their results. Out: the same, also after an interruption: what is in the file is not
+trained again. A line is written in one piece; a line that was cut off by a kill is skipped.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Run:
     """One training, as plain values: everything that its result depends on.
 
     Attributes:
-        arm: what competes.
+        arm: the competitor.
         cell: what all arms have in common, such as text and steps.
-        settings: what is fixed in the arm.
-        point: what its search moves, by name.
+        settings: the arm's fixed settings.
+        point: the coordinates of its search, by name.
         seed: of the weights and of the order of the data.
     """
 
@@ -37,16 +37,16 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What tells a run from others, also after JSON has made lists of tuples."""
+        """Identifies a run; the same after JSON has turned tuples into lists."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 class Records:
-    """The trainings that stand in a file, or in given lines.
+    """The trainings in a file, or in given lines.
 
     Args:
         path: JSONL file, which need not exist; without one nothing is written.
-        lines: to begin with.
+        lines: lines to start with.
     """
 
     def __init__(self, path: Path | None = None, lines: Iterable[Line] = ()) -> None:
@@ -67,12 +67,12 @@ class Records:
         return iter(self._lines.values())
 
     def loss(self, run: Run) -> float:
-        """Return what a run ended at; infinite where it diverged."""
+        """Return a run's final loss; infinite if it diverged."""
         loss = self[run]["found"]["loss"]
         return math.inf if loss is None else float(loss)
 
     def add(self, run: Run, found: Mapping[str, Any]) -> None:
-        """Keep a training, on disk first."""
+        """Add a training, to the file first."""
         line = {**asdict(run), "found": dict(found)}
         if self.path is not None:
             append(self.path, line)
@@ -85,7 +85,7 @@ def run_of(line: Line) -> Run:
 
 
 def append(path: Path, line: Line) -> None:
-    """Add a line to a file in one write, after one that a kill cut off on a line of its own."""
+    """Append a line to a file in one write, on a new line if a kill cut off the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
         begin = b"" if not file.tell() or ends_a_line(file) else b"\n"

@@ -1,8 +1,8 @@
 """The tables of a study, as Markdown.
 
-In: records, and what was to be trained. Out: a row for each arm in a cell: where its search ended,
-mean and deviation of the seeds that it has not seen, the standard error, the paired difference to
-the reference, what that says, and what it cost. Recipes add columns of their own.
+In: records, and the plans. Out: a row for each arm in a cell: where its search ended; mean and
+standard deviation over fresh seeds, and the standard error; the paired difference from the
+reference and its meaning; the cost. Recipes add columns of their own.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from study.records import Line, Records
 
 @dataclass(frozen=True)
 class Row:
-    """What the records say of an arm in a cell.
+    """The results of an arm in a cell.
 
     Attributes:
-        plan: what was to be trained.
+        plan: its plan.
         best: the best point of the search so far.
         searched: loss by point.
-        losses: at the best point, by seed that the search has not seen.
+        losses: at the best point, by fresh seed.
         lines: all trainings of the arm in the cell.
         is_settled: whether no neighbour of the best point is left to try.
     """
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """The median of what a training took."""
+        """The median duration of a training."""
         return statistics.median(line["found"]["seconds"] for line in self.lines)
 
 
@@ -60,12 +60,12 @@ Column = tuple[str, Callable[[Row, Row | None], str]]
 
 
 def rows(records: Records, plans: Iterable[Plan]) -> list[Row]:
-    """Return the rows of the plans of which something has been trained."""
+    """Return the rows of the plans that have at least one training."""
     return [found for plan in plans if (found := row_of(plan, records)) is not None]
 
 
 def row_of(plan: Plan, records: Records) -> Row | None:
-    """Return what there is of a plan; None where that is nothing."""
+    """Return the results of a plan; None if there are none."""
     searched = plan.tried(records)
     best = plan.best(records) or plan.start
     fresh = {line["seed"] for line in records} - set(plan.search_seeds)
@@ -79,13 +79,13 @@ def row_of(plan: Plan, records: Records) -> Row | None:
 
 
 def cells_of(records: Iterable[Line]) -> list[dict[str, Any]]:
-    """Return the cells of which something has been trained, sorted by their values."""
+    """Return the cells that have at least one training, sorted by their values."""
     found = {json.dumps(line["cell"], sort_keys=True): line["cell"] for line in records}
     return [found[key] for key in sorted(found)]
 
 
 def columns(reference: str, target: float | None = None) -> list[Column]:
-    """Return the columns of every study; ``target`` is a loss to be reached."""
+    """Return the columns of every study; ``target`` is a loss to reach."""
     made: list[Column] = [
         ("arm", lambda row, base: row.plan.name),
         ("best point", lambda row, base: point_text(row)),
@@ -114,12 +114,12 @@ def cells(texts: Sequence[str]) -> str:
 
 
 def title(cell: Mapping[str, Any], lines: Iterable[Line]) -> str:
-    """Return the heading of a cell, with what its trainings have cost."""
+    """Return the heading of a cell, with the cost of its trainings."""
     return f"**{named(cell)}**; {cost(lines)}"
 
 
 def cost(lines: Iterable[Line]) -> str:
-    """Return how many trainings took how long."""
+    """Return the number of trainings and their duration."""
     seconds = [line["found"]["seconds"] for line in lines]
     return f"{len(seconds)} trainings, {sum(seconds) / 3600:.2f} process-hours"
 
@@ -130,7 +130,7 @@ def point_text(row: Row) -> str:
 
 
 def search_text(row: Row) -> str:
-    """Return how many points were tried of how many, and whether the search has come to an end."""
+    """Return how many of the allowed points were tried, and whether the search is finished."""
     if not row.plan.is_searched:
         return "–"
     spent = f"{len(row.searched)} of at most {row.plan.budget}"
@@ -170,7 +170,7 @@ def difference_text(found: Estimate | None) -> str:
 
 
 def verdict_text(row: Row, base: Row | None) -> str:
-    """Return what the difference to the reference says."""
+    """Return the meaning of the difference from the reference."""
     if base is None or row is base:
         return ""
     found = compared(row, base)
@@ -178,7 +178,7 @@ def verdict_text(row: Row, base: Row | None) -> str:
 
 
 def target_text(losses: Losses, target: float) -> str:
-    """Return whether the mean is surely below a target, and by how many standard errors."""
+    """Return whether a target is met with certainty, and by how many standard errors."""
     found = certainty(losses, target)
     if found is None:
         return f"fewer than {FEWEST} seeds"

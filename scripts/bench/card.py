@@ -1,4 +1,4 @@
-"""A card, or a CPU in its place: how its time is taken, what it launches, what is shown.
+"""A GPU, or a CPU in its place: how to time it, what it launches, how to show the results.
 
 In: arguments of the check (``gpu.py``). Out: medians, names of kernels, waits, Markdown tables.
 """
@@ -25,7 +25,7 @@ from hf_muon.commands.plan import short
 
 
 class Check:
-    """The device, how its time is taken, and what is shown."""
+    """The device, how to time it, and how to show results."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.tiny, self.only_predicts = given.tiny, given.predict
@@ -36,11 +36,11 @@ class Check:
         self.triton = _triton(self.on_cuda)
 
     def sides(self, *sides: int) -> tuple[int, ...]:
-        """Sides of matrices, a 32nd in the rehearsal."""
+        """Return sides of matrices, divided by 32 in the rehearsal."""
         return tuple(max(1, side // 32) for side in sides) if self.tiny else sides
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Numbers on the device."""
+        """Return random numbers on the device."""
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def wait(self) -> None:
@@ -49,7 +49,7 @@ class Check:
             torch.cuda.synchronize()
 
     def ms(self, run: Callable[[], object], times: int = 10) -> float:
-        """Median milliseconds of a call, the device's work included."""
+        """Return the median milliseconds of a call, including the device's work."""
         for _ in range(0 if self.tiny else 3):
             run()
         found = []
@@ -62,7 +62,7 @@ class Check:
         return statistics.median(found)
 
     def kernels(self, run: Callable[[], object]) -> list[str]:
-        """Names of the kernels that a call launches, copies from and to the host left out."""
+        """Return the names of the kernels that a call launches, without copies from and to host."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -79,20 +79,20 @@ class Check:
 
 
 def cell(value: object) -> str:
-    """A value as a cell of a table; a dash for what there is not."""
+    """Format a value as a cell of a table; a dash for None."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return short(value) if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _sheet(on_cuda: bool) -> str:
-    """The datasheet that fits the name of the card, or one of no card in particular."""
+    """Return the datasheet that matches the name of the card, or a generic one."""
     card = torch.cuda.get_device_name().lower() if on_cuda else ""
     return next((name for name in DEVICES if name in card.replace(" ", "")), "cuda")
 
 
 def _triton(on_cuda: bool) -> str:
-    """Why there are no Triton products to look at; nothing where there are."""
+    """Return why Triton products cannot be tested; empty if they can."""
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "no Triton products: a CPU takes TRITON_INTERPRET=1, and some minutes"
     try:
@@ -104,7 +104,7 @@ def _triton(on_cuda: bool) -> str:
 
 @contextmanager
 def waits_of() -> Iterator[list[str]]:
-    """What torch says of each time that the host waits for the device."""
+    """Collect torch's warnings about each wait of the host for the device."""
     before, said = torch.cuda.get_sync_debug_mode(), []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -117,7 +117,7 @@ def waits_of() -> Iterator[list[str]]:
 
 
 def versions(check: Check) -> str:
-    """The card, and the versions of what works on it."""
+    """Return the card, and the versions of the software."""
     triton = ""
     if not check.triton:
         triton = f", triton {import_module('triton').__version__}"

@@ -1,8 +1,8 @@
 """Every published Muon that installs from the package index, each with its best setting.
 
-In: matrices. Out: optimizers that train them at the same learning rate, decay and momentum. A
-setting that changes speed alone is a variant, and peers.py keeps the fastest; where one setting has
-the smaller error at the same cost, that one is taken. What cannot be imported says why.
+In: matrices. Out: optimizers that train them at the same learning rate, decay and momentum. If a
+setting changes only speed, each value is a variant, and peers.py keeps the fastest; if one value
+has a smaller error at the same cost, that value is used. Packages that fail to import say why.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def torchs(matrices: Matrices) -> torch.optim.Optimizer:
 
 
 def deepspeeds(matrices: Matrices, ns_method: str) -> torch.optim.Optimizer:
-    """DeepSpeed's, the variant for one process, which it compiles itself."""
+    """DeepSpeed's, the variant for one process, which compiles itself."""
     module = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     return module.SingleDeviceMuon(
         matrices, lr=LR, weight_decay=DECAY, momentum=MOMENTUM, ns_method=ns_method
@@ -50,14 +50,14 @@ def deepspeeds(matrices: Matrices, ns_method: str) -> torch.optim.Optimizer:
 
 
 def timms(matrices: Matrices, coefficients: str) -> torch.optim.Optimizer:
-    """timm's; this optimizer alone, since what stands beside it needs torchvision."""
+    """timm's; only this optimizer, because its other modules need torchvision."""
     folder = _folder("timm")
     for name, path in (("timm", folder), ("timm.optim", folder / "optim")):
         package = ModuleType(name)
         package.__path__ = [str(path)]
         sys.modules.setdefault(name, package)
     module = importlib.import_module("timm.optim.muon")
-    groups = [{"params": matrices, "use_muon": True}]  # or narrow LoRA factors go to AdamW
+    groups = [{"params": matrices, "use_muon": True}]  # else LoRA's A and B go to AdamW
     return module.Muon(
         groups, lr=LR, weight_decay=DECAY, momentum=MOMENTUM, nesterov=True,
         ns_coefficients=coefficients,
@@ -74,9 +74,9 @@ def pytorch_optimizers(matrices: Matrices, **settings: Any) -> torch.optim.Optim
 
 
 def heavyballs(matrices: Matrices, compile_mode: str | None) -> torch.optim.Optimizer:
-    """heavyball's, in its own coefficients.
+    """heavyball's, with its own coefficients.
 
-    Its compile mode is global and read at every call, so each optimizer sets its own first.
+    Its compile mode is global and read at every call, so each optimizer sets its own before a step.
     """
     utils = importlib.import_module("heavyball.utils")
     module = importlib.import_module("heavyball")
@@ -101,9 +101,9 @@ def muon_fsdp2s(matrices: Matrices) -> torch.optim.Optimizer:
 
 
 def dtensor_muons(matrices: Matrices, package: str) -> torch.optim.Optimizer:
-    """dtensor-muon's and muonium's, in their iteration without kernels for CUDA.
+    """dtensor-muon's and muonium's, with their iteration that needs no CUDA kernels.
 
-    Their optimizers always ask for the one with them, which no CPU runs.
+    Their optimizers always select the one with CUDA kernels, which does not run on a CPU.
     """
     with _without_triton():
         module = importlib.import_module(package)
@@ -130,14 +130,14 @@ def _folder(package: str) -> Path:
 
 @contextmanager
 def _without_triton() -> Iterator[None]:
-    """Import modules that define Triton kernels, where Triton is not installed."""
-    importlib.import_module("torch._inductor.utils")  # it asks for Triton, too
+    """Make modules with Triton kernels importable if Triton is not installed."""
+    importlib.import_module("torch._inductor.utils")  # it imports Triton, too
     names = [] if importlib.util.find_spec("triton") else ["triton", "triton.language"]
     sys.modules.update({name: mock.MagicMock() for name in names})
     try:
         yield
     finally:
-        for name in names:  # or torch.compile would take it for the real one
+        for name in names:  # else torch.compile would take it for the real one
             del sys.modules[name]
 
 

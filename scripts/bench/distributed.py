@@ -1,11 +1,11 @@
-"""Time the step of several processes: matrices divided among owners against every rank doing all.
+"""Time the step of several processes: owners that divide matrices against every rank doing all.
 
 In: ``torchrun --nproc_per_node N scripts/bench/distributed.py [--layers 4]``. Out: from rank 0 a
 table (and JSON) of medians and of ratios within each round, for DDP and FSDP2, on the matrices of a
-LLaMA in float32; of the whole step, and of the time in polar factors of the rank that has most.
-"redundant" gathers whole gradients where they are sharded, and computes all polar factors on every
-rank. The two take turns, so that a busy machine slows both alike. Where ranks outnumber the cores,
-the ratio is that of the work of all ranks together.
+LLaMA in float32: for the whole step, and for the polar factors of the rank that spends most time in
+them. "redundant" gathers whole gradients where they are sharded, and computes all polar factors on
+every rank. The two take turns, so that a busy machine slows both alike. If there are more ranks
+than cores, the ratio is that of the work of all ranks together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Matrices(nn.Module):
 
 
 def build(kind: str, arguments: argparse.Namespace) -> list[nn.Parameter]:
-    """The parameters under a sharding, with random gradients."""
+    """Return the parameters under a sharding, with random gradients."""
     hidden, inner, _ = LLAMA[arguments.model]
     model = Matrices(hidden, inner, arguments.layers)
     if kind == "fsdp2":
@@ -64,7 +64,7 @@ def build(kind: str, arguments: argparse.Namespace) -> list[nn.Parameter]:
 
 
 def owner(parameters: list[nn.Parameter], kind: str) -> Step:
-    """Muon, whose ranks divide the matrices among them."""
+    """Return Muon, whose ranks divide the matrices among themselves."""
     group = "world" if kind == "ddp" else None
     return Muon(
         parameters, LR, replicate_group=group, distribute="owner", polar_dtype="float32"
@@ -72,7 +72,7 @@ def owner(parameters: list[nn.Parameter], kind: str) -> Step:
 
 
 def redundant(parameters: list[nn.Parameter], kind: str) -> Step:
-    """The same update with all polar factors on every rank, of whole gathered matrices."""
+    """Return the same update with all polar factors on every rank, from gathered matrices."""
     if kind == "ddp":
         return Muon(parameters, LR, distribute="redundant", polar_dtype="float32").step
     polar = polar_function(MuonConfig(lr=LR, polar_dtype="float32").muon_group())
@@ -93,7 +93,7 @@ def redundant(parameters: list[nn.Parameter], kind: str) -> Step:
 
 
 def seconds(step: Step) -> float:
-    """Of one step, from when all ranks begin until all have ended."""
+    """Return the seconds of one step, from when all ranks begin until all have ended."""
     dist.barrier()
     start = time.perf_counter()
     step()
@@ -102,20 +102,20 @@ def seconds(step: Step) -> float:
 
 
 class PolarWork:
-    """Seconds that this rank spends in polar factors, while it is the optimizer's function."""
+    """Measures this rank's seconds in polar factors, in place of the optimizer's function."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self, *given: Any, **settings: Any) -> torch.Tensor:
-        """Compute, and count."""
+        """Compute, and add the time."""
         start = time.perf_counter()
         factor = orthogonalize(*given, **settings)
         self.seconds += time.perf_counter() - start
         return factor
 
     def of_the_slowest(self) -> float:
-        """The most that any rank spent since the last call."""
+        """Return the largest time of any rank since the last call."""
         spent = torch.tensor(self.seconds, dtype=torch.float64)
         dist.all_reduce(spent, dist.ReduceOp.MAX)
         self.seconds = 0.0
@@ -123,11 +123,11 @@ class PolarWork:
 
 
 def compare(kind: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Rounds in which both take a turn; the one that begins alternates."""
+    """Run rounds in which both take a turn; they alternate in going first."""
     work = optimizer_step.orthogonalize = PolarWork()
     steps = {make.__name__: make(build(kind, arguments), kind) for make in (owner, redundant)}
     rounds = []
-    for number in range(-1, arguments.repeats):  # the first round makes state and plans
+    for number in range(-1, arguments.repeats):  # the first round creates state and plans
         order = list(steps) if number % 2 else list(reversed(steps))
         taken = {}
         for name in order:
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def report(results: dict[str, dict[str, object]], arguments: argparse.Namespace) -> None:
-    """A table of milliseconds and ratios."""
+    """Print a table of milliseconds and ratios."""
     ranks = dist.get_world_size()
     names = ("redundant / owner", "polar factors alone")
     table = Table("layout", "ranks", "owner ms", "redundant ms", *names)

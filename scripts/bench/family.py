@@ -1,7 +1,7 @@
-"""Time a step of each filter, map, rescaling and write against plain Muon, in one run.
+"""Time a step of each filter, map, rescaling and step rule against plain Muon, in one run.
 
 In: a LLaMA shape, number of layers, repeats. Out: a Markdown table of medians with range: the time
-of each over that of the defaults in the same round, and state bytes per matrix parameter. Only the
+of each relative to the defaults in the same round, and state bytes per matrix parameter. Only the
 matrices are trained. Contenders take turns in one process on the same gradients.
 
     python scripts/bench/family.py --model 60m --layers 2 --repeats 15

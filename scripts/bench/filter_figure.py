@@ -1,9 +1,8 @@
-"""What momentum filters remember, and what they leave of noise: the figure of docs/filters.md.
+"""What momentum filters remember, and how much noise they leave: the figure of docs/filters.md.
 
-In: nothing but the names of files. Out: an image of two panels. Left: the impulse responses,
-how much the gradient of j steps ago weighs in the output. Right: the singular values of the output
-on a signal of rank 4 in white noise, after the filters have run in, and the edge at which the noise
-ends: √(Σ h_j²)·σ(√m + √n).
+In: names of files. Out: an image of two panels. Left: the impulse responses, that is, the weight in
+the output of the gradient j steps ago. Right: the singular values of the output on a signal of rank
+4 in white noise, after many steps, and the edge at which the noise ends: √(Σ h_j²)·σ(√m + √n).
 
     python scripts/bench/filter_figure.py docs/images/filters.png
 """
@@ -31,12 +30,12 @@ from shared.style import COLOURS, INK, MUTED, plt, tidy
 
 SHAPE, STRENGTHS = (96, 128), (1.0, 0.6, 0.35, 0.2)
 SIGMA = 1 / math.sqrt(SHAPE[0])
-STEPS, SHOWN_LAGS, SHOWN_VALUES = 500, 60, 16  # 0.98^500 = 4e-5: run in
+STEPS, SHOWN_LAGS, SHOWN_VALUES = 500, 60, 16  # 0.98^500 = 4e-5: nothing is left of the start
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A filter and its look."""
+    """A filter and its style in the figure."""
 
     name: str
     betas: tuple[float, ...]
@@ -57,7 +56,7 @@ KERNELS = (
 
 
 def outputs(gradients: Tensor) -> list[Tensor]:
-    """Return what each filter gives after the last of the gradients (K, m, n)."""
+    """Return the output of each filter after the last of the gradients (K, m, n)."""
     recent = gradients.flip(0)
     found = []
     for kernel in KERNELS:
@@ -67,12 +66,12 @@ def outputs(gradients: Tensor) -> list[Tensor]:
 
 
 def edge(factor: float) -> float:
-    """Return the largest singular value of white noise of which a share of the variance is left."""
+    """Return the largest singular value of white noise with a given share of its variance left."""
     return math.sqrt(factor) * SIGMA * sum(math.sqrt(side) for side in SHAPE)
 
 
 def draw_responses(axes: plt.Axes) -> None:
-    """Draw how much each gradient weighs; the age of what is averaged stands in the legend."""
+    """Draw the weight of each gradient; the legend gives the mean age of the filter's inputs."""
     for kernel in KERNELS:
         of = kernel.betas, kernel.weights, kernel.nesterov
         response, age = impulse_response(*of, SHOWN_LAGS), mean_age(*of)
@@ -137,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = io.BytesIO()
     figure().savefig(image, format="png", dpi=110)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Few colours make the file a third as large.
+    # Few colours make the file a third of the size.
     few = Image.open(image).convert("RGB").quantize(96, dither=Image.Dither.NONE)
     few.save(out, optimize=True)
 

@@ -1,7 +1,7 @@
 """The tables of the study of filters.
 
-In: rows. Out: Markdown: for each size of a run a table with a row for each arm, and
-where gradients were disturbed for each kind of noise, with what the noise costs.
+In: rows. Out: Markdown: a table for each size of run, with a row for each arm and, if gradients
+were disturbed, for each kind of noise, with what the noise costs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Noise = tuple[str, float]
 
 
 def report(cells: Iterable[Sequence[Row]], reference: str) -> str:
-    """Return a table for each size of a run, of the rows of all cells."""
+    """Return a table for each size of run, from the rows of all cells."""
     by_size: dict[str, list[Row]] = {}
     for row in chain.from_iterable(cells):
         by_size.setdefault(json.dumps(size_of(row.plan.cell)), []).append(row)
@@ -50,7 +50,7 @@ def noise_of(row: Row) -> Noise:
 
 
 def title(found: Sequence[Row]) -> str:
-    """Return the heading of a table, with what it has cost."""
+    """Return the heading of a table, with its cost."""
     tokens, steps, adamw_rate, corpus = size_of(found[0].plan.cell)
     return (
         f"**{tokens} tokens × {steps} steps** of {corpus}; embeddings, head and norms by AdamW at "
@@ -59,7 +59,7 @@ def title(found: Sequence[Row]) -> str:
 
 
 def table(found: Sequence[Row], reference: str) -> list[str]:
-    """Return the lines of a table, clean runs first; columns for noise only where there is some."""
+    """Return the lines of a table, clean runs first; columns for noise only if there is any."""
     by_name = {(row.plan.name, noise_of(row)): row for row in found}
     is_noisy = any(noise_of(row) != CLEAN for row in found)
     head = ["arm", "best rate", "held-out loss", "standard error", f"against {reference}", "",
@@ -87,19 +87,19 @@ def table(found: Sequence[Row], reference: str) -> list[str]:
 
 
 def rate_text(row: Row) -> str:
-    """Return the best rate; how many were tried; whether none beside it is left to try."""
+    """Return the best rate, how many were tried, and whether its neighbours were all tried."""
     (rate,) = row.best
     return f"{rate:g} (of {len(row.searched)}{'' if row.is_settled else ', at the edge'})"
 
 
 def noise_text(noise: Noise) -> str:
-    """Return the kind of noise, and its scale where it has one."""
+    """Return the kind of noise, and its scale if it has one."""
     kind, scale = noise
     return f"{kind} × {scale:g}" if scale else kind
 
 
 def cost_text(row: Row, clean: Row | None) -> str:
-    """Return by how much an arm is worse than itself without noise."""
+    """Return how much worse an arm is than without noise."""
     if clean is None or row is clean:
         return "–"
     found = difference(row.losses, clean.losses)
@@ -107,7 +107,7 @@ def cost_text(row: Row, clean: Row | None) -> str:
 
 
 def nsr_text(row: Row) -> str:
-    """Return noise to signal along the run of the search at the best rate."""
+    """Return noise to signal over the course of the search's run at the best rate."""
     at_best = [line for line in row.lines if [*line["point"].values()] == [*row.best]]
     values = at_best[0]["found"]["nsr"].values() if at_best else ()
     return " / ".join("–" if value is None else f"{value:.3g}" for value in values)

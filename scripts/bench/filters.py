@@ -1,10 +1,10 @@
-"""Which filter, map and rescaling trains best where gradients are noisy: a study that resumes.
+"""Which filter, map and rescaling trains best when gradients are noisy: a study that resumes.
 
-In: names of arms and cells. Out: a JSONL file with a line for each training that has finished, and
-a Markdown table of it. Each arm has its own learning rate of the matrices, found on seed 0 on a
-grid of factor 2 until both neighbours of the best are worse; what is reported are seeds that the
-search has not seen, paired with those of the default. A training that stands in the file is not
-repeated, so that the study may be stopped at any time, and goes on with the same command.
+In: names of arms and cells. Out: a JSONL file with a line for each finished training, and a
+Markdown table of it. Each arm has its own learning rate of the matrices, found on seed 0 on a grid
+of factor 2 until both neighbours of the best are worse. The table reports seeds that the search has
+not seen, paired with those of the default. A training that is in the file is not repeated, so the
+study may be stopped at any time, and the same command continues it.
 
     python scripts/bench/filters.py run --out runs/filters.jsonl --jobs 2
     python scripts/bench/filters.py run --out runs/filters.jsonl --noise heavy --arms default clip
@@ -32,11 +32,11 @@ from hf_muon import MuonConfig
 
 
 class Share(float):
-    """A share of the run, in place of a number of steps."""
+    """A share of the run, instead of a number of steps."""
 
 
 def muon(start: float = 2e-3, **settings: Any) -> Arm:
-    """Return an arm of Muon: fields of ``MuonConfig``, and the rate at which its search begins."""
+    """Return an arm of Muon: fields of ``MuonConfig``, and the starting rate of its search."""
     return Arm({"optimizer": "muon", **settings}, {"rate": start}, {"rate": 2.0})
 
 
@@ -78,10 +78,10 @@ ARMS = {
     # orders
     "post_polar": muon(3.2e-2, order="post_polar", nesterov=False),
     "polar_only": muon(1.6e-2, order="polar_only"),
-    "beta_0": muon(1.6e-2, momentum=0.0),  # what polar_only is, computed as pre_polar
+    "beta_0": muon(1.6e-2, momentum=0.0),  # the same as polar_only, computed as pre_polar
     # controls
     "adamw": Arm({"optimizer": "adamw"}, {"rate": 1e-3}, {"rate": 2.0}),
-    "untrained": muon(0.0),  # the matrices stay as they began
+    "untrained": muon(0.0),  # the matrices keep their initial values
 }
 
 CELLS = ("128x2048", "128x512")
@@ -95,10 +95,10 @@ NOISES = (NO_NOISE, "heavy", "spike")
 
 
 def resolved(arm: Arm, steps: int) -> Arm:
-    """Return an arm for runs of so many steps.
+    """Return an arm for runs of a given number of steps.
 
     Raises:
-        ValueError: this version of the package has no such setting.
+        ValueError: this version of the package does not have one of the settings.
     """
     settings = {
         name: round(value * steps) if isinstance(value, Share) else value
@@ -110,7 +110,7 @@ def resolved(arm: Arm, steps: int) -> Arm:
 
 
 def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return what all arms have in common, for each of the cells."""
+    """Return what all arms have in common, for each cell."""
     scale = arguments.noise_scale if arguments.noise == "heavy" else 0.0
     return [
         {
@@ -126,7 +126,7 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plans_in(cell: Mapping[str, Any], arguments: argparse.Namespace) -> list[Plan]:
-    """Return the plans of the arms in a cell, after a check of the settings of all of them."""
+    """Return the plans of the arms in a cell, after checking the settings of all of them."""
     fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
     return [
         Plan(name, resolved(ARMS[name], cell["steps"]), cell, fresh, search, arguments.budget)
@@ -135,7 +135,7 @@ def plans_in(cell: Mapping[str, Any], arguments: argparse.Namespace) -> list[Pla
 
 
 def is_asked_for(cell: Mapping[str, Any], arguments: argparse.Namespace) -> bool:
-    """Return whether a cell is one to report: the given ones, without noise and with the given."""
+    """Return whether to report a cell: the requested ones, without noise and with the given one."""
     wanted = set(map(sizes, arguments.cells)) if arguments.cells else None
     noises = {NO_NOISE, arguments.noise} if arguments.noise else set(NOISES)
     is_wanted = wanted is None or (cell["tokens"], cell["steps"]) in wanted

@@ -1,10 +1,10 @@
-"""What a GPU shows about hf_muon in five minutes, beside what was predicted without one.
+"""A check of hf_muon on a GPU in five minutes, next to what was predicted without one.
 
 In: a CUDA device. Out: Markdown tables for docs/gpu.md, with the card and the versions: what the
-card reaches, products against float64, bits by batch size, sides that are no multiples of 8,
+card reaches, products against float64, bits by batch size, sides that are not multiples of 8,
 kernels of one product, whole steps beside torch.optim.Muon, polar factors, TF32. Predictions are
-counts of the same steps on meta tensors at the rates of the datasheet (``hf-muon plan``). Nothing
-about the card is changed.
+counts of the same steps on meta tensors at the rates of the datasheet (``hf-muon plan``). The card
+and its settings are not changed.
 
     python scripts/bench/gpu.py                # the check; --device names the datasheet
     python scripts/bench/gpu.py --tiny         # rehearses it on a CPU, with small matrices
@@ -40,13 +40,13 @@ from scripts.scaling_table import MODELS
 MINUTES = 5.0
 """No section begins later."""
 POLAR: dict[str, Any] = {"coefficients": "polar_express", "steps": 5, "dtype": "bfloat16"}
-# Relative errors of a product rounded once to the dtype: half a unit in the last place, as a root
-# mean square less; Triton's interpreter cuts off instead of rounding, which is twice as much.
+# Relative errors of a product rounded once to the dtype: half a unit in the last place, and less as
+# a root mean square; Triton's interpreter truncates instead of rounding, which is twice as much.
 PRODUCT_BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def ceilings(check: Check) -> None:
-    """What the card reaches of its datasheet."""
+    """Compare what the card reaches with its datasheet."""
 
     def rows() -> Iterator[Sequence[object]]:
         sheet = check.sheet
@@ -69,7 +69,7 @@ def ceilings(check: Check) -> None:
 
 
 def products(check: Check) -> None:
-    """Triton products against float64."""
+    """Compare Triton products with float64."""
     module: Any = import_module("hf_muon.polar.kernels.triton_products")
 
     def error(found: Tensor, exact: Tensor) -> float:
@@ -98,7 +98,7 @@ def products(check: Check) -> None:
 
 
 def bits(check: Check) -> None:
-    """Whether a matrix of a batch gets the bits that it gets alone."""
+    """Show whether a matrix gets the same bits in a batch as alone."""
 
     def same(function: Callable[[Tensor], Tensor], X: Tensor) -> list[bool]:
         alone = function(X[0])
@@ -120,7 +120,7 @@ def bits(check: Check) -> None:
 
 
 def alignment(check: Check) -> None:
-    """Rows that do not begin at multiples of 16 bytes."""
+    """Time rows that do not begin at multiples of 16 bytes."""
 
     def rows() -> Iterator[Sequence[object]]:
         found = {}
@@ -137,7 +137,7 @@ def alignment(check: Check) -> None:
 
 
 def one_product(check: Check) -> None:
-    """Kernels of a product that adds to another matrix."""
+    """List the kernels of a product that adds to another matrix."""
 
     def rows() -> Iterator[Sequence[object]]:
         [side] = check.sides(1024)
@@ -188,7 +188,7 @@ def _built(make: Callable[..., Any], shapes: Sequence[tuple[int, ...]], device: 
 
 
 def predicted(make: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> Counts:
-    """Counts of a step on meta tensors."""
+    """Count a step on meta tensors."""
     with counting():
         optimizer = _built(make, shapes, "meta")
         optimizer.step()
@@ -201,7 +201,7 @@ _MEASURED = ("ms", "host", "launches", "waits", "peak")
 
 
 def _measured(check: Check, optimizer: Any) -> dict[str, float | None]:
-    """Milliseconds and, on a card, kernels, waits and peak MB of a step."""
+    """Return milliseconds and, on a card, kernels, waits and peak MB of a step."""
     for _ in range(2):
         optimizer.step()
     found: dict[str, float | None] = dict.fromkeys(_MEASURED)
@@ -224,7 +224,7 @@ def _measured(check: Check, optimizer: Any) -> dict[str, float | None]:
 
 
 def steps(check: Check) -> None:
-    """Whole steps: predicted / measured."""
+    """Compare whole steps: predicted / measured."""
 
     def both(expected: float, found: float | None) -> str:
         return f"{cell(float(expected))} / {cell(None if found is None else float(found))}"
@@ -233,7 +233,7 @@ def steps(check: Check) -> None:
         for model, shapes in _models(check).items():
             for name, make in _contenders(check).items():
                 if check.tiny and model != "130M" and "Triton" in name:
-                    continue  # in the interpreter
+                    continue  # the interpreter would take too long
                 counts = predicted(make, shapes)
                 line = Roofline(counts, 0, check.sheet, is_whole=True)
                 device = sum(line.milliseconds(of_products=which) for which in (True, False))
@@ -253,7 +253,7 @@ def steps(check: Check) -> None:
 
 
 def polar_factors(check: Check) -> None:
-    """Polar factors of eight matrices, by the products of torch and of Triton."""
+    """Time polar factors of eight matrices, with the products of torch and of Triton."""
 
     def rows() -> Iterator[Sequence[object]]:
         shapes = ((768, 2048), (2048, 2048), (2048, 5504), (4096, 11008))
@@ -274,7 +274,7 @@ def polar_factors(check: Check) -> None:
 
 
 def tf32(check: Check) -> None:
-    """Errors of float32 where TF32 is allowed outside."""
+    """Show the errors of float32 where TF32 is allowed outside."""
 
     def rows() -> Iterator[Sequence[object]]:
         X = check.randn(*check.sides(256, 688), dtype=torch.float32)

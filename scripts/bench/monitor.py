@@ -1,7 +1,8 @@
-"""What a SpectralMonitor costs a run of the pretraining recipe, as a share of its step time.
+"""The cost of a SpectralMonitor in the pretraining recipe, as a share of its step time.
 
-In: a configuration of ``recipes/llama_pretrain``, a number of steps. Out: a table: seconds of plain
-and of sampled steps of one run, and the share that sampling every 50 steps, the default, adds.
+In: a configuration of ``recipes/llama_pretrain``, a number of steps. Out: a table: seconds of
+sampled and of other steps in one run, and the share that sampling every 50 steps, the default,
+adds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEFAULT_EVERY = inspect.signature(SpectralMonitor).parameters["every"].default
 
 
 class Clock(TrainerCallback):
-    """Seconds from the beginning of each step to that of the next: logs and callbacks included."""
+    """Measures each step from its beginning to that of the next, logs and callbacks included."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -42,13 +43,13 @@ class Clock(TrainerCallback):
         self.marks.append(time.perf_counter())
 
     def seconds(self) -> dict[int, float]:
-        """Seconds by step, the first being 1; the last one has no end."""
+        """Return seconds by step, from step 1; the last step has no end."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         return {step: end - start for step, (start, end) in enumerate(pairs, 1)}
 
 
 def main() -> None:
-    """Train a few steps, every few of them sampled, and compare these with the others."""
+    """Train a few steps, sample some of them, and compare the two kinds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/5m.yaml")
     parser.add_argument("--steps", type=int, default=14, help="of the run")

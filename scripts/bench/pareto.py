@@ -1,11 +1,11 @@
 """Time against error of the polar factor, on the momentum of a training.
 
 In: checkpoints of a Trainer that trained with Muon, compute dtype, threads. Out: for the square and
-for the other matrices a row per family of coefficients and number of steps: error against the
-float64 SVD, and how much faster it is than five steps of the quintic; stable ranks of the momentum;
-a figure, and JSON. Contenders take turns on the same matrices, so that a busy machine slows all of
-them; ratios are taken within each round. Smaller matrices of one shape are computed together, as in
-a step, but for the quintic.
+for the other matrices, a row per family of coefficients and number of steps: error against the
+float64 SVD, and speed relative to five steps of the quintic; stable ranks of the momentum; a
+figure, and JSON. Contenders take turns on the same matrices, so that a busy machine slows all of
+them; ratios are taken within each round. Small matrices of one shape are computed in a batch, as in
+a step, except for the quintic.
 
     python scripts/bench/pareto.py runs/momentum/checkpoint-200 --figure pareto.png
 """
@@ -74,7 +74,7 @@ def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list
     """Return a row per contender."""
     matrices = sorted(matrices, key=lambda matrix: (sorted(matrix.shape), matrix.shape))
     exact = [decompose(matrix)[0] for matrix in matrices]
-    # As in a step: rounded before, those of one shape and its transpose in one memory.
+    # As in a step: rounded first, with matrices of one shape and its transpose in one memory.
     rounded = compute_dtype(dtype, matrices[0].device)
     groups = [list(same) for _, same in groupby(matrices, key=lambda one: sorted(one.shape))]
     given = [
@@ -92,7 +92,7 @@ def measure(kind: str, matrices: list[Tensor], dtype: str, repeats: int) -> list
 
         for batch, same, values in zip(batches, groups, given, strict=True):
             batch.copy_(values)
-            if name == "quintic":  # one by one, as torch.optim.Muon computes it
+            if name == "quintic":  # one by one, as in torch.optim.Muon
                 for place, matrix in zip(batch, same, strict=True):
                     polar(place.view(matrix.shape))
             else:
@@ -134,7 +134,7 @@ def row(
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """Lay out the rows; bold are those that nothing beats in both time and error."""
+    """Lay out the rows; those that nothing beats in both time and error are bold."""
     shown = Table("coefficients", "steps", "error", "largest", "ms", "speed", "range", title=title)
     for one in rows:
         beaten = any(o.error < one.error and o.speed > one.speed for o in rows)

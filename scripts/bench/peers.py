@@ -1,9 +1,9 @@
 """Time one optimizer step against every published Muon that installs from the package index.
 
 In: a LLaMA shape or a LoRA rank, number of layers, rounds. Out: a table (and JSON) of medians with
-their range, ratios within each round, the error of the update, the peak of memory within a step and
-state bytes. Contenders take turns in one process on equal parameters and gradients. All have
-AdamW's half from fused torch.optim.AdamW, which is faster than what several of them bring.
+their range, ratios within each round, the error of the update, the peak memory within a step, and
+state bytes. Contenders take turns in one process on equal parameters and gradients. All use fused
+torch.optim.AdamW for the AdamW half, which is faster than what several of them bring.
 
     scripts/bench/peers.sh && .venv-peers/bin/python scripts/bench/peers.py --model 130m --layers 2
 """
@@ -44,7 +44,7 @@ CHECKED = 4
 
 @dataclass
 class Row:
-    """What one contender did."""
+    """The results of one contender."""
 
     name: str
     setting: str
@@ -56,12 +56,12 @@ class Row:
 
 
 class Entrant:
-    """A contender on parameters of its own, whose gradients are restored before every step."""
+    """A contender with its own parameters, whose gradients are restored before every step."""
 
     def __init__(self, setting: str, make: Make, parameters: Parameters) -> None:
         self.setting, self.make, self.parameters = setting, make, parameters
         others = parameters.others
-        if make is hf_muon or getattr(make, "func", None) is hf_muon:  # both halves in one
+        if make is hf_muon or getattr(make, "func", None) is hf_muon:  # it trains both halves
             settings = getattr(make, "keywords", {})
             groups = [{"params": parameters.matrices}]
             groups += [{"params": others, "algorithm": "adamw"}] if others else []
@@ -80,7 +80,7 @@ class Entrant:
 
 
 def gradients(matrices: Sequence[nn.Parameter], seed: int = 1) -> list[Tensor]:
-    """Noise and a signal of low rank for each."""
+    """Return gradients: noise plus a signal of low rank."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -91,10 +91,10 @@ def gradients(matrices: Sequence[nn.Parameter], seed: int = 1) -> list[Tensor]:
 
 
 def error_of(make: Make, given: Sequence[Tensor]) -> float:
-    """‖P − O‖_F/‖O‖_F, a mean: P is the first update of zero weights, O the exact polar factor.
+    """Return the mean ‖P − O‖_F/‖O‖_F: P is the first update of zero weights, O the exact factor.
 
-    The first momentum is a multiple of the gradient, in all contenders and with Nesterov too, and
-    zero weights do not decay. P carries the step size, which least squares takes out.
+    The first momentum is a multiple of the gradient in all contenders, also with Nesterov, and zero
+    weights do not decay. P contains the step size, which least squares removes.
     """
     weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in given]
     for weight, gradient in zip(weights, given, strict=True):
@@ -110,13 +110,13 @@ def error_of(make: Make, given: Sequence[Tensor]) -> float:
 
 @cache
 def exact_polar(gradient: Tensor) -> Tensor:
-    """O(G) in float64; kept, since all contenders have the same gradients."""
+    """Return O(G) in float64; cached, since all contenders have the same gradients."""
     U, _, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     return U @ Vh
 
 
 def peak_bytes(step: Step) -> int:
-    """The most that a step holds beyond what it began with, from the allocator's record."""
+    """Return the most memory that a step adds, from the allocator's record."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
@@ -129,13 +129,13 @@ def peak_bytes(step: Step) -> int:
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Memory for temporaries that an optimizer keeps from step to step."""
+    """Return the memory for temporaries that an optimizer keeps between steps."""
     workspace = getattr(optimizer, "_workspace", None)
     return 0 if workspace is None else workspace.nbytes
 
 
 def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the contenders that run here, and what keeps the others from it."""
+    """Return rows of the contenders that run here, and why the others do not."""
     shape = MODELS[arguments.model]
     layers = arguments.layers or shape[2]
 
@@ -149,7 +149,7 @@ def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     for name in arguments.only or CONTENDERS:
         try:
             entrants[name] = fastest(CONTENDERS[name], fresh, given)
-        except Exception as error:  # a foreign package may fail in any way
+        except Exception as error:  # another package may fail in any way
             missing[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if not entrants:
         raise SystemExit(f"error: no contender ran: {missing}")
@@ -177,11 +177,11 @@ def compare(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
 def fastest(
     variants: dict[str, Make], fresh: Callable[[], Parameters], given: Sequence[Tensor]
 ) -> Entrant:
-    """The variant with the shortest step of three, after one to warm up."""
+    """Return the variant with the shortest of three steps, after a warmup step."""
     entrants = [Entrant(setting, make, fresh()) for setting, make in variants.items()]
     if len(entrants) == 1:
         restore(entrants[0], given)
-        entrants[0].step()  # fails here, if it fails
+        entrants[0].step()  # if it fails, it fails here
         return entrants[0]
     times = []
     for entrant in entrants:
@@ -194,13 +194,13 @@ def fastest(
 
 
 def restore(entrant: Entrant, given: Sequence[Tensor]) -> None:
-    """Some contenders write into the gradients, or drop them."""
+    """Restore the gradients: some contenders write to them, or drop them."""
     for parameter, gradient in zip(entrant.parameters.matrices, given, strict=True):
         parameter.grad = gradient.clone()
 
 
 def as_table(rows: Sequence[Row], title: str) -> Table:
-    """Lay the rows out."""
+    """Lay out the rows."""
     table = Table(
         "contender", "setting", "error", "ms", "range", f"its time / {rows[0].name}", "range",
         "peak MB", "state bytes / parameter", title=title,

@@ -2,9 +2,9 @@
 
 In: the compute dtypes to try, and whether to add compiled iterations.
 Out: one row per shape, spectrum, dtype, method and coefficients: error against the float64 SVD,
-range of singular values, time relative to the quintic ``newton_schulz``. Contenders run in turn, so
-that a busy machine slows all of them; times are medians, with their quartiles as the spread. Where
-bfloat16 is emulated, one round shows its errors, which do not depend on the hardware.
+range of singular values, time relative to the quintic ``newton_schulz``. Contenders take turns, so
+that a busy machine slows all of them; times are medians with quartiles. If bfloat16 is emulated,
+one round shows its errors, which do not depend on the hardware.
 
     python scripts/bench/polar.py --dtype float32 --json polar.json
 """
@@ -59,13 +59,13 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """Return the name of the method as the table shows it."""
+        """Return the name of the method for the table."""
         return f"{self.method} (compiled)" if self.compiled else self.method
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did on one matrix."""
+    """The results of one contender on one matrix."""
 
     shape: tuple[int, int]
     spectrum: str
@@ -106,9 +106,9 @@ def matrix(shape: tuple[int, int], spectrum: str, device: str) -> tuple[Tensor, 
 def interleaved(
     runs: Sequence[Callable[[], Tensor]], repeats: int, device: str
 ) -> tuple[list[Tensor], list[list[float]]]:
-    """Return the result of each run and its seconds, one per round, the runs taken in turn.
+    """Return each run's result and its seconds, one per round; the runs take turns.
 
-    Where there is more than one round, another one goes before them to warm up.
+    If there is more than one round, a warmup round comes first.
     """
     warmup = repeats > 1
     times: list[list[float]] = [[] for _ in runs]
@@ -138,7 +138,7 @@ def measure(
     """Return a row per contender for one matrix and one dtype."""
     x, exact = matrix(shape, spectrum, args.device)
     entrants = contenders(args.compile)
-    # The decomposition computes in float32 whatever is asked: one row is enough.
+    # The decomposition computes in float32 for any dtype: one row is enough.
     if dtype != "float32":
         entrants = [c for c in entrants if c.method != "svd"]
     # Emulated bfloat16 takes minutes, and its times say nothing about hardware that has it.
@@ -149,7 +149,7 @@ def measure(
     for contender, result, seconds in zip(entrants, factors, times, strict=True):
         factor = result.double()
         values = torch.linalg.svdvals(factor)
-        # Against the baseline of the same round, which met the same load.
+        # Relative to the baseline of the same round, which had the same load.
         low, middle, high = quartiles([t / t0 for t, t0 in zip(seconds, times[0], strict=True)])
         rows.append(
             Row(
@@ -190,7 +190,7 @@ def misses(rows: list[Row]) -> list[str]:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """Lay the rows out, with a line between matrices."""
+    """Lay out the rows, with a line between matrices."""
     table = Table(title="Polar factor")
     for heading in ("shape", "spectrum", "dtype", "method", "coefficients", "steps"):
         table.add_column(heading)

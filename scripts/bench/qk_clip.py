@@ -1,4 +1,4 @@
-"""What QK-clip costs: sampled steps beside unsampled steps of one and the same run.
+"""The cost of QK-clip: sampled steps beside other steps of the same run.
 
 In: sizes of a LLaMA with random weights. Out: the median time of both kinds of steps, from the
 beginning of a step to its end, and what a sample every ten steps adds to a run.
@@ -17,7 +17,7 @@ from hf_muon import QKClip
 
 
 class Clock(TrainerCallback):
-    """Times the steps; stands behind the clip at their beginning and at their end."""
+    """Times the steps; runs after the clip at the beginning and at the end of a step."""
 
     def __init__(self, clip):
         self.clip, self.sampled, self.others = clip, [], []
@@ -30,7 +30,7 @@ class Clock(TrainerCallback):
         """Stop it."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if state.global_step > 4:  # the first steps are not like the others
+        if state.global_step > 4:  # the first steps take longer
             times = self.sampled if state.global_step % self.clip.every == 0 else self.others
             times.append(time.perf_counter() - self.begin)
 

@@ -1,11 +1,11 @@
-"""What robust aggregation is worth, and what it costs: a byte-level LLaMA under DDP with Muon.
+"""The benefit and the cost of robust aggregation: a byte-level LLaMA under DDP with Muon.
 
 In: ``torchrun --nproc_per_node 4 scripts/bench/robust.py [--steps 150] [--seeds 4]``. Out: from
 rank 0 a table (and JSON) of held-out losses after training, mean and standard deviation over seeds,
-without an attack and with one: the last rank sends −10 times its gradient. The aggregations of a
-seed begin with the same weights and see the same batches of modules of Python's. Learning rates
-fall to zero. Steps of all aggregations, and what they do to one large bucket, are timed in turns,
-without an attack.
+without an attack and with one: the last rank sends −10 times its gradient. For a given seed, all
+aggregations begin with the same weights and see the same batches of Python modules. Learning rates
+fall to zero. Steps with each aggregation, and the aggregation of one large bucket, are timed in
+turn, without an attack.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODULES = "argparse inspect typing tarfile subprocess datetime pickle decimal en
 
 
 def corpus() -> tuple[Tensor, Tensor]:
-    """Bytes of modules of Python's, to train on; and every tenth block of 64, held out."""
+    """Return the bytes of Python modules to train on; and every tenth block of 64, held out."""
     texts = [
         (Path(argparse.__file__).parent / f"{name}.py").read_bytes() for name in MODULES.split()
     ]
@@ -55,7 +55,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 
 
 def wrapped(seed: int, method: str, *, attacked: bool) -> DistributedDataParallel:
-    """A model under DDP; where it is attacked, gradients of the last rank are turned around."""
+    """Return a model under DDP; if attacked, the last rank's gradients are reversed."""
     torch.manual_seed(seed)
     model = DistributedDataParallel(LlamaForCausalLM(LlamaConfig(**SHAPE)))
     if method != "mean":
@@ -72,8 +72,8 @@ class Run:
     Args:
         seed: Of weights and batches.
         method: ``mean``, or a method of robust aggregation.
-        steps: Until the learning rates are zero.
-        attacked: Whether the last rank sends something else than its gradient.
+        steps: Number of steps until the learning rates are zero.
+        attacked: Whether the last rank sends something other than its gradient.
         batch: Sequences per rank and step.
     """
 
@@ -89,7 +89,7 @@ class Run:
         """Train on a batch of this rank's own.
 
         Returns:
-            The seconds it took, until all ranks were done.
+            The seconds until all ranks were done.
         """
         starts = torch.randint(len(self.text) - LENGTH, (self.batch, 1), generator=self.draws)
         ids = self.text[starts + torch.arange(LENGTH)]
@@ -104,13 +104,13 @@ class Run:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """On what is held out, nats per byte."""
+        """Return the held-out loss, in nats per byte."""
         ids = self.held_out
         return float(self.model.module(input_ids=ids, labels=ids).loss)
 
 
 def final_loss(seed: int, method: str, steps: int, *, attacked: bool, batch: int) -> float:
-    """The held-out loss after training."""
+    """Return the held-out loss after training."""
     run = Run(seed, method, steps, attacked=attacked, batch=batch)
     for _ in range(steps):
         run.step()
@@ -118,10 +118,10 @@ def final_loss(seed: int, method: str, steps: int, *, attacked: bool, batch: int
 
 
 def losses(steps: int, seeds: int, batch: int) -> dict[str, list[float]]:
-    """Held-out losses by aggregation and attack, one per seed."""
+    """Return held-out losses by aggregation and attack, one per seed."""
     found: dict[str, list[float]] = {}
     for attacked in (False, True):
-        for method in ("mean", "median"):  # of four ranks trim=1 is the median
+        for method in ("mean", "median"):  # on four ranks, trim=1 is the median
             name = f"{method}, {'attacked' if attacked else 'clean'}"
             found[name] = [
                 final_loss(seed, method, steps, attacked=attacked, batch=batch)
@@ -131,13 +131,13 @@ def losses(steps: int, seeds: int, batch: int) -> dict[str, list[float]]:
 
 
 def step_times(repeats: int, batch: int) -> dict[str, list[float]]:
-    """Seconds of steps by aggregation, the aggregations in turns."""
+    """Return the seconds of steps by aggregation; the aggregations take turns."""
     runs = {
         method: Run(0, method, repeats + 3, attacked=False, batch=batch)
         for method in ("mean", *METHODS)
     }
     seconds: dict[str, list[float]] = {method: [] for method in runs}
-    for number in range(repeats + 3):  # the first steps make state, buckets and plans
+    for number in range(repeats + 3):  # the first steps create state, buckets and plans
         for method, run in runs.items():
             taken = run.step()
             if number >= 3:
@@ -146,7 +146,7 @@ def step_times(repeats: int, batch: int) -> dict[str, list[float]]:
 
 
 class Bucket(NamedTuple):
-    """What the hook reads of a bucket of DDP's."""
+    """The part of a DDP bucket that the hook reads."""
 
     flat: Tensor
 
@@ -156,7 +156,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_times(repeats: int) -> dict[str, list[float]]:
-    """Seconds for 25 MiB, DDP's default bucket: the all-reduce of the mean, and the hook."""
+    """Return seconds for 25 MiB, DDP's default bucket: all-reduce of the mean, and the hook."""
     flat = torch.randn(25 * 2**18)
     states = {method: Robust(method) for method in METHODS}
     seconds: dict[str, list[float]] = {method: [] for method in ("mean", *METHODS)}
@@ -174,7 +174,7 @@ def bucket_times(repeats: int) -> dict[str, list[float]]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Losses with their distance from the clean mean, also in its standard deviations."""
+    """Return losses and their distance from the clean mean, also in its standard deviations."""
     clean = results["losses"]["mean, clean"]
     center, spread = statistics.mean(clean), statistics.stdev(clean)
     made = Table("aggregation", "held-out loss", "± over seeds", "from the clean mean")
@@ -186,7 +186,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def times(seconds: dict[str, list[float]]) -> str:
-    """Median milliseconds, and the quartiles of their ratio to the mean's within a round."""
+    """Return median milliseconds, and quartiles of the ratio to the mean within a round."""
     found = []
     for name, own in seconds.items():
         ratios = [one / plain for one, plain in zip(own, seconds["mean"], strict=True)]

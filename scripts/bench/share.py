@@ -1,9 +1,9 @@
 """What share of a training step each optimizer takes, in one run on the pretraining recipe's model.
 
 In: a configuration of ``recipes/llama_pretrain``, tokens per step. Out: a table (and JSON) of the
-seconds of a step's forward and backward passes, of each optimizer's step on the gradients that they
-left, and of the share of both that it is. Optimizers take turns after every pass, each on a copy of
-the model, so that a busy machine slows all alike.
+seconds of a step's forward and backward passes, of each optimizer's step on the resulting
+gradients, and of its share of the sum. Optimizers take turns after every pass, each on its own copy
+of the model, so that a busy machine slows all of them alike.
 
     python scripts/bench/share.py recipes/llama_pretrain/configs/5m.yaml --tokens 16384
 """
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "llama_pretrain")
 
 import settings
 
-hf_muon.register()  # the configuration names it
+hf_muon.register()  # the configuration uses the name
 
 LR, DECAY = 1e-3, 0.1
 PASSES = "forward and backward"
@@ -39,7 +39,7 @@ PASSES = "forward and backward"
 
 @dataclass
 class Row:
-    """Seconds in each round, and the share of the passes and them together."""
+    """Seconds in each round, and the share of the whole step."""
 
     name: str
     seconds: list[float]
@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], LlamaForCausalLM]
             for own, given in zip(copies[name].parameters(), model.parameters(), strict=True):
                 own.grad = given.grad.clone()
 
-    passes()  # the first turns in a round may be those of optimizers
+    passes()  # warmup, since optimizers may come first in a round
     rounds = take_turns({PASSES: passes, **steps}, arguments.repeats, "cpu", before=hand_over)
     rows = []
     for name in (PASSES, *steps):

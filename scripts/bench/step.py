@@ -4,8 +4,8 @@ In: a LLaMA shape, number of layers, repeats. Out: a table (and JSON) of medians
 ratios within each round, and of state bytes per matrix parameter. Contenders take turns in one
 process on the same gradients, so that a busy machine slows all of them alike.
 
-torch.optim.Muon always computes in bfloat16. Where a CPU only emulates that, "torch, float32" is
-the same code with its cast to bfloat16 replaced, which compares like with like.
+torch.optim.Muon always computes in bfloat16. If a CPU only emulates bfloat16, "torch, float32" is
+the same code without the cast to bfloat16, for a fair comparison.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def torchs(parameters: Parameters, precision: str) -> tuple[Step, torch.optim.Op
 
 
 def computing_in(precision: str) -> AbstractContextManager[object]:
-    """Replace the cast to bfloat16 that torch.optim.Muon begins with."""
+    """Replace the cast to bfloat16 with which torch.optim.Muon begins."""
     if precision == "bfloat16":
         return nullcontext()
     return mock.patch.object(Tensor, "bfloat16", Tensor.float)
 
 
 def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Step, torch.optim.Optimizer]]:
-    """Each contender on parameters of its own."""
+    """Yield each contender with its own parameters."""
     shape = LLAMA[arguments.model]
     layers = arguments.layers or shape[2]
     matched = {"coefficients": "quintic", "polar_method": "newton_schulz"}
@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
-    """Orthogonalize 16 smaller matrices in one batch and one by one."""
+    """Orthogonalize 16 small matrices in one batch and one by one."""
     count, workspace = 16, Workspace()
     table = Table(
         "shape", "dtype", "batch ms", "loop / batch", "quartiles", title=f"{count} matrices"
@@ -148,7 +148,7 @@ def compare_batching(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def natively_bfloat16(arguments: argparse.Namespace) -> bool:
-    """Whether the device has instructions for it."""
+    """Whether the device has instructions for bfloat16."""
     return compute_dtype("auto", torch.device(arguments.device)) == torch.bfloat16
 
 

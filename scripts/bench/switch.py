@@ -1,9 +1,9 @@
 """What a change of optimizer in mid-training does to the loss of the next steps.
 
-In: seeds. Out: for each, the mean training loss of some steps after the change: of the optimizer
-that had trained before, of the other one after ``hf-muon convert``, and of the same with matrices
-that begin with empty state. A byte-level LLaMA of 0.4 million parameters in the stock Trainer, at a
-constant rate, on the documentation of Python.
+In: seeds. Out: for each seed, the mean training loss of some steps after the change: with the
+optimizer that had trained before, with the other one after ``hf-muon convert``, and with that one
+and empty state for the matrices. A byte-level LLaMA of 0.4 million parameters in the stock Trainer,
+at a constant rate, on the documentation of Python.
 
     python scripts/bench/switch.py --seeds 0 1 2
 """
@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # for recipes/study
 
 from study.byte_llama import LENGTH, sequences, texts
 
-import hf_muon.auto  # noqa: F401 - for the name
+import hf_muon.auto  # noqa: F401 - registers the name
 from hf_muon.commands.cli import app
 
 AT, AFTER = 200, 60
@@ -43,7 +43,7 @@ RATE, DECAY, ROWS, WARMUP = 3e-3, 0.1, 16, 20
 
 
 class Switch:
-    """The trainings of one seed, in a folder."""
+    """The trainings of one seed, in one folder."""
 
     def __init__(self, folder: Path, seed: int, corpus: str = "stdlib") -> None:
         self.folder, self.seed = folder, seed
@@ -80,7 +80,7 @@ class Switch:
         return [e["loss"] for e in trainer.state.log_history if "loss" in e][AT:]
 
     def converted(self, checkpoint: Path, to: str) -> Path:
-        """Return the folder that ``hf-muon convert`` has written."""
+        """Return the folder that ``hf-muon convert`` writes."""
         target = self.folder / f"to-{to}"
         options = ["--to", to, "--out", str(target)]
         done = CliRunner().invoke(app, ["convert", str(checkpoint), *options])
@@ -88,7 +88,7 @@ class Switch:
         return target
 
     def emptied(self, checkpoint: Path, matrices: set[str], names: list[str]) -> Path:
-        """Return a copy in which matrices have the state of a first step."""
+        """Return a copy in which the matrices have the state of a first step."""
         copy = Path(shutil.copytree(checkpoint, f"{checkpoint}-empty"))
         state = torch.load(copy / "optimizer.pt", weights_only=True)
         for index, name in enumerate(names):
@@ -100,7 +100,7 @@ class Switch:
 
 
 def measured(folder: Path, seed: int) -> dict[str, list[float]]:
-    """Return the losses after the change, by what trains then."""
+    """Return the losses after the change, by the optimizer that then trains."""
     switch, found = Switch(folder, seed), {}
     for old, new, label in (
         ("adamw_torch", "muon", "AdamW → Muon"),
@@ -112,7 +112,7 @@ def measured(folder: Path, seed: int) -> dict[str, list[float]]:
         groups = torch.load(folder / "to-muon" / "optimizer.pt", weights_only=True)["param_groups"]
         matrices = {n for g in groups if g["algorithm"] == "muon" for n in g["param_names"]}
         names = [name for group in groups for name in group["param_names"]]
-        if new != "muon":  # the Trainer's order: decayed ones, then norms
+        if new != "muon":  # the Trainer's order: decayed parameters, then norms
             with torch.device("meta"):
                 model = LlamaForCausalLM(LlamaConfig.from_pretrained(target))
             listed = [name for name, _ in model.named_parameters()]

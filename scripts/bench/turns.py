@@ -1,4 +1,4 @@
-"""What the benchmarks of a whole step share: parameters, and contenders that take turns.
+"""Common parts of the benchmarks of a whole step: parameters, and contenders that take turns.
 
 In: the shape of a model; steps to time. Out: parameters with fixed gradients; seconds per round,
 taken in rotating order in one process, so that a busy machine slows all contenders alike.
@@ -37,7 +37,7 @@ class Parameters:
         vocabulary: int = VOCABULARY,
         rank: int = 0,
     ) -> None:
-        """Draw them; with a rank, the LoRA factors of the matrices alone."""
+        """Draw them; given a rank, only the LoRA pairs of the matrices."""
         hidden, inner, _ = shape
         sides = linear_shapes(hidden, inner)
         if rank:
@@ -56,7 +56,7 @@ def _parameter(shape: tuple[int, ...], device: str) -> nn.Parameter:
 
 
 def seconds(step: Step, device: str) -> float:
-    """Wall time of one step."""
+    """Return the wall time of one step."""
     started = time.perf_counter()
     step()
     if device == "cuda":
@@ -73,10 +73,10 @@ def take_turns(
     device: str,
     before: Callable[[Name], None] | None = None,
 ) -> list[dict[Name, float]]:
-    """Seconds of each step in each round, after one round to warm up.
+    """Return the seconds of each step in each round, after a warmup round.
 
-    Each has each place in the order, since the one before leaves its cache. ``before`` is
-    called with the name of the next one, and not timed.
+    Each contender takes each place in the order, because the previous one leaves its data in the
+    cache. ``before`` is called with the next contender's name, and not timed.
     """
     names = list(steps)
     rounds = []
@@ -92,12 +92,12 @@ def take_turns(
 
 
 def summary(values: Sequence[float], form: str) -> tuple[str, str]:
-    """The median, and the range."""
+    """Return the median, and the range."""
     return f"{statistics.median(values):{form}}", f"{min(values):{form}} … {max(values):{form}}"
 
 
 def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes of state per element of the matrices, which are the first group."""
+    """Return the bytes of state per element of the matrices, which are the first group."""
     matrices = optimizer.param_groups[0]["params"]
     size = sum(
         tensor.numel() * tensor.element_size()

@@ -1,10 +1,9 @@
-"""Would a preconditioner P help the polar factor of X: does PX have the same? An experiment.
+"""An experiment: would a preconditioner P help the polar factor, that is, does PX have that of X?
 
 In: checkpoints of consecutive steps of a Trainer that trained with Muon. Out: for each kind of
-matrices how far the *exact* polar factor of PX is from that of X, and the spread of the singular
-values that an iteration would have left to do. The first is an error that no iteration removes. P
-is the inverse norms of the rows, or (YYᵀ)^-½ of the step before, whose singular values are damped
-by δσ₁.
+matrix, how far the *exact* polar factor of PX is from that of X, and the spread of the singular
+values that remains for an iteration. No iteration removes the first error. P is the inverse norms
+of the rows, or (YYᵀ)^-½ of the step before, whose singular values are damped by δσ₁.
 
     python scripts/bench/warm_start.py runs/momentum/checkpoint-*
 """
@@ -47,7 +46,7 @@ def polar(X: Tensor) -> Tensor:
 
 
 def spread_of(X: Tensor) -> float:
-    """The largest singular value over their median."""
+    """Return the largest singular value divided by the median."""
     values = torch.linalg.svdvals(X)
     return float(values[0] / values.median())
 

@@ -14,7 +14,7 @@ LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "recipes/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "recipes/**/*.md")
     for path in ROOT.glob(pattern)
     if "runs" not in path.parts
 )

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
-from email.parser import Parser
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 from tests.distributed.launch import ROOT
+from tests.integration import markdown
 from tests.integration.test_recipe_llama import SMALL
 from tests.integration.tiny import tiny_llama
 
@@ -89,6 +91,10 @@ def installed(built, tmp_path_factory):
     return folder
 
 
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def names(archive):
     if archive.suffix == ".whl":
         return set(zipfile.ZipFile(archive).namelist())
@@ -106,24 +112,57 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
-def test_the_metadata_says_what_pyproject_says(built):
+@pytest.fixture(scope="module")
+def metadata(built):
+    """The wheel's metadata, checked as an index checks it."""
     (wheel,) = built.glob("*.whl")
     archive = zipfile.ZipFile(wheel)
     (path,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-    fields = Parser().parsestr(archive.read(path).decode())
-    assert fields["License-Expression"] == "Apache-2.0"
-    assert fields["Requires-Python"] == ">=3.11"
-    assert {"deepspeed", "peft", "recipes", "docs", "dev"} == set(fields.get_all("Provides-Extra"))
-    assert "optim=" in fields.get_payload()  # README
+    return Metadata.from_email(archive.read(path), validate=True)
+
+
+def test_the_metadata_says_what_pyproject_says(built, metadata):
+    own = project()["project"]
+    assert metadata.license_expression == "Apache-2.0"
+    assert str(metadata.requires_python) == ">=3.11"
+    assert {"deepspeed", "peft", "recipes", "docs", "dev"} == set(metadata.provides_extra)
+    assert str(metadata.version) == own["version"]
+    assert {path.name for path in built.iterdir()} == {
+        f"hf_muon-{own['version']}.tar.gz",
+        f"hf_muon-{own['version']}-py3-none-any.whl",
+    }
+
+
+def test_an_index_shows_the_readme_without_links_that_lead_nowhere(metadata, tmp_path):
+    assert metadata.description_content_type == "text/markdown"
+    shown, readme = tmp_path / "shown.md", ROOT / "README.md"
+    shown.write_text(metadata.description)
+    relative = [link for link in markdown.links(readme) if "://" not in link]
+    absolute = [link for link in markdown.links(readme) if "://" in link]
+    assert relative  # else the hook has nothing to do
+    assert markdown.links(shown) == absolute
+    assert markdown.FENCE.findall(shown.read_text()) == markdown.FENCE.findall(readme.read_text())
+
+
+def kept(folder):
+    """The sources in a folder; what a run or a build left there is ignored by git."""
+    written = {"runs", "__pycache__", "out"}
+    kinds = {".py", ".md", ".sh", ".yaml", ".json", ".ipynb"}
+    for path in folder.rglob("*"):
+        if path.suffix in kinds and not written & set(path.relative_to(ROOT).parts):
+            yield path
 
 
 def test_the_sdist_holds_what_builds_and_tests_it(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
     held = names(sdist)
-    for needed in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt", "mkdocs.yml"):
-        assert needed in held
-    for folder in ("hf_muon", "recipes", "tests", "scripts", "docs"):
-        assert any(name.startswith(f"{folder}/") for name in held)
+    listed = project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    for path in ["pyproject.toml", *listed]:
+        wanted = kept(ROOT / path) if (ROOT / path).is_dir() else [ROOT / path]
+        missing = {file.relative_to(ROOT).as_posix() for file in wanted} - held
+        assert not missing, path
+    top = {name.split("/")[0] for name in held} - {"", "PKG-INFO", ".gitignore"}
+    assert top == {"pyproject.toml", *listed}
     assert not [name for name in held if ".venv" in name or "__pycache__" in name]
     shutil.unpack_archive(sdist, tmp_path)
     (source,) = tmp_path.iterdir()

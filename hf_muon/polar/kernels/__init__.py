@@ -1,7 +1,7 @@
-"""Products of matrices, which are nearly all of the work, and who computes them.
+"""Matrix products, which are nearly all of the work, and what computes them.
 
 In: a name (``auto``, ``torch``, …), a device and a dtype. Out: :class:`Products`, the functions
-that an iteration multiplies and measures with.
+with which an iteration multiplies matrices and takes norms.
 """
 
 from .choice import KERNELS, check_kernel, products_for

@@ -1,7 +1,7 @@
-"""Who multiplies on a device: asked for by name, checked at first use, said once in the log.
+"""Which implementation multiplies on a device: chosen by name, checked at first use, logged once.
 
-In: a name, a device and a dtype. Out: :class:`Products`. Before products other than those of
-torch's library are used, they are compared with float64 on that device, in that dtype.
+In: a name, a device and a dtype. Out: :class:`Products`. Implementations other than torch's
+library are compared with float64 on that device and in that dtype before they are used.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "torch", "triton", "quack")
 _HALF = (torch.bfloat16, torch.float16)
-# By name: what is imported for it, the dtypes that it is for, and the distribution that has it.
+# For each name: the module that implements it, its dtypes, and the distribution to install.
 _MODULES = {"triton": "triton_products", "quack": "quack_products"}
 _DTYPES = {"triton": (*_HALF, torch.float32), "quack": _HALF}
 _DISTRIBUTIONS = {"triton": "triton", "quack": "quack-kernels"}
-# The largest relative error of a product, in units of its dtype. In half precision an entry is
-# rounded once, by half a unit, and in Triton's interpreter, which cuts off, by one. In float32 a
-# sum of 1040 products is off by some 7; TF32 would make thousands of it.
+# The largest relative error of a product, in units of its dtype's epsilon. In half precision an
+# entry is rounded once, by half a unit; Triton's interpreter truncates, by one unit. In float32 a
+# sum of 1040 products is off by about 7 units; with TF32 it would be thousands.
 _UNITS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 32}
 
 
 def check_kernel(kernel: object) -> None:
-    """Refuse a name that does not exist, and one whose library is not installed.
+    """Raise for an unknown name, and for one whose library is not installed.
 
     Raises:
-        TypeError: it is no string.
+        TypeError: it is not a string.
         ValueError: it is not one of ``KERNELS``.
-        RuntimeError: it names a library that is not installed.
+        RuntimeError: its library is not installed.
     """
     check_name("kernel", kernel, KERNELS)
     missing = _missing(str(kernel))
@@ -51,20 +51,20 @@ def check_kernel(kernel: object) -> None:
 def products_for(
     kernel: str, device: torch.device, dtype: torch.dtype, *, by_halves: bool, is_fake: bool = False
 ) -> Products:
-    """Return the products of a device in a dtype.
+    """Return the products to use on a device in a dtype.
 
     Args:
-        kernel: ``torch``; ``triton`` or ``quack``, in the dtypes that they are for; or ``auto``:
-            ``triton`` in half precision on NVIDIA devices of compute capability 8.0 and newer,
-            where it is installed and passes the check, else ``torch``.
+        kernel: ``torch``; ``triton`` or ``quack``, in the dtypes they support; or ``auto``:
+            ``triton`` in half precision on NVIDIA devices of compute capability 8.0 and newer, if
+            it is installed and passes the check, else ``torch``.
         device: where the matrices are.
-        dtype: the dtype to compute in.
-        by_halves: whether a CPU may compute symmetric products by halves, as all others do.
-        is_fake: whether the matrices only stand for others: nothing can be checked with them, and
-            nothing is multiplied.
+        dtype: the compute dtype.
+        by_halves: whether a CPU may compute symmetric products by halves, as the other
+            implementations always do.
+        is_fake: whether the matrices have no memory: then nothing is checked or multiplied.
 
     Raises:
-        RuntimeError: ``triton`` or ``quack`` cannot be used there, or multiplies wrongly.
+        RuntimeError: ``triton`` or ``quack`` cannot be used on this device, or gives wrong results.
     """
     own = HALVES if by_halves else TORCH
     if kernel == "torch" or (kernel == "auto" and (device.type != "cuda" or dtype not in _HALF)):
@@ -79,14 +79,14 @@ def products_for(
 
 @cache
 def _checked(kernel: str, name: str, device: torch.device, dtype: torch.dtype) -> Products | None:
-    """The products of a name; None for those of the library, in place of what ``auto`` found."""
+    """Return the products of a name; None if ``auto`` must fall back to torch's library."""
     is_named = kernel == name
     problem = _missing(name) or _unfit(name, device)
     if problem is None:
         try:
             found = _loaded(name)
             problem = problem_of(found, device, dtype)
-        except Exception as error:  # whatever a compiler or a driver raises
+        except Exception as error:  # anything that a compiler or a driver may raise
             problem = f"{type(error).__name__}: {error}"
         if problem is not None and not is_named:
             warnings.warn(
@@ -122,7 +122,7 @@ def _loaded(name: str) -> Products:
 
 
 def _unfit(name: str, device: torch.device) -> str | None:
-    """What speaks against a device, if anything does."""
+    """Say why a device does not support it; None if it does."""
     if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) >= (8, 0):
@@ -137,12 +137,12 @@ def _is_interpreted() -> bool:
 
 
 def problem_of(products: Products, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say what is wrong with products on a device, in figures; None if nothing is.
+    """Say what is wrong with products on a device, in numbers; None if nothing is.
 
-    Odd sizes, for small blocks and on devices for large ones, too: each product against float64,
-    exact symmetry, and the same bits for a matrix alone as among others.
+    The check uses odd sizes, both small and large enough for large blocks. It compares each product
+    with float64, and requires exact symmetry and the same bits for a matrix alone and in a batch.
     """
-    generator = torch.Generator("cpu").manual_seed(0)  # nobody else's random numbers change
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves torch's global generators alone
     sizes = [(33, 70)] if device.type == "cpu" else [(33, 70), (256, 160), (640, 1040)]
     for s, l in sizes:  # noqa: E741
         X = torch.randn(3, s, l, generator=generator, device="cpu")
@@ -159,7 +159,7 @@ def problem_of(products: Products, device: torch.device, dtype: torch.dtype) -> 
         bound = _UNITS[dtype] * torch.finfo(dtype).eps
         for formula, (found, exact) in expected.items():
             error = float((found.double() - exact).norm() / exact.norm())
-            if not error <= bound:  # NaN too
+            if not error <= bound:  # also true for NaN
                 return f"{formula} of {s} × {l} is off by {error:.2g}, {bound:.2g} is allowed"
         problem = _is_not_fixed(products, X, (A, P, Y)) if products.is_fixed else None
         if problem:
@@ -168,7 +168,7 @@ def problem_of(products: Products, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _is_not_fixed(products: Products, X: Tensor, batch: tuple[Tensor, ...]) -> str | None:
-    """What is wrong with the bits of products of a batch, beside those of one of its matrices."""
+    """Say how the products of a batch differ, in bits, from those of one of its matrices alone."""
     size = f"{X.shape[1]} × {X.shape[2]}"
     if not all(torch.equal(of, of.mT) for of in batch[:2]):
         return f"symmetric products of {size} are not exactly symmetric"

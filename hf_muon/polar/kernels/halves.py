@@ -1,8 +1,8 @@
-"""Symmetric products on a CPU by half: their lower half is computed, in strips, and mirrored.
+"""Symmetric products on a CPU: the lower half is computed in strips of rows, then mirrored.
 
 In: matrices (…, m, n) with at most one batch dimension, and where results go. Out: their products.
-It pays for one large matrix on a CPU, and saves up to 44 % of the operations there; all else goes
-through torch's library as it is.
+This saves up to 44 % of the operations of one large matrix on a CPU. Anything else goes to torch's
+library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def symmetric_product(
     alpha: float = 1.0,
     out: Tensor,
 ) -> Tensor:
-    """The ``Product`` of a symmetric result, by strips below the diagonal where that pays."""
+    """The ``Product`` of a symmetric result, in strips below the diagonal where that is faster."""
     strips = strips_of(A)
     if strips == 1:
         return multiply(A, B, C, beta=beta, alpha=alpha, out=out)
@@ -46,7 +46,7 @@ def symmetric_product(
 
 
 def strips_of(A: Tensor) -> int:
-    """Return into how many strips of rows a symmetric product of A (…, s, k) is cut; 1 for none."""
+    """Return the number of strips for a symmetric product of A (…, s, k); 1 for no splitting."""
     if A.ndim > 2 or not devices.is_cpu(A.device):
         return 1
     return min(MOST_STRIPS, max(1, A.shape[0] // ROWS.get(A.dtype, HALF_PRECISION_ROWS)))

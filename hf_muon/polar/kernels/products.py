@@ -1,8 +1,8 @@
-"""The products and norms of an iteration, and how torch's own library computes them.
+"""The products and norms of an iteration, computed by torch's own library.
 
-In: matrices (…, m, n) with at most one batch dimension, and where results go. Out: their products,
-and their norms. A single matrix goes through mm and addmm, the kernels torch.optim.Muon uses, so
-that results agree with it bit for bit; a batch goes through bmm and baddbmm.
+In: matrices (…, m, n) with at most one batch dimension, and where results go. Out: their products
+and norms. A single matrix goes through mm and addmm, as in torch.optim.Muon, so that results agree
+with it bit for bit; a batch goes through bmm and baddbmm.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ class Product(Protocol):
         Args:
             A: shape (…, m, k).
             B: shape (…, k, n).
-            C: shape (…, m, n); None for AB alone, without factors.
-            beta: factor of C.
-            alpha: factor of the product that is added to it.
+            C: shape (…, m, n); None for AB alone, without beta and alpha.
+            beta: multiplies C.
+            alpha: multiplies AB.
             out: the result, (…, m, n); shares no memory with the others.
         """
 
 
 @dataclass(frozen=True)
 class Products:
-    """How an iteration multiplies matrices and measures them.
+    """How an iteration multiplies matrices and takes norms.
 
     Attributes:
         name: for logs.
         general: any product.
-        symmetric: a product that the caller knows to be symmetric up to rounding, as is its C.
-        norm: the Frobenius norms of contiguous matrices, () or (k, 1, 1), in their dtype, but in
-            float32 of float16, where a sum of squares overflows.
-        is_fixed: whether a matrix gets the same bits alone and in any batch, and whether symmetric
+        symmetric: a product known to be symmetric up to rounding, as is its C.
+        norm: the Frobenius norms of contiguous matrices, () or (k, 1, 1), in their dtype; in
+            float32 for float16, where a sum of squares overflows.
+        is_fixed: whether a matrix gets the same bits alone and in any batch, and symmetric
             products are exactly symmetric.
     """
 
@@ -86,9 +86,9 @@ def multiply(
 
 
 def norm(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)
-    """The norms as torch computes them.
+    """The norms, computed by torch.
 
-    A single matrix takes the full-tensor norm, as torch.optim.Muon does; a batch may add in another
+    A single matrix uses the full-tensor norm, as torch.optim.Muon does; a batch may sum in another
     order.
     """
     dtype = torch.float32 if X.dtype == torch.float16 else None

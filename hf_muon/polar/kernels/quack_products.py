@@ -1,8 +1,8 @@
 """Symmetric products by quack-kernels (https://github.com/Dao-AILab/quack), the rest by torch.
 
-In: CUDA matrices in bfloat16 or float16. Out: their products. Imported on demand, as quack is no
-requirement. Its ``gemm_symmetric`` needs rows that begin at multiples of 16 bytes; others go
-through torch's library.
+In: CUDA matrices in bfloat16 or float16. Out: their products. Imported on demand, because quack is
+optional. Its ``gemm_symmetric`` needs rows that begin at multiples of 16 bytes; other matrices go
+to torch's library.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Two Triton kernels: a product of matrices, and sums of chunks of them.
+"""Two Triton kernels: a matrix product, and sums over chunks of matrices.
 
-In: pointers, sizes and strides, in numbers of elements. Out: what one program writes: a tile of a
-product, or a sum. It adds in an order that follows from the sizes and blocks alone, so that what a
-matrix gets does not depend on what else is in its batch.
+In: pointers, sizes and strides, in numbers of elements. Out: one tile of a product, or one sum, per
+program. The order of additions depends only on sizes and blocks, so a matrix gets the same result
+whatever else is in its batch.
 """
 
 import triton
@@ -17,7 +17,7 @@ def product(
     HAS_C: tl.constexpr, SYMMETRIC: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of D = beta·C + alpha·AB; of a symmetric one also its mirror image."""
+    """Write a tile of D = beta·C + alpha·AB; if D is symmetric, also the tile's mirror image."""
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     rows = tl.cdiv(M, BM)

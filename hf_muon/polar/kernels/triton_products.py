@@ -1,9 +1,9 @@
-"""Products and norms by Triton: symmetric ones by half, all in an order that no batch changes.
+"""Products and norms by Triton: symmetric products by halves, the same bits in any batch.
 
 In: CUDA matrices (…, m, n) with at most one batch dimension, of any strides, in bfloat16, float16
-or float32. Out: their products, each rounded once, from sums in float32. Imported on demand, as
-triton is no requirement. The launches are operators of torch (``hf_muon::product``,
-``hf_muon::chunk_sums``), so that tensors without memory pass them as they pass torch's own.
+or float32. Out: their products, summed in float32 and rounded once. Imported on demand, because
+triton is optional. The launches are torch operators (``hf_muon::product``,
+``hf_muon::chunk_sums``), so that tensors without memory can pass through them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS, BLOCK = 8, 2048
 
 
 class Blocks(NamedTuple):
-    """How a product is cut: tiles of rows × cols, added up over depth entries at a time."""
+    """How a product is tiled: tiles of rows × cols, summed over depth entries at a time."""
 
     rows: int
     cols: int
@@ -43,15 +43,15 @@ SMALL_SIDE = 512
 def blocks_for(
     sizes: tuple[int, int, int], dtype: torch.dtype, symmetric: bool, shared: int
 ) -> Blocks:
-    """Blocks that follow from the matrix and the device alone: nothing is timed, nothing varies.
+    """Return blocks that depend only on the matrix and the device: there is no autotuning.
 
     Args:
-        sizes: rows and columns of the result, and how many products are added up in an entry.
+        sizes: rows and columns of the result, and the length of the inner dimension.
         dtype: of the matrices.
-        symmetric: whether tiles are mirrored, and therefore square.
+        symmetric: whether tiles are mirrored, and must therefore be square.
         shared: bytes of shared memory that a program may use.
     """
-    # Rows that begin anywhere are loaded entry by entry, which takes registers.
+    # Rows with unaligned starts are loaded entry by entry, which takes registers.
     if dtype == torch.float32 or any(size % 16 for size in sizes):
         return Blocks(64, 64, 32, 4, 3)
     if min(sizes[:2]) <= SMALL_SIDE:
@@ -134,13 +134,13 @@ def _product(
     out: Tensor,
     symmetric: bool = False,
 ) -> Tensor:
-    """The ``Product``; of a symmetric one half is computed, and it is exactly symmetric."""
+    """The ``Product``; a symmetric one computes one half and mirrors it, exactly."""
     torch.ops.hf_muon.product(A, B, C, beta, alpha, symmetric, out)
     return out
 
 
 def norm(X: Tensor) -> Tensor:  # (m, n) -> (), (k, m, n) -> (k, 1, 1)
-    """The Frobenius norms of contiguous matrices: sums of chunks, and of those, up to the last."""
+    """The Frobenius norms of contiguous matrices: sums of chunks, then sums of those sums."""
     shape = X.shape[:-2] and (len(X), 1, 1)
     sums, of_squares = X.reshape(shape[0] if shape else 1, -1), True
     while of_squares or sums.shape[1] > 1:
