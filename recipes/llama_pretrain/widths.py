@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ import matplotlib.pyplot as plt
 from shared.style import COLOURS, tidy
 from study import command
 from study.byte_llama import sizes, train
-from study.harness import Arm, Plan, study
-from study.records import Records
+from study.harness import Arm
 from study.tables import Row
 
 STARTS = {"match_rms_adamw": 4e-3, "spectral": 1.6e-2, "original": 1.6e-2}
@@ -97,18 +96,7 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or print the tables."""
     arguments = parsed(argv)
-
-    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
-        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
-        budget = arguments.budget
-        return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
-
-    if arguments.command == "report":
-        print(command.report(arguments, plans_of, REFERENCE, figure=draw))
-        return
-    command.check_seeds(arguments)
-    plans = [plan for cell in cells(arguments) for plan in plans_of(cell)]
-    study(Records(arguments.out), plans, train, arguments.jobs)
+    command.execute(arguments, ARMS, REFERENCE, lambda: (cells(arguments), train), figure=draw)
 
 
 if __name__ == "__main__":

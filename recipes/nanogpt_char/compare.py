@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from arms import ARMS, BUDGET, REFERENCE
 from shared.arguments import RecipeError
 from shared.progress import quiet_libraries
 from study import command
-from study.harness import Plan, study
-from study.records import Records
+from study.harness import Train
 from training import BLOCK, train
 
 STEPS, PUBLISHED_LOSS = 2000, 1.88
@@ -37,20 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or print what was found."""
     arguments = parsed(argv)
 
-    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
-        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
-        budget = arguments.budget
-        return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
+    def prepare() -> tuple[list[dict[str, Any]], Train]:
+        quiet_libraries()
+        corpus = text.load(arguments.corpus, QUICK_TEXT if arguments.quick else None)
+        sizes = QUICK if arguments.quick else {"steps": arguments.steps}
+        return [{"text": corpus.name, **sizes}], partial(train, corpus)
 
-    if arguments.command == "report":
-        print(command.report(arguments, plans_of, REFERENCE, PUBLISHED_LOSS))
-        return
-    quiet_libraries()
-    command.check_seeds(arguments)
-    corpus = text.load(arguments.corpus, QUICK_TEXT if arguments.quick else None)
-    sizes = QUICK if arguments.quick else {"steps": arguments.steps}
-    plans = plans_of({"text": corpus.name, **sizes})
-    study(Records(arguments.out), plans, partial(train, corpus), arguments.jobs)
+    command.execute(arguments, ARMS, REFERENCE, prepare, target=PUBLISHED_LOSS)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

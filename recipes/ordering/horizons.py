@@ -26,9 +26,8 @@ from shared.style import COLOURS, MUTED, tidy
 from study import command
 from study.byte_llama import sizes, train
 from study.descent import Axis
-from study.harness import Arm, Plan, study
+from study.harness import Arm
 from study.paired import Estimate, difference
-from study.records import Records
 from study.tables import Row
 
 BETAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
@@ -136,18 +135,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or print the tables."""
     arguments = parsed(argv)
-
-    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
-        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
-        budget = arguments.budget
-        return [Plan(name, ARMS[name], cell, fresh, search, budget) for name in arguments.arms]
-
-    if arguments.command == "report":
-        print(command.report(arguments, plans_of, REFERENCE, figure=draw))
-        return
-    command.check_seeds(arguments)
-    plans = [plan for cell in cells(arguments) for plan in plans_of(cell)]
-    study(Records(arguments.out), plans, train, arguments.jobs)
+    command.execute(arguments, ARMS, REFERENCE, lambda: (cells(arguments), train), figure=draw)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from study import figures
-from study.harness import Plan, named
+from study.harness import Arm, Plan, Train, named, study
 from study.records import Records
 from study.tables import Row, cells_of, columns, rows, table, title
 
 PlansOf = Callable[[Mapping[str, Any]], list[Plan]]
 """Returns the plans of the arms in a cell."""
+Figure = Callable[[Sequence[Sequence[Row]], Path], None]
+"""Draws the rows of all cells into a file."""
 
 
 def parsers(description: str, arms: Sequence[str], budget: int) -> list[argparse.ArgumentParser]:
@@ -50,12 +52,45 @@ def check_seeds(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"error: --seeds: the search has seen seed {listed}; leave it out.")
 
 
+def execute(
+    arguments: argparse.Namespace,
+    arms: Mapping[str, Arm],
+    reference: str,
+    prepare: Callable[[], tuple[Sequence[Mapping[str, Any]], Train]],
+    target: float | None = None,
+    figure: Figure | None = None,
+) -> None:
+    """Do what the command line says: train what is missing, or print the tables.
+
+    Args:
+        arguments: of the command line.
+        arms: by name, those of the command line and others.
+        reference: the arm that others are compared with.
+        prepare: returns the cells and how to train once; it is called before training only.
+        target: a loss to be reached. Default: none.
+        figure: as in :func:`report`.
+    """
+
+    def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
+        fresh, search = getattr(arguments, "seeds", ()), arguments.search_seeds
+        budget = arguments.budget
+        return [Plan(name, arms[name], cell, fresh, search, budget) for name in arguments.arms]
+
+    if arguments.command == "report":
+        print(report(arguments, plans_of, reference, target, figure))
+        return
+    check_seeds(arguments)
+    cells, train = prepare()
+    plans = [plan for cell in cells for plan in plans_of(cell)]
+    study(Records(arguments.out), plans, train, arguments.jobs)
+
+
 def report(
     arguments: argparse.Namespace,
     plans_of: PlansOf,
     reference: str,
     target: float | None = None,
-    figure: Callable[[Sequence[Sequence[Row]], Path], None] | None = None,
+    figure: Figure | None = None,
 ) -> str:
     """Return the tables of all cells in the file, and draw where asked to: one for each by default.
 

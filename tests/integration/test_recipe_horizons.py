@@ -1,25 +1,26 @@
 """The study of orders over batch, length and noise: small runs, and what it reads off them."""
 
-import importlib
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from tests.integration.recipes import import_recipe
+
+horizons = import_recipe("ordering")["horizons"]
+widths = import_recipe("llama_pretrain")["widths"]
+harness, llama, records, tables = (
+    sys.modules[f"study.{name}"] for name in ("harness", "byte_llama", "records", "tables")
+)
 TEXT = np.frombuffer(b"Shall I compare thee to a summer's day? " * 40, dtype=np.uint8)
 
 
-@pytest.fixture
-def horizons(monkeypatch):
-    for folder in (RECIPES, RECIPES / "ordering"):
-        monkeypatch.syspath_prepend(str(folder))
-    llama = importlib.import_module("study.byte_llama")
+@pytest.fixture(autouse=True)
+def _own_text(monkeypatch):
     monkeypatch.setattr(llama, "texts", lambda corpus: (TEXT, TEXT))
-    return importlib.import_module("horizons")
 
 
-def test_a_small_study_ends_with_a_table_and_a_figure(horizons, tmp_path, capsys):
+def test_a_small_study_ends_with_a_table_and_a_figure(tmp_path, capsys):
     out, figure = str(tmp_path / "runs.jsonl"), tmp_path / "gap.png"
     few = ["--cells", "64x24", "--noise-scale", "1", "--seeds", "1", "2", "3", "--budget", "1"]
     horizons.main(["run", "--out", out, *few])
@@ -34,9 +35,7 @@ def test_a_small_study_ends_with_a_table_and_a_figure(horizons, tmp_path, capsys
     assert figure.stat().st_size > 10_000
 
 
-def test_the_gap_is_to_the_better_order_of_the_search(horizons):
-    harness, records = (importlib.import_module(f"study.{name}") for name in ("harness", "records"))
-    tables = importlib.import_module("study.tables")
+def test_the_gap_is_to_the_better_order_of_the_search():
     # On seed 0 post_polar is the better of the other two, on the fresh seeds it is not.
     losses = {"pre_polar": (1, 1.0), "post_polar": (2, 1.3), "polar_only": (3, 1.2)}
     kept, plans = records.Records(), []
@@ -52,9 +51,8 @@ def test_the_gap_is_to_the_better_order_of_the_search(horizons):
     assert horizons.gap(tables.rows(kept, plans[:2])) is None
 
 
-def test_widths_are_compared_by_rule(horizons, tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES / "llama_pretrain"))
-    widths, out = importlib.import_module("widths"), str(tmp_path / "widths.jsonl")
+def test_widths_are_compared_by_rule(tmp_path, capsys):
+    out = str(tmp_path / "widths.jsonl")
     few = ["--widths", "16", "32", "--cell", "64x4", "--seeds", "1", "--budget", "2"]
     widths.main(["run", "--out", out, *few])
     assert len(capsys.readouterr().out.splitlines()) == 2 * 3 * (2 + 1)

@@ -1,6 +1,7 @@
 """nanoGPT's benchmark: the model, the windows and the optimizers are what they are said to be."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from tests.reference import nanogpt
 
 recipe = import_recipe("nanogpt_char")
 arms, compare, text, training = (recipe[n] for n in ("arms", "compare", "text", "training"))
+Plan = sys.modules["study.harness"].Plan
 LINES = [f"line {n}: the quick brown fox jumps over {n * n} lazy dogs\n" for n in range(400)]
 
 
@@ -24,7 +26,7 @@ def corpus(tmp_path):
 
 def run_of(name, steps=4, seed=1, **changes):
     """A run at the start of an arm, but for changes of its point."""
-    plan = compare.Plan(name, arms.ARMS[name], {"steps": steps, "held_out": 8})
+    plan = Plan(name, arms.ARMS[name], {"steps": steps, "held_out": 8})
     run = plan.run(plan.start, seed)
     return replace(run, point={**run.point, **changes})
 
