@@ -26,6 +26,7 @@ REPOSITORY = URLS.get("Repository", "").rstrip("/")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):<code>(~?)([\w.]+)</code>")
 
 
@@ -102,7 +103,7 @@ class Examples(griffe.Extension):
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn roles of docstrings into links, and the marks of their blocks of code into colons."""
+    """Turn roles of docstrings into links, and their marks of code and escaped bars into signs."""
     names = re.findall(r'id="(hf_muon\.[\w.]+)"', html)
     anchors = {name.rpartition(".")[2]: name for name in names}
 
@@ -111,4 +112,5 @@ def on_page_content(html: str, **_: Any) -> str:
         shown = f"<code>{last if role[1] else role[2]}</code>"
         return f'<a href="#{anchors[last]}">{shown}</a>' if last in anchors else shown
 
+    html = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), html)
     return ROLE.sub(link, html).replace("::</p>", ":</p>")

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "filters.md"
 ROW = re.compile(
     r"^\| (.+?) \| [\d.–]+ \| \**[\d.]+ ± [\d.]+\** \| ([+−][\d.]+) ± ([\d.]+) \|", re.M
 )
-HORIZONS = {"512 steps": "## Which filter when", "2,048 steps": "2,048 steps of 128 tokens:"}
+HORIZONS = {"512 steps": "## Comparison of settings", "2,048 steps": "2,048 steps of 128 tokens:"}
 COLOUR = {"better": COLOURS[2], "not told apart": MUTED, "worse": COLOURS[0]}
 
 
