@@ -212,7 +212,9 @@ def _routing_message(
     def said(routes: dict[str, tuple[str, Any]], name: str, otherwise: str) -> str:
         algorithm, inside = routes.get(name, (otherwise, ()))
         count = len(inside) if isinstance(inside, tuple) else 0
-        return f"{algorithm} as {count} matrices" if algorithm == "muon" else algorithm
+        if algorithm == "muon":
+            return f"Muon ({count} {'matrix' if count == 1 else 'matrices'})"
+        return "AdamW" if algorithm == "adamw" else algorithm
 
     listed = "; ".join(
         f"{name[:90]}: {said(theirs, name, otherwise)} there, {said(mine, name, 'absent')} here"
@@ -220,7 +222,7 @@ def _routing_message(
     )
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
     return (
-        f"The checkpoint was routed otherwise: {listed}{more}. Load it with the muon_params, "
+        f"The checkpoint's routing differs: {listed}{more}. Load it with the muon_params, "
         "adamw_params, conv, split_fused and split_heads it was trained with (its muon_report.json "
         "has them), or start the optimizer afresh."
     )

@@ -87,8 +87,8 @@ def test_other_routes_are_refused_by_name_on_every_rank(results):
                 continue  # below
             assert len(messages) == 2
             for message in messages:
-                assert message.startswith("ValueError: The checkpoint was routed otherwise: ")
-                assert "down: muon as 1 matrices there, adamw here" in message
+                assert message.startswith("ValueError: The checkpoint's routing differs: ")
+                assert "down: Muon (1 matrix) there, AdamW here" in message
                 assert ("embedding: " in message) == (routes == "exchanged")
 
 

@@ -95,7 +95,9 @@ def configs(words, folder):
 def script_options(path):
     """The options of a script: what it adds itself, and the fields of what it parses into."""
     options = literals(path)
-    for settings in (path.with_name("settings.py"), path.with_name("method.py"), path):
+    rates = ROOT / "recipes" / "shared" / "rates.py"  # --other_learning_rate of two recipes
+    rates = rates if path.parent.name in ("llama_pretrain", "lora_finetune") else path
+    for settings in (path.with_name("settings.py"), path.with_name("method.py"), rates, path):
         if settings.is_file():
             names = {
                 target.target.id

@@ -35,6 +35,18 @@ from transformers import Trainer
 from tests.integration.tiny import arguments as tiny_arguments
 args = tiny_arguments("out")
 """,
+    "docs/preference_tuning.md": """
+from datasets import Dataset
+from tests.integration.tiny_text import word_tokenizer, sentences
+
+tokenizer = word_tokenizer()
+tokenizer.eos_token = "[SEP]"
+tokenizer.save_pretrained("causal")
+tiny_llama(vocab_size=len(tokenizer)).save_pretrained("causal")
+name = "causal"
+texts = [text for _, text in sentences(8)]
+preferences = Dataset.from_dict({"prompt": texts, "chosen": texts[::-1], "rejected": texts})
+""",
     "docs/routing.md": "import hf_muon\n",
     "docs/diagnostics.md": """
 import hf_muon.auto
@@ -45,6 +57,7 @@ args = tiny_arguments("out")
 gradients = [torch.randn(4, 6) for _ in range(5)]
 """,
 }
+MORE["docs/step.md"] = MORE["docs/robust.md"]
 MORE["docs/trainers.md"] = """
 from datasets import Dataset
 from transformers import (
@@ -81,6 +94,7 @@ pairs = scored.remove_columns("label")
 labelled = Dataset.from_dict({"text": texts, "label": [0, 1] * 4})
 """
 SMALLER = {
+    "docs/preference_tuning.md": [('Config("out",', 'Config("out", use_cpu=True,')],
     "docs/trainers.md": [
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "causal"),
         ('Config("out",', 'Config("out", use_cpu=True,'),
@@ -106,6 +120,7 @@ SMALLER = {
         ("every=10", "every=2"),
     ],
 }
+REPORT = "import pathlib\nreport = pathlib.Path('out/muon_report.json').read_text()\n"
 AFTERWARDS = {
     "README.md": "assert type(optimizer).__name__ == 'Muon'",
     "docs/checkpoints.md": "import pathlib\nassert pathlib.Path('out/checkpoint-4').is_dir()",
@@ -113,16 +128,31 @@ AFTERWARDS = {
     "docs/extending.md": "assert optimizer.param_groups[0]['filter'] == 'two_terms'",
     "docs/filters.md": "assert set(map(tuple, optimizer.momenta().values())) == {(0.95,)}",
     "docs/diagnostics.md": "import os\nassert os.path.isfile('runs/watched/spectra.jsonl')",
+    "docs/finetune_lora.md": REPORT + "assert 'tangent' in report",
+    "docs/get_started.md": REPORT + "assert 'lm_head' in report",
     "docs/learning_rates.md": "assert taken_over",
     "docs/qk_clip.md": "assert 'max_attention_logit' in str(trainer.state.log_history)",
+    "docs/preference_tuning.md": REPORT + "assert 'tangent' in report",
     "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
     "docs/robust.md": "assert RobustAggregation('median').settings.method == 'median'",
     "docs/routing.md": "assert plan.muon",
+    "docs/settings.md": "assert optimizer.param_groups[0]['order'] == 'post_polar'",
+    "docs/step.md": "assert type(optimizer).__name__ == 'Muon'",
     "docs/trainers.md": "assert len(made) == 14\nassert all(one.state for one in made)",
     "docs/troubleshooting.md": "assert issubclass(KeepSchedule, TrainerCallback)",
 }
-SLOW = {"docs/deepspeed.md", "docs/diagnostics.md", "docs/trainers.md"}
-NEEDS = {"docs/trainers.md": ("trl", "sentence_transformers", "setfit", "lightning")}
+SLOW = {
+    "docs/deepspeed.md",
+    "docs/diagnostics.md",
+    "docs/preference_tuning.md",
+    "docs/trainers.md",
+}
+# Short pages share a process, since most of the time goes into imports.
+TOGETHER = ("docs/get_started.md", "docs/settings.md", "docs/step.md", "docs/finetune_lora.md")
+NEEDS = {
+    "docs/preference_tuning.md": ("trl",),
+    "docs/trainers.md": ("trl", "sentence_transformers", "setfit", "lightning"),
+}
 
 
 def name(page):
@@ -136,7 +166,7 @@ def python_blocks(page):
 PAGES = [
     pytest.param(page, id=name(page), marks=[pytest.mark.full] if name(page) in SLOW else [])
     for page in markdown.PAGES
-    if python_blocks(page)
+    if python_blocks(page) and name(page) not in TOGETHER
 ]
 
 
@@ -174,6 +204,11 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
         if find_spec(package) is None:
             pytest.skip(f"pip install {package}")
     done = run(script(page), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_blocks_of_short_pages_run(tmp_path):
+    done = run("\n".join(script(ROOT / page) for page in TOGETHER), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,4 +1,4 @@
-"""What README calls tested is tested: each row of its table has tests, which are collected."""
+"""What docs/tested.md calls tested is tested: each row has tests, which are collected."""
 
 import re
 import subprocess
@@ -100,17 +100,16 @@ ROWS = {
         "unit/optimizer/test_groups.py::test_a_flat_shard_in_a_matrix_group_is_refused",
         "integration/test_deepspeed_config.py::test_is_refused",
     ],
-    "CUDA and other accelerators": [],  # not tested, and README has to say so
+    "CUDA and other accelerators": [],  # not tested, and the page has to say so
     "versions": ["unit/test_versions.py::test_the_versions_that_are_named_are_installed"],
 }
 
 
 @pytest.fixture(scope="module")
 def table():
-    """The rows of README's table: what, and how it is tested."""
-    readme = (ROOT / "README.md").read_text()
-    section = re.search(r"^## What is tested\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)[1]
-    return dict(re.findall(r"^\| (\S.*?) \| (.*?) \|$", section, re.MULTILINE))
+    """The rows of the page's table: what, and how it is tested."""
+    page = (ROOT / "docs" / "tested.md").read_text()
+    return dict(re.findall(r"^\| (\S.*?) \| (.*?) \|$", page, re.MULTILINE))
 
 
 def test_every_row_has_its_tests_and_every_test_its_row(table):

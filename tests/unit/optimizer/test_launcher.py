@@ -91,7 +91,7 @@ def test_one_group_at_a_time_is_left_as_it_is():
 def test_other_routes_are_refused_by_name(load):
     optimizer = build(matrices=("q", "embedding"))
     load(optimizer, build())
-    message = "k: muon as 1 matrices there, adamw here"
+    message = r"k: Muon \(1 matrix\) there, AdamW here"
     with pytest.raises(ValueError, match=message):
         with_own_settings(optimizer.param_groups, optimizer._settings)
     with pytest.raises(ValueError, match=message):  # also where groups step one by one
