@@ -19,7 +19,7 @@ import typer
 
 from hf_muon.diagnostics.history import FILE_NAME, read_spectra, read_warnings
 from hf_muon.diagnostics.plots import new_figure, spectra_figure
-from hf_muon.values import read_json, sentence
+from hf_muon.values import near_path, read_json, sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     """
     run = Path(run)
     if not run.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(run)!r}.")
+        raise FileNotFoundError(f"There is no folder {str(run)!r}.{near_path(run)}")
     history, about = _history(run), _json(run / "muon_report.json")
     if history is None and not about and not (run / FILE_NAME).is_file():
         inside = [str(path.parent) for path in sorted(run.glob("*/muon_report.json"))]
