@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
 # Build the documentation site; a warning is an error.
 #
-# In: nothing but python3 (>= 3.11); arguments go to `mkdocs build`. Out: site/.
+# In: nothing but python3 (>= 3.11); arguments go to `mkdocs build`. Out: site/, and where to look.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh docs
-exec .venv/bin/mkdocs build --quiet --strict "$@"
+site=$PWD/site
+arguments=("$@")
+for ((at = 0; at < ${#arguments[@]}; at++)); do
+    case ${arguments[at]} in
+        -d | --site-dir) site=$(realpath -m "${arguments[at + 1]:-site}") ;;
+        --site-dir=*) site=$(realpath -m "${arguments[at]#*=}") ;;
+    esac
+done
+.venv/bin/mkdocs build --quiet --strict "$@"
+echo "Built: $site/index.html."
+echo "To read it with working links: .venv/bin/mkdocs serve, then http://127.0.0.1:8000 in a browser."
