@@ -106,6 +106,7 @@ def test_minilm_learns_and_reports_loss_accuracy_and_base_rate(minilm_run):
     assert results["steps"] == len(results["train_curve"]) == 4
     assert results["validation_loss"] < results["eval_curve"][0]["loss"]
     assert 0 < results["validation_accuracy"] <= 1
+    assert [one["label"] for one in results["examples"]] == ["negative", "neutral", "positive"]
     assert (results["train_rows"], results["validation_rows"]) == (40, 20)
     assert 1 / 3 <= results["base_accuracy"] < 1
     assert 0 < results["optimizer_share"] < 1
@@ -156,6 +157,7 @@ def test_smollm2_answers_with_a_label(short_smollm2, tmp_path):
     assert results["validation_loss"] < results["eval_curve"][0]["loss"]
     assert 0 <= results["eval_curve"][0]["accuracy"] <= 1
     assert 0 < results["validation_accuracy"] <= 1
+    assert [one["label"] for one in results["examples"]] == ["negative", "neutral", "positive"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -113,7 +113,9 @@ def test_the_metadata_says_what_pyproject_says(built):
     fields = Parser().parsestr(archive.read(path).decode())
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
-    assert {"deepspeed", "peft", "recipes", "notebook", "docs", "dev"} == set(fields.get_all("Provides-Extra"))
+    assert {"deepspeed", "peft", "recipes", "notebook", "docs", "dev"} == set(
+        fields.get_all("Provides-Extra")
+    )
     assert "optim=" in fields.get_payload()  # README
 
 
