@@ -65,7 +65,7 @@ def write_board(
     what = "validation loss" if kind == "eval_loss" else "training loss"
     drawn = curves(series, what, "tokens" if by_tokens else "step", cut_begin=True)
     parts = [
-        page.note(conclusion) if conclusion else "",
+        page.text(conclusion) if conclusion else "",
         page.facts(_common(runs)),
         page.section("Losses", page.figures([(drawn, "")]), _nothing(runs)),
         page.section(
@@ -143,7 +143,8 @@ def _energy(run: Run, watts: float | None) -> str:
     if run.cpu_seconds is None:
         return UNKNOWN
     if watts is None:
-        return f"{run.cpu_seconds:,.0f} s of CPU"
+        seconds = run.cpu_seconds
+        return f"{seconds:,.0f} s of CPU" if seconds >= 10 else f"{seconds:.2g} s of CPU"
     return f"≈ {run.cpu_seconds * watts / 1e3:.3g} kJ (estimate)"
 
 

@@ -49,6 +49,8 @@ def curves(
     if not there:
         return ""
     figure = new_figure(5.6, 3.3)
+    from matplotlib.ticker import EngFormatter
+
     axes = figure.subplots()
     lines = []
     for (name, points), colour, style, width in zip(
@@ -62,6 +64,7 @@ def curves(
     if cut_begin:
         _frame(axes, list(there.values()))
     axes.set_xlabel(x_label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1M, not 1000000
     axes.set_title(label, loc="left", fontsize=10)
     ends = [points[-1][1] for points in there.values()]
     _label_ends(axes, list(zip(lines, ends, strict=True)))

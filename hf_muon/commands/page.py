@@ -69,6 +69,11 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="facts">\n{inside}\n</dl>' if lines else ""
 
 
+def text(sentences: str) -> str:
+    """A paragraph."""
+    return f"<p>{escape(sentences)}</p>"
+
+
 def note(text: str) -> str:
     """A sentence in small letters."""
     return f'<p class="note">{escape(text)}</p>'

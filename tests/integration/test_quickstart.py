@@ -1,8 +1,14 @@
 """What the quickstart says at its end is computed from what it has measured."""
 
+import json
 import re
+import shutil
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from rich.progress import Progress
 
 from tests.distributed.launch import ROOT
 from tests.integration.recipes import import_recipe
@@ -59,8 +65,6 @@ def test_adamw_has_a_rate_of_its_own_for_embeddings():
 
 
 def test_the_comparison_writes_a_page_and_says_where(tmp_path, capsys):
-    import json
-
     runs = {}
     for label, losses in (("muon", [6, 4, 3]), ("adamw", [6, 5, 4])):
         found = results(losses, optim=label, model={"parameters": 1_300_000}, train_curve=[])
@@ -81,11 +85,6 @@ def test_the_comparison_writes_a_page_and_says_where(tmp_path, capsys):
 
 
 def test_a_log_gets_a_line_for_each_run_every_few_seconds(monkeypatch, capsys):
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
-    from rich.progress import Progress
-
     monkeypatch.setattr(launch, "EVERY", 0.05)
     progress, may_end = Progress(), threading.Event()
     read = launch.follow(progress, "muon")
@@ -96,3 +95,22 @@ def test_a_log_gets_a_line_for_each_run_every_few_seconds(monkeypatch, capsys):
     assert re.search(r"^muon: step 3/122, loss 5.000 \(\d+ s\)$", capsys.readouterr().out, re.M)
     read("evaluating on 146,560 held-out tokens\n")
     assert progress.tasks[0].fields["losses"] == "evaluating on 146,560 held-out tokens"
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_pip_is_followed_and_its_failure_is_shown(tmp_path, status):
+    for file in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho ERROR: no such wheel\nsleep 0.2\nexit {status}\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts/setup.sh", "recipes"], capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert "Installing torch and hf_muon[recipes]" in done.stdout
+    assert (tmp_path / ".venv/.installed-recipes").exists() == (status == 0)
+    assert ("ERROR: no such wheel" in done.stderr) == (status != 0)
+    assert ("error: pip could not install torch" in done.stderr) == (status != 0)
