@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -x .venv/bin/hf-muon ]]; then
     cat << 'TEXT'
 First everything is installed into .venv: torch (200 MB for a CPU; the build for NVIDIA GPUs, which
-pip takes by default on Linux, is some 3 GB with its libraries), transformers and what recipes need
+pip takes by default on Linux, is several GB with its libraries), transformers and what recipes need
 (200 MB), Shakespeare's plays (5 MB). On a fast line that is two to five minutes.
 TEXT
 fi

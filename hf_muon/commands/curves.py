@@ -26,7 +26,7 @@ _WIDTHS = (3.0, 2.2, 1.8, 1.4)
 # Stand-ins for colours of the page, which follow the reader's mode.
 _INK, _LINE = "#010203", "#040506"
 _OF_PAGE = {_INK: "currentColor", _LINE: "var(--line)"}
-_SKIPPED = 0.05
+_SKIPPED = 0.1
 """Of the steps, at the beginning: their losses would flatten the rest and do not set the frame."""
 
 

@@ -93,7 +93,7 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
         page.facts(_summary(found)),
         page.section(
             "Losses and learning rates",
-            page.figures([(losses, "The first twentieth may lie above the frame."), (rates, "")]),
+            page.figures([(losses, "The first tenth may lie above the frame."), (rates, "")]),
             missing,
         ),
         *_spectra(found),

@@ -107,8 +107,8 @@ def follow(progress: Progress, label: str) -> Callable[[str], None]:
     losses: dict[str, str] = {}
 
     def read(line: str) -> None:
-        if re.match(r"loading |evaluating |evaluated ", line):
-            progress.update(task, losses=line.strip())
+        if re.match(r"loading |evaluating |evaluated |\w+: validation loss", line):
+            progress.update(task, losses=line.split(";")[0].strip())
         found = re.match(r"step (\d+)/(\d+): (.*)", line)
         if found is not None:
             step, steps, said = found.groups()

@@ -95,6 +95,8 @@ def test_a_log_gets_a_line_for_each_run_every_few_seconds(monkeypatch, capsys):
     assert re.search(r"^muon: step 3/122, loss 5.000 \(\d+ s\)$", capsys.readouterr().out, re.M)
     read("evaluating on 146,560 held-out tokens\n")
     assert progress.tasks[0].fields["losses"] == "evaluating on 146,560 held-out tokens"
+    read("muon: validation loss 4.0747, 973 tokens/s; out/results.json\n")
+    assert progress.tasks[0].fields["losses"] == "muon: validation loss 4.0747, 973 tokens/s"
 
 
 @pytest.mark.parametrize("status", [0, 7])
