@@ -1,7 +1,7 @@
 """Three held-out tweets and what the fine-tuned model says of them.
 
 In: a ``Trainer`` after training, the held-out rows, and how its task encodes rows. Out: text,
-prediction and label of the first tweet of each label.
+prediction and label of three of them, one of each label where there are such.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ def examples(
     held_out: datasets.Dataset,
     encode: Callable[[datasets.Dataset], datasets.Dataset],
 ) -> list[Example]:
-    """Predict the first held-out tweet of each label; all processes take part."""
+    """Predict the first held-out tweet of each label; all processes take part.
+
+    Where a label is missing another tweet takes its place.
+    """
     labels = held_out["label"][:]
-    rows = held_out.select([labels.index(label) for label in sorted({*labels})])
+    first = [labels.index(label) for label in sorted({*labels})]
+    others = [place for place in range(len(labels)) if place not in first]
+    rows = held_out.select([*first, *others][: len(tweets.LABELS)])
     # Either task gives scores of the three labels, (rows, 3).
     chosen = trainer.predict(encode(rows), metric_key_prefix="example").predictions.argmax(-1)
     return [
