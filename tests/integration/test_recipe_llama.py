@@ -240,7 +240,7 @@ def test_cached_tokenizer_is_not_trained_again(tmp_path, monkeypatch):
 def test_every_configuration_parses(config):
     _, data, training, _ = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
     assert training.optim == "muon"
-    assert training.optim_args == "order=pre_polar"
+    assert training.optim_args.split(",")[0] == "order=pre_polar"  # and perhaps a second rate
     assert data.tokens_per_step >= 8192 or config.stem == "quickstart"
     micro = training.per_device_train_batch_size * data.seq_len
     assert micro * training.gradient_accumulation_steps == data.tokens_per_step
