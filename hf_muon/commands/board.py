@@ -179,7 +179,9 @@ def _legend(kind: str, goal: float | None, target: float | None) -> str:
     text = "Nothing was logged, so that there is no target."
     if goal is not None:
         whose = "" if target is not None else ", the highest of the runs' last ones"
-        text = f"Target: {what} loss {goal:.4f}{whose}; between logged values it is interpolated."
+        text = (
+            f"Target: {what} loss {goal:.4f} on the curve{whose}; between its points interpolated."
+        )
     return (
         f"{text} Schedules decay over the whole run: a run that was planned to end at the target "
         "would reach it sooner. Last loss: on all held-out data where a run measured that."

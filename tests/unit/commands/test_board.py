@@ -53,7 +53,7 @@ def test_runs_are_compared_at_the_highest_last_loss(folder):
         ["a", "not recorded", "1.0%", "not recorded", "100 s of CPU"],
         ["b", "not recorded", "not recorded", "5 MB", "1.23 kJ (RAPL)"],
     ]
-    assert "Target: validation loss 4.0000, the highest of the runs" in page
+    assert "Target: validation loss 4.0000 on the curve, the highest of the runs" in page
     assert 'aria-label="validation loss"' in page
     assert "prefers-color-scheme: dark" in page
     assert "http" not in page
