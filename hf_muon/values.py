@@ -34,6 +34,15 @@ def near(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def near_path(path: Path) -> str:
+    """The same for a path that does not exist: the nearest name in its folder."""
+    try:
+        found = near(path.name, [one.name for one in path.parent.iterdir()])
+    except OSError:  # its folder does not exist either, or may not be read
+        return ""
+    return found
+
+
 def shown(value: object) -> str:
     """Return a value as Python writes it, truncated if it is long."""
     try:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_muon.config import MuonConfig
 from hf_muon.routing.plan import RoutePlan, route
-from hf_muon.values import near, read_json, sentence
+from hf_muon.values import near, near_path, read_json, sentence
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -59,7 +59,7 @@ def check_exists(source: str) -> None:
     if not path.exists() and (
         path.is_absolute() or source.startswith(".") or source.endswith(".json")
     ):
-        raise ValueError(f"{source!r} does not exist.")
+        raise ValueError(f"{source!r} does not exist.{near_path(path)}")
 
 
 def build(source: str, auto: str | None = None) -> nn.Module:

@@ -16,17 +16,30 @@ import typer
 
 from hf_muon.commands.blueprint import require_matrices, routed
 from hf_muon.commands.convert import convert
+from hf_muon.commands.env import env, installed
 from hf_muon.commands.observe import show
 from hf_muon.commands.plan import Auto, OptimArgs, plan
 from hf_muon.commands.probe import probe
 from hf_muon.commands.report import report
 from hf_muon.routing.plan import state_bytes
+from hf_muon.shown import megabytes
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-muon {installed('hf-muon')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
     """Muon for the Hugging Face Trainer."""
 
 
@@ -65,8 +78,9 @@ def route(
         typer.echo(routes.table(compact=False if full else None))
         share = state["total"] / state["adamw_only"] if state["adamw_only"] else 0.0
         typer.echo(
-            f"Optimizer state: {state['total']:,} bytes (Muon {state['muon']:,}, AdamW "
-            f"{state['adamw']:,}), {share:.0%} of AdamW alone ({state['adamw_only']:,})."
+            f"Optimizer state: {megabytes(state['total'])} (Muon {megabytes(state['muon'])}, "
+            f"AdamW {megabytes(state['adamw'])}), {share:.0%} of AdamW alone "
+            f"({megabytes(state['adamw_only'])})."
         )
     require_matrices(routes)
 
@@ -85,5 +99,5 @@ def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (route, plan, probe, report, convert):
+for _command in (route, plan, probe, report, convert, env):
     app.command()(_in_a_sentence(_command))

@@ -22,7 +22,7 @@ from hf_muon.config import MuonConfig
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.conversion import Named, keeps_average, reschedule, to_adamw, to_muon
 from hf_muon.routing import RoutePlan, route
-from hf_muon.values import require_known, sentence
+from hf_muon.values import near_path, require_known, sentence
 
 TARGETS = ("muon", "adamw_torch", "adamw_torch_fused")
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
@@ -69,7 +69,7 @@ def convert(
 
 def _check_folders(checkpoint: Path, target: Path) -> None:
     if not checkpoint.is_dir():
-        raise ValueError(f"{str(checkpoint)!r} is no folder.")
+        raise ValueError(f"{str(checkpoint)!r} is no folder.{near_path(checkpoint)}")
     if found := [path.name for name in _SHARDED for path in sorted(checkpoint.glob(name))]:
         raise ValueError(
             f"{str(checkpoint)!r} was written by FSDP or DeepSpeed ({found[0]}), and the state of "

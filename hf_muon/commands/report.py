@@ -1,53 +1,68 @@
-"""``hf-muon report RUN``: one page about a run.
+"""``hf-muon report RUN``: one page about a run, or with ``--board`` one about several.
 
-In: the output folder of a Trainer, with what it and hf_muon leave there: ``trainer_state.json`` (or
-a recipe's ``results.json``), ``muon_report.json``, ``spectra.jsonl``. Out: one HTML file with its
-figures inside. What is missing is named on the page.
+In: the output folder of a Trainer, with what it, hf_muon and the recipes leave there. Out: one HTML
+file with its figures inside. What is missing is named on the page, with what was looked for.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from html import escape
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from hf_muon.diagnostics.history import FILE_NAME, read_spectra, read_warnings
-from hf_muon.diagnostics.plots import new_figure, spectra_figure
-from hf_muon.values import read_json, sentence
+from hf_muon.commands import page
+from hf_muon.commands.board import write_board
+from hf_muon.commands.curves import curves, svg
+from hf_muon.commands.runs import REPORT, RESULTS, STATE, Run, read_run
+from hf_muon.diagnostics.history import FILE_NAME
+from hf_muon.diagnostics.plots import spectra_figure
+from hf_muon.shown import count, megabytes, shape
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; color: #222; }}
-img {{ max-width: 100%; }} table {{ border-collapse: collapse; font-size: 13px; }}
-td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #e6e6e6; }}
-.missing {{ color: #8a8a8a; }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
+NO_HISTORY = (
+    f"Nothing was logged. Looked for {STATE}, here and in checkpoint-*, which the Trainer writes "
+    f"with each checkpoint and in save_state(), and for a recipe's {RESULTS}."
+)
+NOT_RECORDED = "not recorded"
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The output folder of a Trainer.")],
-    output: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="The output folder of a Trainer.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Default: report.html in the folder, or board.html.")
+    ] = None,
+    board: Annotated[
+        bool,
+        typer.Option(
+            "--board", help="One page about several runs, or about all runs in the folders."
+        ),
+    ] = False,
+    target: Annotated[
+        float | None,
+        typer.Option(help="--board: a loss. Default: the highest of the runs' last losses."),
+    ] = None,
+    watts_per_core: Annotated[
+        float | None,
+        typer.Option(help="--board: what a busy core draws, for an estimate where RAPL is not."),
+    ] = None,
 ) -> None:
     """Write an HTML page about a run: losses, learning rates, spectra, routes."""
-    typer.echo(write_run_report(run, output))
+    if board:
+        typer.echo(write_board(runs, output, target=target, watts_per_core=watts_per_core))
+        return
+    if target is not None or watts_per_core is not None:
+        raise ValueError("--target and --watts-per-core are for --board.")
+    if len(runs) > 1:
+        raise ValueError(f"{len(runs)} runs are given: add --board for one page about all of them.")
+    typer.echo(write_run_report(runs[0], output))
 
 
 def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page.
+    """Write the page about one run.
 
     Args:
         run: The ``output_dir`` of a Trainer.
@@ -61,148 +76,162 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: A file in it is damaged.
     """
-    run = Path(run)
-    if not run.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(run)!r}.")
-    history, about = _history(run), _json(run / "muon_report.json")
-    if history is None and not about and not (run / FILE_NAME).is_file():
-        inside = [str(path.parent) for path in sorted(run.glob("*/muon_report.json"))]
-        raise FileNotFoundError(
-            f"{run} holds no trainer_state.json, muon_report.json or {FILE_NAME}: give the "
-            f"output_dir of a Trainer{', such as ' + inside[0] if inside else ''}."
-        )
-    no_history = (
-        "No trainer_state.json: the Trainer writes it with each checkpoint, or save_state()."
+    found = read_run(run)
+    losses = curves(
+        _named(found, {"loss": "training", "eval_loss": "validation"}), "loss", cut_begin=True
     )
-    with _reading(run / "muon_report.json"):
-        optimizer = f"<p>{escape(about['optimizer'])}.</p>" if about else ""
-        routes = _routes(about)
-        versions = _table(["package", "version"], about.get("versions", {}).items())
-    losses = _curves(history or [], ("loss", "eval_loss"), "loss")
-    rates = _curves(history or [], ("learning_rate", "adamw/lr"), "learning rate")
-    sections = [
-        optimizer,
-        _section("Losses", losses, no_history),
-        _section("Learning rates", rates, no_history),
-        *_spectra(run),
-        _section("Routes", routes, "No muon_report.json: another optimizer trained."),
-        _section("Versions", versions, ""),
+    rates = curves(
+        _named(found, {"learning_rate": "learning_rate", "adamw/lr": "adamw/lr"}), "learning rate"
+    )
+    missing = NO_HISTORY
+    if found.has_history:
+        missing = (
+            f"Neither is there. Looked among {len(found.logged)} logged quantities for loss, "
+            "eval_loss, learning_rate and adamw/lr."
+        )
+    parts = [
+        page.facts(_summary(found)),
+        page.section(
+            "Losses and learning rates",
+            page.figures([(losses, "The first tenth may lie above the frame."), (rates, "")]),
+            missing,
+        ),
+        *_spectra(found),
+        page.section(
+            "Routes",
+            _routes(found.routes),
+            f"No {REPORT} with routes: another optimizer trained, or groups were made by hand.",
+        ),
+        page.section("Versions", page.table(["package", "version"], found.versions.items())),
     ]
-    path = Path(output) if output else run / "report.html"
-    page = _PAGE.format(title=escape(f"Run {run.resolve().name}"), body="\n".join(sections))
-    path.write_text(page, encoding="utf-8")
+    path = Path(output) if output else found.folder / "report.html"
+    path.write_text(page.page(f"Run {found.name}", parts), encoding="utf-8")
     return path
 
 
-def _history(run: Path) -> list[dict[str, float]] | None:
-    """What was logged: by the state of the latest step, else in a recipe's results."""
-    found: tuple[int, list[dict[str, float]]] | None = None
-    for path in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")):
-        with _reading(path):
-            state = _json(path)
-            step = int(state.get("global_step", 0))
-            if state and (found is None or step > found[0]):
-                found = step, _numbers(state["log_history"])
-    if found is not None:
-        return found[1]
-    with _reading(run / "results.json"):
-        results = _json(run / "results.json")
-        curve = results.get("eval_curve", [])
-        evaluated = [{"step": point["step"], "eval_loss": point["loss"]} for point in curve]
-        return _numbers([*results.get("train_curve", []), *evaluated]) if results else None
+def _named(run: Run, names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """Logged values under the names of a figure."""
+    return {label: run.logged.get(name, []) for name, label in names.items()}
 
 
-def _numbers(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """The entries of a log, without what is no number."""
+def _summary(run: Run) -> list[tuple[str, str]]:
+    """The run in a few lines."""
     return [
-        {"step": int(entry["step"])}
-        | {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-        for entry in history
+        ("Model", run.model or NOT_RECORDED),
+        ("Data", run.data or NOT_RECORDED),
+        ("Optimizer", run.optimizer or f"{NOT_RECORDED}: no {REPORT}, so that it was not Muon"),
+        ("Loss", _losses(run)),
+        ("Progress", _progress(run)),
+        ("Time", _time(run)),
+        ("Optimizer state", megabytes(run.state_bytes) if run.state_bytes else NOT_RECORDED),
     ]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever content of another form makes Python raise into one sentence."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(
-            f"{path} does not hold what a run leaves there: {type(error).__name__}, "
-            f"{sentence(error)}"
-        ) from error
+def _losses(run: Run) -> str:
+    said = []
+    if run.final is not None:
+        said.append(f"validation {run.final:.4f}")
+    points = run.logged.get("eval_loss", [])
+    if points:
+        step, lowest = min(points, key=lambda point: point[1])
+        if step != points[-1][0]:
+            said.append(f"lowest validation {lowest:.4f} at step {step:,.0f}")
+    training = run.last("loss")
+    if training is not None:
+        said.append(f"training {training:.4f}")
+    return ", ".join(said) or NOT_RECORDED
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object that a file holds; empty if there is no file."""
-    return read_json(path) if path.is_file() else {}
+def _progress(run: Run) -> str:
+    if run.step is None:
+        return NOT_RECORDED
+    text = f"{run.step:,} steps"
+    if run.max_steps:
+        done = "finished" if run.step >= run.max_steps else "not finished"
+        text = f"{run.step:,} of {run.max_steps:,} steps, {done}"
+    return f"{text}, {count(int(run.tokens))} tokens" if run.tokens else text
 
 
-def _section(title: str, content: str, missing: str) -> str:
-    """A heading, and what stands below it or why nothing does."""
-    if not content and not missing:
-        return ""
-    return f"<h2>{title}</h2>\n" + (content or f'<p class="missing">{escape(missing)}</p>')
+def _time(run: Run) -> str:
+    said = [duration(run.seconds)] if run.seconds else []
+    if run.speed:
+        said.append(f"{run.speed:,.0f} tokens/s")
+    if run.share is not None:
+        said.append(f"{run.share:.1%} of a step is the optimizer's")
+    return ", ".join(said) or NOT_RECORDED
 
 
-def _curves(history: Sequence[dict[str, float]], names: Sequence[str], label: str) -> str:
-    """Logged values over steps, as an image; nothing if none of them was logged."""
-    series = {
-        name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names
-    }
-    if not any(series.values()):
-        return ""
-    figure = new_figure(8, 3.6)
-    axes = figure.subplots()
-    for name, points in series.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker=".")
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return _image(figure, label)
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _image(figure: Figure, description: str) -> str:
-    """A figure inside the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{encoded}">'
-
-
-def _spectra(run: Path) -> list[str]:
+def _spectra(run: Run) -> list[str]:
     """The samples of a SpectralMonitor, and what it warned of."""
-    path = run / FILE_NAME
-    there = path.is_file()
-    with _reading(path):
-        samples = read_spectra(path) if there else []
-        image = _image(spectra_figure(samples), "spectra") if samples else ""
-        warned = read_warnings(path) if there else []
-        rows = [(one["step"], one["layer"], one["warning"]) for one in warned]
+    drawn = svg(spectra_figure(run.samples), "spectra") if run.samples else ""
+    rows = [(one["step"], one["layer"] or "all", one["warning"]) for one in run.warned]
     return [
-        _section("Spectra", image, f"No samples in {FILE_NAME}: no SpectralMonitor watched."),
-        _section("Warnings", _table(["step", "layer", "warning"], rows), ""),
+        page.section(
+            "Spectra",
+            page.figures([(drawn, "")], large=True),
+            f"No samples in {FILE_NAME}: no SpectralMonitor watched this run. It is a callback: "
+            "Trainer(..., callbacks=[hf_muon.SpectralMonitor()]).",
+        ),
+        page.section("Warnings", page.table(["step", "layer", "warning"], rows)),
     ]
 
 
-def _routes(about: dict[str, Any]) -> str:
-    """The routing table; nothing where a model was not routed."""
-    routes = (about.get("routing") or {}).get("routes", [])
-    rows = [
-        (r["name"], " × ".join(map(str, r["shape"])), r["algorithm"], r["reason"]) for r in routes
-    ]
-    return _table(["parameter", "shape", "algorithm", "reason"], rows)
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
-    """An HTML table; nothing if it has no rows."""
-    lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    if not lines:
-        return ""
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table>\n<tr>{heads}</tr>\n{body}\n</table>"
+def _routes(routes: Sequence[dict[str, Any]]) -> str:
+    """The routing table, a fold for the layers of a stack that are alike, one for all the rest."""
+    layers: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    outside = []
+    for route in routes:
+        found = _LAYER.match(route["name"])
+        if found is None:
+            outside.append(route)
+        else:
+            key = (found["stack"], int(found["number"]))
+            layers[key].append({**route, "name": found["rest"]})
+    rows = {key: [_row(route) for route in inside] for key, inside in layers.items()}
+    # A stack comes in the order of its numbers, so that layers which are alike are neighbours.
+    stacks = list(dict.fromkeys(stack for stack, _ in layers))
+    ordered = sorted(layers, key=lambda key: (stacks.index(key[0]), key[1]))
+    folds = []
+    for (stack, _), alike in groupby(ordered, key=lambda key: (key[0], rows[key])):
+        numbers = [number for _, number in alike]
+        key = (stack, numbers[0])
+        several = f" to {numbers[-1]}, {len(numbers)} alike" if len(numbers) > 1 else ""
+        folds.append(
+            page.folded(f"{stack}.{numbers[0]}{several}", _counts(layers[key]), _table(rows[key]))
+        )
+    if outside:
+        title = "outside of the layers" if layers else "all parameters"
+        inside = _table([_row(route) for route in outside])
+        folds.append(page.folded(title, _counts(outside), inside, is_open=True))
+    return "\n".join(folds)
+
+
+def _row(route: dict[str, Any]) -> tuple[str, ...]:
+    factor = route.get("lr_multiplier", 1.0)
+    reason = str(route["reason"]) + (f"; rate × {factor:g}" if factor != 1 else "")
+    return route["name"], shape(route["shape"]), str(route["algorithm"]), reason
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return page.table(["parameter", "shape", "algorithm", "reason"], rows)
+
+
+def _counts(routes: Sequence[dict[str, Any]]) -> str:
+    muon = sum(route["algorithm"] == "muon" for route in routes)
+    others = len(routes) - muon
+    said = [f"{muon} by Muon"] * bool(muon) + [f"{others} by AdamW"] * bool(others)
+    return ", ".join(said)

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies.
-_COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999",
+# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies; the wine of
+# Paul Tol's palette replaces its black, which a dark page hides.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4466", "#999999",
 )  # fmt: skip
 
 
@@ -59,16 +60,20 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
         raise ValueError("There are no samples to draw: the run ended before the first one.")
     figure = new_figure(10.5, 6.6)
     (sigma, rank), (size, quality) = figure.subplots(2, 2, sharex=True)
-    for colour, (label, series) in zip(_cycle(samples), _by_layer(samples), strict=False):
-        _draw(sigma, series, "average_sigma_1", colour=colour, label=label)
+    layers = _by_layer(samples)
+    for number, (colour, (label, series)) in enumerate(zip(_cycle(samples), layers, strict=False)):
+        # Later lines are thinner, so that one on top of another leaves its rim visible.
+        width = 3.2 - 2.2 * number / len(layers)
+        _draw(sigma, series, "average_sigma_1", colour=colour, label=label, linewidth=width)
         _draw(sigma, series, "noise_edge", colour=colour, linestyle=":", marker="")
-        _draw(rank, series, "visible_rank", colour=colour)
-        _draw(size, series, "update_rms", colour=colour)
-        _draw(quality, series, "orthogonality_error", colour=colour)
+        _draw(rank, series, "visible_rank", colour=colour, linewidth=width)
+        _draw(size, series, "update_rms", colour=colour, linewidth=width)
+        _draw(quality, series, "orthogonality_error", colour=colour, linewidth=width)
     _titled(sigma, "largest singular value of M, and noise edge (dotted)", log=True)
     _titled(rank, "visible rank: singular values of M above the edge")
     _titled(size, "RMS of the update")
     _titled(quality, "orthogonality error of the polar factor")
+    rank.set_ylim(top=max(1.0, rank.get_ylim()[1]))
     rank.yaxis.get_major_locator().set_params(integer=True)
     for axes in (size, quality):
         axes.set_xlabel("step")
@@ -105,7 +110,7 @@ def _shared(parts: list[list[str]]) -> int:
 
 
 def _cycle(samples: Sequence[Record]) -> list[str]:
-    return list(_COLOURS) * (1 + len(samples) // len(_COLOURS))
+    return list(COLOURS) * (1 + len(samples) // len(COLOURS))
 
 
 def _draw(axes: Axes, series: list[Record], name: str, *, colour: str, **style: Any) -> None:

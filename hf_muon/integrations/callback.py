@@ -1,9 +1,9 @@
 """What every run by name needs from the Trainer's events.
 
-In: the events of a Trainer. Out: settings checked before training starts, warnings of what would
-not be trained or not be continued, the learning rate of the AdamW half in the logs,
-``muon_report.json`` in the output folder and in each checkpoint. For other optimizers the callback
-does nothing.
+In: the events of a Trainer. Out: settings checked before training starts, a line that says what
+Muon trains, warnings of what would not be trained or not be continued, the learning rate of the
+AdamW half in the logs, ``muon_report.json`` in the output folder and in each checkpoint. For other
+optimizers the callback does nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hf_muon.integrations.arguments import prepare
 from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
+from hf_muon.integrations.notice import first_line, say
 from hf_muon.integrations.report import find_muon, write_report
 from hf_muon.integrations.untrained import watch
 from hf_muon.optimizer import Muon
@@ -49,9 +50,11 @@ class MuonCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the report, or say that another optimizer trains than the one that was named."""
-        if find_muon(kwargs.get("optimizer")) is not None:
-            self._write_report(kwargs.get("optimizer"), state, Path(args.output_dir or "."))
+        """Write the report, and say what trains: Muon, or an optimizer that nobody named."""
+        optimizer = find_muon(kwargs.get("optimizer"))
+        if optimizer is not None:
+            if state.is_world_process_zero:
+                say(first_line(optimizer, write_report(optimizer, Path(args.output_dir or "."))))
             self._look_for_untrained(kwargs, begins=True)
         elif is_ours(args.optim):
             logger.warning(
@@ -96,7 +99,9 @@ class MuonCallback(TrainerCallback):
         # A hyper-parameter search saves each trial in a folder of its own.
         folder = Path(args.output_dir or ".", state.trial_name or "", checkpoint)
         if folder.is_dir():
-            self._write_report(kwargs.get("optimizer"), state, folder)
+            optimizer = find_muon(kwargs.get("optimizer"))
+            if optimizer is not None and state.is_world_process_zero:
+                write_report(optimizer, folder)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,12 +141,6 @@ class MuonCallback(TrainerCallback):
             if begins:
                 watched.begin(model)
             watched.look(optimizer)
-
-    @staticmethod
-    def _write_report(wrapped: object, state: TrainerState, folder: Path) -> None:
-        optimizer = find_muon(wrapped)
-        if optimizer is not None and state.is_world_process_zero:
-            write_report(optimizer, folder)
 
 
 def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:

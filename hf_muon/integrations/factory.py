@@ -78,14 +78,6 @@ def _optimizer(
         watched = watch(optimizer, model)
         if given is not None:  # another optimizer may train what the groups leave out
             watched.begin(model, untrained(model, optimizer))
-    totals = plan.totals()
-    logger.info(
-        "Muon trains %d matrices (%d parameters), AdamW %d tensors (%d parameters).",
-        totals["muon_matrices"],
-        totals["muon_parameters"],
-        totals["adamw_tensors"],
-        totals["adamw_parameters"],
-    )
     return optimizer
 
 

@@ -77,11 +77,14 @@ def _not_routed(optimizer: Muon) -> list[str]:
     return [name for name in names if name not in routed]
 
 
-def write_report(optimizer: Muon, folder: str | Path) -> None:
+def write_report(optimizer: Muon, folder: str | Path) -> Path | None:
     """Write ``muon_report.json`` into a folder, which is created if it does not exist.
 
     If the disk is full or read-only, this warns and the run continues. The file is replaced
     atomically: a reader sees the old one or the new one.
+
+    Returns:
+        The file; None if it could not be written.
     """
     path = Path(folder) / FILE_NAME
     text = json.dumps(build_report(optimizer), indent=1)
@@ -90,10 +93,12 @@ def write_report(optimizer: Muon, folder: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+        return path
     except OSError as error:
         logger.warning("%s could not be written: %s. Training goes on without it.", path, error)
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+        return None
 
 
 def describe(optimizer: Muon) -> str:

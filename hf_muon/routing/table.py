@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_muon.routing.route import Route
+from hf_muon.shown import shape
 
 
 def render(
@@ -44,7 +45,7 @@ def _routes(routes: Sequence[Route], *, compact: bool) -> Table:
     def cells(route: Route) -> tuple[str, ...]:
         matrices = _matrices(route)
         adapter = _adapter(route) if adapted else ()
-        rates = ("yes" if route.decay else "no", f"x {route.lr_multiplier:g}")[: 1 + scaled]
+        rates = ("yes" if route.decay else "no", f"× {route.lr_multiplier:g}")[: 1 + scaled]
         return _shape(route), route.algorithm, matrices, *adapter, *rates, route.reason
 
     if not compact:
@@ -61,8 +62,8 @@ def _routes(routes: Sequence[Route], *, compact: bool) -> Table:
 
 def _matrices(route: Route) -> str:
     return " + ".join(
-        f"{count} of {rows} x {cols}"
-        for (rows, cols), count in Counter((m.rows, m.cols) for m in route.matrices).items()
+        f"{count} of {shape(sides)}"
+        for sides, count in Counter((m.rows, m.cols) for m in route.matrices).items()
     )
 
 
@@ -116,7 +117,7 @@ def _pattern(name: str) -> str:
 
 
 def _shape(route: Route) -> str:
-    return f"({', '.join(map(str, route.shape))})"
+    return shape(route.shape)
 
 
 def text(table: Table) -> str:

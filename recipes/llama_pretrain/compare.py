@@ -2,7 +2,7 @@
 
 In: ``python compare.py configs/tiny.yaml`` (rates from ``configs/best/tiny.yaml``, which
 ``search.py`` wrote), or ``python compare.py --runs FOLDER FOLDER ...`` for finished runs.
-Out: a table, and the figure of the loss curves.
+Out: a table, what it shows in a sentence, the figure of the loss curves, and a page with both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,54 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 
 import figure
 import yaml
+from conclusion import NAMES, caveat, conclusion
 from launch import Run, run_side_by_side
 from rich.console import Console
 from rich.table import Table
+from sample import Sample
+from sample import shown as shown_sample
 from settings import HERE
 from shared.arguments import RecipeError, find_config
 from study.folder import split_extra
+
+from hf_muon.commands.board import write_board
+from hf_muon.shown import count
+
+WIDTH = 96
 
 
 def main() -> None:
     """Train or collect the runs, then print the table and draw the figure."""
     arguments = command_line()
     if arguments.runs:
-        runs = {folder.name: read_results(folder) for folder in arguments.runs}
+        folders = {folder.name: folder for folder in arguments.runs}
+        runs = {label: read_results(folder) for label, folder in folders.items()}
         out = arguments.out or Path("runs/llama_pretrain")
     else:
         config = find_config(arguments.config, HERE)
         out = arguments.out or Path("runs/llama_pretrain") / f"{config.stem}_compare"
         runs = train_each(config, out, arguments.extra)
-    out.mkdir(parents=True, exist_ok=True)
+        folders = {label: out / label for label in runs}
+    report(runs, folders, out)
+
+
+def report(runs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path], out: Path) -> None:
+    """Print samples, the table and what it shows; write the figure and the page."""
+    for label, run in runs.items():
+        if run.get("sample"):
+            print(shown_sample(Sample(**run["sample"]), NAMES.get(label, label)), end="\n\n")
     Console().print(comparison(runs))
+    found = conclusion(runs)
+    if found:
+        print("", *(textwrap.fill(text, WIDTH) for text in (found, caveat(runs))), "", sep="\n")
     path = out / "comparison.png"
+    out.mkdir(parents=True, exist_ok=True)
     figure.loss_figure(runs, path, title(runs))
-    print(f"Loss curves: {path}")
+    said = f"{found} {caveat(runs)}" if found else ""
+    page = write_board(
+        list(folders.values()), out / "board.html", title=title(runs), conclusion=said
+    )
+    print(f"Loss curves: {path}\nPage with curves, settings and costs: {page}")
 
 
 def command_line() -> argparse.Namespace:
@@ -89,7 +115,9 @@ def read_results(folder: Path) -> dict[str, Any]:
 def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of all runs; the step share is the optimizer's part of the step time."""
     table = Table(title=title(runs), title_justify="left", title_style="bold")
-    headings = ("rate", "validation loss", "tokens/s", "step share", "state MB")
+    headings = (
+        "rate", "others", "validation", "tokens/s", "step share", "state MB",
+    )  # fmt: skip
     table.add_column("optimizer", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -97,12 +125,19 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_row(
             label,
             f"{run['learning_rate']:g}",
+            f"{other_rate(run):g}",
             f"{run['final_validation_loss']:.4f}",
             shown(run["tokens_per_second"], "{:,.0f}"),
             shown(run["optimizer_share"], "{:.1%}"),
             f"{run['optimizer_state_bytes'] / 1e6:.1f}",
         )
     return table
+
+
+def other_rate(run: Mapping[str, Any]) -> float:
+    """Return the rate of embeddings, head and norms; that of the matrices where there is one."""
+    other = run.get("other_learning_rate")
+    return run["learning_rate"] if other is None else other
 
 
 def shown(value: float | None, form: str) -> str:
@@ -113,8 +148,8 @@ def shown(value: float | None, form: str) -> str:
 def title(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what the runs have in common."""
     run = next(iter(runs.values()))
-    parameters = run["model"]["parameters"] / 1e6
-    return f"LLaMA {parameters:.1f}M, {run['data']['corpus']}, {run['tokens'] / 1e6:.2f}M tokens"
+    parameters, tokens = count(run["model"]["parameters"]), count(run["tokens"])
+    return f"LLaMA of {parameters} parameters, {run['data']['corpus']}, {tokens} tokens"
 
 
 if __name__ == "__main__":

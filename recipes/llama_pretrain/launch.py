@@ -12,8 +12,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shared.arguments import RecipeError
 
 SCRIPT = Path(__file__).with_name("run.py")
+EVERY = 9.0  # seconds between lines where there is no bar
 DIVERGED = 3  # run.py's exit status when a gradient was not finite
 
 
@@ -83,16 +85,30 @@ def run_side_by_side(runs: Mapping[str, Run]) -> None:
             pool.submit(run_quietly, run, threads, on_line=follow(progress, label))
             for label, run in runs.items()
         ]
+        if not progress.console.is_terminal:
+            print_states(started, progress)
         for training in started:
             training.result()
 
 
+def print_states(started: Sequence[Future[None]], progress: Progress) -> None:
+    """Print a line for each run every few seconds, where no bar can move: in a log, in a pipe."""
+    begun = time.monotonic()
+    while wait(started, timeout=EVERY).not_done:
+        for task in progress.tasks:
+            of = f"step {task.completed:.0f}/{task.total:.0f}, " if task.total else ""
+            seconds = time.monotonic() - begun
+            print(f"{task.description}: {of}{task.fields['losses']} ({seconds:.0f} s)", flush=True)
+
+
 def follow(progress: Progress, label: str) -> Callable[[str], None]:
     """Return a function that advances a progress bar when ``run.py`` prints a line."""
-    task = progress.add_task(label, total=None, losses="starting")
+    task = progress.add_task(label, total=None, losses="loading torch and transformers")
     losses: dict[str, str] = {}
 
     def read(line: str) -> None:
+        if re.match(r"loading |evaluating |evaluated |\w+: validation loss", line):
+            progress.update(task, losses=line.split(";")[0].strip())
         found = re.match(r"step (\d+)/(\d+): (.*)", line)
         if found is not None:
             step, steps, said = found.groups()

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared
 import figure
 import packing
 import results as reporting
+import sample as sampling
 import settings
 from launch import DIVERGED
 from pretraining_data import PretrainingData, prepare
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     model_settings, data_settings, args, rate_settings = settings.parse(argv)
     quiet_libraries()
+    say(f"loading {data_settings.corpus}", args)
     with args.main_process_first(desc="tokenizer"):
         data = prepare(data_settings, args.max_steps)
     announce(data.description, args)
@@ -68,7 +70,10 @@ def main(argv: list[str]) -> None:
     results["model"] = vars(model_settings) | {"parameters": model.num_parameters()}
     results["data"] = data.description
     results.update(vars(rate_settings))
+    say(f"evaluating on {data.description['validation_tokens']:,} held-out tokens", args)
     results["final_validation_loss"] = reporting.exact_loss(trainer, data.validation)
+    written = sampling.sample(trainer, data.tokenizer, data.validation)
+    results["sample"] = written._asdict() if written else None
     results["wall_seconds"] = round(time.perf_counter() - started, 1)
     if args.save_strategy != "no":
         save_whole_model(trainer)
@@ -76,6 +81,12 @@ def main(argv: list[str]) -> None:
         write(Path(args.output_dir), results)
         trainer.save_state()
     leave_together(trainer)
+
+
+def say(text: str, args: Any) -> None:
+    """Print what comes next, before it takes its time."""
+    if args.process_index == 0:
+        print(text, flush=True)
 
 
 def announce(facts: dict[str, Any], args: Any) -> None:
@@ -125,6 +136,8 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     name = f"{results['optim']}, {results['data']['corpus']}, lr {results['learning_rate']:g}"
     figure.loss_figure({results["optim"]: results}, folder / "loss.png", name)
     speed = results["tokens_per_second"]
+    if results["sample"]:
+        print(sampling.shown(sampling.Sample(**results["sample"])))
     print(
         f"{results['optim']}: validation loss {results['final_validation_loss']:.4f}"
         + (f", {speed:,.0f} tokens/s" if speed else "")

@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipe
 import figure
 import yaml
 from compare import title as title_of
+from conclusion import tokens_to_reach
 from launch import Run, run_quietly
 from settings import HERE
 from shared.arguments import RecipeError, find_config
@@ -207,22 +207,6 @@ def compared(
         + (f"; {never} of {len(shares)} seeds never do" if never and reached else "")
     )
     return shares
-
-
-def tokens_to_reach(run: Results, reference: Results) -> float | None:
-    """Return the share of the reference's tokens that ``run`` needs for its final loss.
-
-    Both losses are from the evaluation curves; between points, the run's curve is interpolated
-    linearly. None if the run never reaches the loss.
-    """
-    goal = reference["eval_curve"][-1]["loss"]
-    curve = run["eval_curve"]
-    for before, after in pairwise(curve):
-        if after["loss"] <= goal:
-            part = (before["loss"] - goal) / (before["loss"] - after["loss"])
-            tokens = before["tokens"] + part * (after["tokens"] - before["tokens"])
-            return tokens / reference["tokens"]
-    return None
 
 
 def share(ratios: Sequence[float]) -> str:

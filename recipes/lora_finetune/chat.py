@@ -44,8 +44,8 @@ def build(
     trainer = Trainer(
         model=network,
         args=args,
-        train_dataset=conversations(split.train, tokenizer, data.max_tokens),
-        eval_dataset=by_length(conversations(split.validation, tokenizer, data.max_tokens)),
+        train_dataset=encoded(split.train, tokenizer, data.max_tokens),
+        eval_dataset=by_length(encoded(split.validation, tokenizer, data.max_tokens)),
         data_collator=Padding(tokenizer.pad_token_id),
         compute_metrics=Accuracy(answers),
         preprocess_logits_for_metrics=LabelScores(answers),
@@ -75,7 +75,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [ids[0] for ids in tokens]
 
 
-def conversations(
+def encoded(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> datasets.Dataset:
     """Return each row's question, tweet and answer as tokens: the prompt, the label, the end."""

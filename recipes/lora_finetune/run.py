@@ -2,7 +2,7 @@
 
 In: ``python run.py configs/minilm_sentiment.yaml [--optim muon] [--learning_rate 0.002] ...``.
 Out: in ``--output_dir``, ``results.json`` and ``adapter/``, which stock PEFT loads, and checkpoints
-on request.
+on request; on the screen, three held-out rows with the model's answers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from shared.progress import quiet_libraries, use_quiet_progress
 from shared.rates import adamw_of_two_rates
 from transformers import Trainer, TrainingArguments, set_seed
 
+import examples
 import hf_muon.auto  # noqa: F401  (makes optim="muon" a valid name)
 
-TASKS = {"classification": classification.build, "chat": chat.build}
+TASKS = {"classification": classification, "chat": chat}
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     model, data, args, rates = settings.parse(argv)
     quiet_libraries()
     set_seed(args.seed)  # a new head and LoRA's A are random
-    trainer, facts = TASKS[model.task](model, data, args)
+    trainer, facts = TASKS[model.task].build(model, data, args)
     trainer.optimizer_cls_and_kwargs = adamw_of_two_rates(args, rates)
     check_sharding(trainer)
     clock = measure.StepClock()
@@ -50,6 +51,11 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         return None
     final = trainer.evaluate(metric_key_prefix="final")
     speed = clock.steps_per_second()
+    told = examples.examples(
+        trainer,
+        data.split().validation,
+        lambda rows: TASKS[model.task].encoded(rows, trainer.processing_class, data.max_tokens),
+    )
     results = measure.run_results(trainer, clock) | {
         "model": vars(model),
         "data": vars(data),
@@ -61,6 +67,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         ),
         "validation_loss": final["final_loss"],
         "validation_accuracy": final.get("final_accuracy"),
+        "examples": told,
         "seconds_per_step": round(1 / speed, 4) if speed else None,
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
@@ -89,6 +96,7 @@ def save(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
     measure.write_json(folder / "results.json", results)
     trainer.save_state()
     accuracy = results["validation_accuracy"]
+    print(examples.shown(results["examples"]))
     print(
         f"{results['optim']}: validation loss {results['validation_loss']:.4f}"
         + (f", accuracy {accuracy:.1%}" if accuracy is not None else "")

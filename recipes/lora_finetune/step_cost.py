@@ -71,7 +71,7 @@ def measured(arguments: argparse.Namespace, rank: int, extra: list[str]) -> dict
     words = [arguments.config, "--r", str(rank), "--output_dir", str(arguments.out), *extra]
     model, data, args, _ = settings.parse(words)
     set_seed(args.seed)
-    trainer, _ = run.TASKS[model.task](model, data, args)
+    trainer, _ = run.TASKS[model.task].build(model, data, args)
     batch = next(iter(trainer.get_train_dataloader()))
     stages = {"forward and backward": lambda: gradients(trainer, batch)}
     stages |= {

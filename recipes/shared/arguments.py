@@ -93,8 +93,11 @@ def find_config(name: str, recipe: Path) -> Path:
     for path in (Path(name), recipe / name):
         if path.is_file():
             return path
-    shipped = ", ".join(sorted(path.stem for path in (recipe / "configs").glob("*.yaml")))
-    raise RecipeError(f"No configuration file {name!r}. The recipe has configs/ of: {shipped}.")
+    shipped = sorted(path.name for path in (recipe / "configs").glob("*.yaml"))
+    hint = near(name, [f"configs/{file}" for file in shipped])
+    raise RecipeError(
+        f"No configuration file {name!r}.{hint} The recipe has, in configs/: {', '.join(shipped)}."
+    )
 
 
 def read_config(path: Path, kinds: Sequence[type]) -> dict[str, Any]:

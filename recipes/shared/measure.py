@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback
 
-import hf_muon
+from shared.energy import EnergyMeter
 
 
 class StepClock(TrainerCallback):
@@ -30,9 +31,18 @@ class StepClock(TrainerCallback):
         self.steps = 0
         self.step_seconds = 0.0
         self.optimizer_seconds = 0.0
+        self.energy = EnergyMeter()
         self._mark: float | None = None
         self._optimizer_start = 0.0
         self._optimizer_last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the meter; it measures evaluations along the way as well."""
+        self.energy.start()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Read the meter."""
+        self.energy.stop()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock before the first step."""
@@ -124,6 +134,8 @@ def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "optimizer_share": round(share, 4) if share else None,
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
+        "cpu_seconds": clock.energy.cpu_seconds,
+        "joules": clock.energy.joules,
         "training_arguments": args.to_dict(),
         "world_size": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
@@ -133,7 +145,7 @@ def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "hf_muon": getattr(hf_muon, "__version__", None),
+            "hf_muon": version("hf-muon"),
         },
     }
 

@@ -1,15 +1,20 @@
 """Console output during training: a bar with the losses, or a short line per log.
 
-In: a ``Trainer``. Out: callbacks that replace those that print every log in full.
+In: a ``Trainer``. Out: callbacks that replace those that print every log in full. Neither is
+silent for long: a large evaluation has a bar of its own, or prints a line every few seconds.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import datasets
 import transformers
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+# Batches of an evaluation from which on it is shown, and seconds without a line before one comes.
+LONG, PATIENCE = 8, 8.0
 
 
 def quiet_libraries() -> None:
@@ -28,19 +33,60 @@ class QuietProgress(ProgressCallback):
             self._shown = {**getattr(self, "_shown", {}), **shown_losses(logs)}
             self.training_bar.set_postfix(self._shown)
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Show no second bar: the evaluations along the way are short."""
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Show a second bar where an evaluation is long; those along the way are short."""
+        if has_length(eval_dataloader) and len(eval_dataloader) > LONG:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader)
 
 
 class LogLines(TrainerCallback):
-    """Prints a short line per log, for runs without a progress bar."""
+    """Prints a short line per log, and one when nothing else was printed for some seconds."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+        self._evaluated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print the step and the losses that were logged."""
         losses = shown_losses(logs or {})
         if state.is_world_process_zero and losses:
             said = ", ".join(f"{name} {loss}" for name, loss in losses.items())
-            print(f"step {state.global_step}/{state.max_steps}: {said}", flush=True)
+            self._say(f"step {state.global_step}/{state.max_steps}: {said}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Print the step, if nothing was printed for long."""
+        if state.is_world_process_zero and self._is_overdue():
+            self._say(f"step {state.global_step}/{state.max_steps}")
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Print how far an evaluation is, if nothing was printed for long."""
+        self._evaluated += 1
+        if state.is_world_process_zero and self._is_overdue():
+            of = f"/{len(eval_dataloader)}" if has_length(eval_dataloader) else ""
+            self._say(f"evaluated {self._evaluated}{of} batches")
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Begin to count anew."""
+        self._evaluated = 0
+
+    def _is_overdue(self) -> bool:
+        return time.monotonic() - self._said > PATIENCE
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        print(text, flush=True)
+
+
+def has_length(loader: Any) -> bool:
+    """Return whether it is known how many batches there are; of a stream it is not."""
+    try:
+        return len(loader) >= 0
+    except TypeError:
+        return False
 
 
 def shown_losses(logs: dict[str, Any]) -> dict[str, str]:

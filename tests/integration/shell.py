@@ -109,7 +109,15 @@ def script_options(path):
             options |= {f"--{name}" for name in names}
     if "from study import command" in path.read_text():  # the command line of every study
         options |= literals(ROOT / "recipes" / "study" / "command.py")
-    trainers = ("run.py", "compare.py", "search.py", "heat_map.py", "layerwise.py", "run_clm.py")
+    trainers = (
+        "run.py",
+        "compare.py",
+        "search.py",
+        "heat_map.py",
+        "layerwise.py",
+        "run_clm.py",
+        "dry_run.py",
+    )
     if path.name in trainers:  # they hand what they do not know on, or are one themselves
         options |= {f"--{item.name}" for item in fields(TrainingArguments)} | {"--"}
     if path.parent.name == "post_training":

@@ -78,6 +78,9 @@ def test_a_run_writes_results_and_figure(finished, optim):
     assert results["tokens_per_second"] > 0
     assert results["model_flops_utilisation"] is None  # the peak of a CPU is not known
     assert 0 < results["optimizer_share"] < 1
+    assert results["cpu_seconds"] > 0
+    assert results["sample"]["prompt"]
+    assert results["sample"]["written"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     state = json.loads((folder / "trainer_state.json").read_text())  # `hf-muon report` draws it
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
@@ -237,8 +240,8 @@ def test_cached_tokenizer_is_not_trained_again(tmp_path, monkeypatch):
 def test_every_configuration_parses(config):
     _, data, training, _ = settings.parse([str(config), "--use_cpu", "true", "--bf16", "false"])
     assert training.optim == "muon"
-    assert training.optim_args == "order=pre_polar"
-    assert data.tokens_per_step >= 8192
+    assert training.optim_args.split(",")[0] == "order=pre_polar"  # and perhaps a second rate
+    assert data.tokens_per_step >= 8192 or config.stem == "quickstart"
     micro = training.per_device_train_batch_size * data.seq_len
     assert micro * training.gradient_accumulation_steps == data.tokens_per_step
     assert training.max_steps == data.token_budget // data.tokens_per_step

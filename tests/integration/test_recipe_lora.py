@@ -106,6 +106,8 @@ def test_minilm_learns_and_reports_loss_accuracy_and_base_rate(minilm_run):
     assert results["steps"] == len(results["train_curve"]) == 4
     assert results["validation_loss"] < results["eval_curve"][0]["loss"]
     assert 0 < results["validation_accuracy"] <= 1
+    assert len(results["examples"]) == 3
+    assert {one["prediction"] for one in results["examples"]} <= {*tweets.LABELS}
     assert (results["train_rows"], results["validation_rows"]) == (40, 20)
     assert 1 / 3 <= results["base_accuracy"] < 1
     assert 0 < results["optimizer_share"] < 1
@@ -156,6 +158,8 @@ def test_smollm2_answers_with_a_label(short_smollm2, tmp_path):
     assert results["validation_loss"] < results["eval_curve"][0]["loss"]
     assert 0 <= results["eval_curve"][0]["accuracy"] <= 1
     assert 0 < results["validation_accuracy"] <= 1
+    assert len(results["examples"]) == 3
+    assert {one["prediction"] for one in results["examples"]} <= {*tweets.LABELS}
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -163,7 +167,7 @@ def test_smollm2_answers_with_a_label(short_smollm2, tmp_path):
 def test_only_the_answer_is_trained_on(short_smollm2):
     tokenizer = AutoTokenizer.from_pretrained(short_smollm2)
     rows = tweets.table([("I love it", 2), ("It was late again and nobody said a word", 0)])
-    batch = chat.Padding(tokenizer.pad_token_id)(chat.conversations(rows, tokenizer, 40).to_list())
+    batch = chat.Padding(tokenizer.pad_token_id)(chat.encoded(rows, tokenizer, 40).to_list())
     assert batch["labels"].shape == (2, batch["logits_to_keep"])
     trained = [row[row != chat.IGNORED] for row in batch["labels"]]
     assert [tokenizer.decode(row) for row in trained] == [
@@ -181,7 +185,7 @@ def test_label_scores_of_a_batch_are_those_of_each_prompt_alone(short_smollm2):
     model = AutoModelForCausalLM.from_pretrained(short_smollm2, dtype=torch.float64).eval()
     answers = chat.label_tokens(tokenizer)
     rows = tweets.table([("I love it", 2), ("It was late again and nobody said a word", 0)])
-    tokens = chat.conversations(rows, tokenizer, 40)
+    tokens = chat.encoded(rows, tokenizer, 40)
     batch = chat.Padding(tokenizer.pad_token_id)(tokens.to_list())
     with torch.no_grad():
         output = model(**batch)

@@ -20,14 +20,14 @@ GPUS = 8
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = sorted(
     path.relative_to(slurm.ROOT).as_posix()
-    for pattern in ("recipes/slurm/*.s*", "scripts/*.sh", ".ci/run")
+    for pattern in (
+        "recipes/slurm/*.s*[!s]",
+        "recipes/slurm/stand_ins/scontrol",
+        "scripts/*.sh",
+        ".ci/run",
+    )
     for path in slurm.ROOT.glob(pattern)
 )
-
-
-def directives(job):
-    text = (slurm.JOBS / f"{job}.sbatch").read_text()
-    return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
 
 
 @pytest.fixture(params=NODES)
@@ -37,14 +37,7 @@ def job(request):
 
 def dry_run(job, folder, *options):
     """Return the command on each machine, as words."""
-    slurm.install(folder)
-    variables = slurm.variables(folder, NODES[job], GPUS, DRY_RUN="1")
-    file = slurm.JOBS / f"{job}.sbatch"
-    done = subprocess.run(
-        ["bash", file, *options], env=variables, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines()]
+    return slurm.dry_run.commands(slurm.JOBS / f"{job}.sbatch", list(options), folder)
 
 
 def test_every_job_is_tested():
@@ -65,7 +58,7 @@ def test_the_checker_finds_what_is_wrong(tmp_path):
 
 
 def test_a_job_is_told_in_time_and_comes_back(job):
-    asked = directives(job)
+    asked = slurm.directives(slurm.JOBS / f"{job}.sbatch")
     assert asked["nodes"] == str(NODES[job])
     assert asked["gpus-per-node"] == str(GPUS)
     assert asked["ntasks-per-node"] == "1"
@@ -123,3 +116,36 @@ def test_a_job_that_was_not_submitted_says_so(tmp_path):
     )
     assert done.returncode != 0
     assert "Submit with sbatch" in done.stderr
+
+
+def test_the_dry_run_says_what_would_train():
+    done = subprocess.run(
+        [sys.executable, "recipes/slurm/dry_run.py", "recipes/slurm/2_nodes.sbatch"],
+        cwd=slurm.ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *started, last = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in started] == ["node0", "node1"]
+    assert last.startswith("ok: 2 machines with 8 GPUs: 16 processes, ")
+    assert "steps of 131,072 tokens" in last
+
+
+WRONG = {
+    "#SBATCH --signal=B:USR1@180\n": ("", "has no line #SBATCH --signal=…."),
+    "B:USR1@180": ("B:USR1@90", "may take 150 seconds to save"),
+    "configs/130m.yaml": ("configs/130.yaml", "Did you mean 'configs/130m.yaml'?"),
+    "train ddp": ("train dpd", "'recipes/accelerate/dpd.yaml', which does not exist"),
+    "--gpus-per-node=8": ("--gpus-per-node=4", "--expected_world_size is 8"),
+    "--expected_world_size": ("--tokens_per_step 999 --expected_world_size", "not a multiple"),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_the_dry_run_finds_what_is_wrong(line, tmp_path):
+    other, message = WRONG[line]
+    right = (slurm.JOBS / "1_node.sbatch").read_text()
+    job = tmp_path / "job.sbatch"
+    job.write_text(right.replace(line, other))
+    assert job.read_text() != right
+    with pytest.raises(slurm.dry_run.RecipeError, match=re.escape(message)):
+        slurm.dry_run.check(job, slurm.dry_run.commands(job, [], tmp_path))

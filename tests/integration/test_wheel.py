@@ -125,7 +125,9 @@ def test_the_metadata_says_what_pyproject_says(built, metadata):
     own = project()["project"]
     assert metadata.license_expression == "Apache-2.0"
     assert str(metadata.requires_python) == ">=3.11"
-    assert {"deepspeed", "peft", "recipes", "docs", "dev"} == set(metadata.provides_extra)
+    assert {"deepspeed", "peft", "recipes", "notebook", "docs", "dev"} == set(
+        metadata.provides_extra
+    )
     assert str(metadata.version) == own["version"]
     assert {path.name for path in built.iterdir()} == {
         f"hf_muon-{own['version']}.tar.gz",

@@ -15,6 +15,7 @@ ROOT = Path(hf_muon.__file__).parent
 # room -> the rooms of the package that it may import, besides itself.
 ALLOWED = {
     "values": set(),
+    "shown": set(),
     "stages": {"polar"},
     "rules": {"stages"},
     "checks": {"polar", "rules", "values"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "polar": set(),
     "distributed": {"polar"},
     "optimizer": {"config", "distributed", "polar", "rules", "stages", "values"},
-    "routing": {"config", "distributed", "rules", "values"},
+    "routing": {"config", "distributed", "rules", "shown", "values"},
     "diagnostics": {
         "config",
         "distributed",
@@ -33,7 +34,7 @@ ALLOWED = {
         "stages",
         "values",
     },
-    "integrations": {"config", "optimizer", "polar", "routing", "rules", "values"},
+    "integrations": {"config", "optimizer", "polar", "routing", "rules", "shown", "values"},
     "commands": {
         "config",
         "diagnostics",
@@ -42,6 +43,7 @@ ALLOWED = {
         "polar",
         "routing",
         "rules",
+        "shown",
         "stages",
         "values",
     },

@@ -51,7 +51,9 @@ def test_the_lowest_python_is_the_same_everywhere():
         1
     ]
     named = {"README.md": f"Python ≥ {lowest}."}
-    named |= {f"scripts/{name}.sh": f">= {lowest})" for name in ("quickstart", "test", "docs")}
+    named |= {
+        f"scripts/{name}.sh": f">= {lowest})" for name in ("quickstart", "test", "docs", "notebook")
+    }
     named["scripts/setup.sh"] = f"({lowest.replace('.', ', ')})"
     named["constraints.txt"] = f"(Python {lowest})"  # their numpy needs it
     for file, words in named.items():

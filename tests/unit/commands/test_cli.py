@@ -108,6 +108,7 @@ def test_nothing_for_muon_prints_the_table_and_fails(folder):
 
 ERRORS = {
     "missing file": (["nowhere/config.json"], "'nowhere/config.json' does not exist."),
+    "misspelt file": (["{path}/confg.json"], "Did you mean 'config.json'?"),
     "unknown id": (["no-such/model-anywhere"], "gives no model config"),
     "unknown auto class": (["{path}", "--auto", "cat"], "auto='cat' is not one of causal-lm"),
     "misspelt auto class": (["{path}", "--auto", "causal_lm"], "Did you mean 'causal-lm'?"),

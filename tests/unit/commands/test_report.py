@@ -1,6 +1,5 @@
 """``hf-muon report`` makes one page of what a run leaves behind."""
 
-import base64
 import json
 import re
 
@@ -42,14 +41,48 @@ def test_the_page_holds_figures_routes_and_versions(folder):
     result = run(folder)
     assert result.exit_code == 0, result.output
     page = (folder / "report.html").read_text()
-    assert headings(page) == ["Losses", "Learning rates", "Spectra", "Routes", "Versions"]
-    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 3
-    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-    assert "order=pre_polar" in page
-    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", "transformers"):
+    assert headings(page) == ["Losses and learning rates", "Spectra", "Routes", "Versions"]
+    assert re.findall('<svg role="img" aria-label="(.*?)"', page) == [
+        "loss", "learning rate", "spectra",
+    ]  # fmt: skip
+    for name in ("mlp.up_proj.weight", "lm_head.weight", "transformers"):
         assert f"<td>{name}</td>" in page
     assert "http" not in page  # nothing is fetched when it is opened
+
+
+def test_it_begins_with_a_summary(folder):
+    run(folder)
+    page = (folder / "report.html").read_text()
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["Model"] == "LlamaForCausalLM, 23.7 k trained parameters in 21 tensors"
+    assert facts["Optimizer"].startswith("Muon (hf_muon ")
+    assert "order=pre_polar" in facts["Optimizer"]
+    assert facts["Progress"] == "4 of 4 steps, finished"
+    assert re.fullmatch(r"validation \d\.\d{4}.*, training \d\.\d{4}", facts["Loss"])
+    assert page.index("<dl") < page.index("<h2>")
+
+
+def test_layers_that_are_alike_are_one_fold(folder):
+    run(folder)
+    page = (folder / "report.html").read_text()
+    summaries = re.findall("<summary>(.*?) <span>(.*?)</span>", page)
+    assert summaries == [
+        ("model.layers.0 to 1, 2 alike", "7 by Muon, 2 by AdamW"),
+        ("outside of the layers", "3 by AdamW"),
+    ]
+    assert page.count("<td>mlp.up_proj.weight</td><td>48 × 32</td>") == 1
+
+
+def test_layers_that_differ_are_folds_of_their_own(tmp_path):
+    routes = [
+        {"name": f"h.{layer}.w", "shape": [2, 2], "algorithm": algorithm, "reason": "r"}
+        for layer, algorithm in enumerate(("muon", "muon", "adamw", "muon"))
+    ]
+    about = {"optimizer": "Muon", "routing": {"routes": routes}}
+    (tmp_path / "muon_report.json").write_text(json.dumps(about))
+    run(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall("<summary>(.*?) <span>", page) == ["h.0 to 1, 2 alike", "h.2", "h.3"]
 
 
 def test_names_are_escaped(folder):
@@ -65,7 +98,7 @@ def test_the_state_of_the_latest_checkpoint_is_taken(folder, tmp_path):
             json.dumps({"global_step": step, "log_history": logged})
         )
     run(tmp_path, "--output", tmp_path / "page.html")
-    assert 'alt="loss"' in (tmp_path / "page.html").read_text()
+    assert 'aria-label="loss"' in (tmp_path / "page.html").read_text()
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -74,7 +107,7 @@ def test_what_is_missing_is_named(tmp_path):
     )
     assert run(tmp_path).exit_code == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.count("No trainer_state.json") == 2
+    assert "Looked for trainer_state.json, here and in checkpoint-*" in page
     assert "No samples in spectra.jsonl" in page
     assert "No muon_report.json" in page
     assert "<td>the loss is nan</td>" in page
@@ -105,8 +138,8 @@ def test_curves_are_those_of_a_recipe_where_there_is_no_state(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"train_curve": curve, "eval_curve": curve}))
     assert run(tmp_path).exit_code == 0
     page = (tmp_path / "report.html").read_text()
-    assert 'alt="loss"' in page
-    assert page.count("No trainer_state.json") == 1  # the learning rates
+    assert 'aria-label="loss"' in page
+    assert 'learning rate"' not in page
 
 
 WRONG = {
@@ -142,10 +175,29 @@ def test_content_of_another_form_is_one_sentence_that_names_the_file(tmp_path, n
 def test_a_run_that_has_logged_nothing_has_a_page(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 0, "log_history": []}')
     assert run(tmp_path).exit_code == 0
+    assert "Looked among 0 logged quantities" in (tmp_path / "report.html").read_text()
+
+
+def test_several_runs_take_a_board(tmp_path):
+    result = run(tmp_path, tmp_path)
+    assert (result.exit_code, "add --board" in result.stderr) == (2, True)
+    result = run(tmp_path, "--target", "3")
+    assert (result.exit_code, "are for --board" in result.stderr) == (2, True)
+
+
+def test_curves_that_coincide_are_told_apart(tmp_path):
+    history = [{"step": s, "learning_rate": 1 / s, "adamw/lr": 1 / s} for s in range(1, 9)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    run(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    lines = re.findall('id="line2d_[^>]*>\\s*<path d="[^"]*" clip-path=[^>]*style="([^"]*)"', page)
+    lines = [style for style in lines if "#0072b2" in style or "#d55e00" in style]
+    assert len({*lines}) == 2
+    assert [("dasharray" in style) for style in lines] == [False, True]  # the later is on top
 
 
 def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
     entries = [{"step": 1, "loss": "a"}, {"step": 2, "loss": 1.0, "note": [1]}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
     assert run(tmp_path).exit_code == 0
-    assert 'alt="loss"' in (tmp_path / "report.html").read_text()
+    assert 'aria-label="loss"' in (tmp_path / "report.html").read_text()

@@ -144,4 +144,4 @@ def test_hf_muon_route_shows_them(tmp_path):
                                    "--optim-args", "conv=flatten"])  # fmt: skip
     assert run.exit_code == 0, run.output
     assert "conv, flattened" in run.output
-    assert "1 of 8 x 147" in run.output
+    assert "1 of 8 × 147" in run.output

@@ -201,7 +201,7 @@ def test_the_report_and_the_table_say_them(tmp_path):
     assert run.exit_code == 0, run.output
     assert "rate" in run.output.splitlines()[1]
     row = next(line for line in run.output.splitlines() if "layers.0.mlp.up_proj" in line)
-    assert "x 0.1" in row
+    assert "× 0.1" in row
 
 
 def test_schedules_of_deepspeed_that_write_rates_are_refused():

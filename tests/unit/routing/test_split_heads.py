@@ -199,7 +199,7 @@ def test_the_table_counts_heads():
     line = next(
         one for one in route(model, PER_HEAD).table().splitlines() if "0.self_attn.q" in one
     )
-    assert "4 of 8 x 32" in line
+    assert "4 of 8 × 32" in line
     assert "linear, per head: q_proj holds 4" in line
 
 

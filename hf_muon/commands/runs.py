@@ -1,0 +1,305 @@
+"""What a run leaves in its folder, as far as a page shows it.
+
+In: the ``output_dir`` of a Trainer: ``trainer_state.json`` (its own or that of the latest
+checkpoint), a recipe's ``results.json``, ``muon_report.json``, ``spectra.jsonl``, ``config.json``.
+Out: a :class:`Run`. What no file says is None or empty; what has another form is one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hf_muon.diagnostics.history import FILE_NAME, Record, read_spectra, read_warnings
+from hf_muon.shown import count
+from hf_muon.values import near_path, read_json, sentence
+
+STATE, RESULTS, REPORT = "trainer_state.json", "results.json", "muon_report.json"
+FILES = (STATE, RESULTS, REPORT, FILE_NAME)
+"""Any one of them makes a folder a run's."""
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Run:
+    """A run.
+
+    Attributes:
+        folder: Where it is.
+        logged: By name, (step, value) of what was logged, finite values only.
+        step: Steps that were made.
+        max_steps: Steps that were asked for.
+        tokens: Tokens trained on.
+        tokens_per_step: Tokens of a step.
+        seconds: Wall time of the training, or of the whole run where only that is known.
+        speed: Tokens per second.
+        share: The optimizer's share of the time of a step.
+        state_bytes: Bytes of optimizer state in the first process.
+        final: The last validation loss, on all held-out data where the run measured that.
+        joules: What the processor's counters (RAPL) say.
+        cpu_seconds: Time of all cores together.
+        model: The model in a few words.
+        data: The data in a few words.
+        optimizer: The optimizer in one sentence.
+        optim: Its name among the Trainer's.
+        config: Settings of Muon.
+        rates: Learning rates of the matrices, and of everything else.
+        routes: The routing table.
+        versions: By package.
+        samples: Of a SpectralMonitor.
+        warned: What that warned of.
+        has_history: Whether there is a file that holds what was logged.
+    """
+
+    folder: Path
+    logged: dict[str, Points] = field(default_factory=dict)
+    step: int | None = None
+    max_steps: int | None = None
+    tokens: float | None = None
+    tokens_per_step: float | None = None
+    seconds: float | None = None
+    speed: float | None = None
+    share: float | None = None
+    state_bytes: float | None = None
+    final: float | None = None
+    joules: float | None = None
+    cpu_seconds: float | None = None
+    model: str | None = None
+    data: str | None = None
+    optimizer: str | None = None
+    optim: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float | None, float | None] = (None, None)
+    routes: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    samples: list[Record] = field(default_factory=list)
+    warned: list[Record] = field(default_factory=list)
+    has_history: bool = False
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    def last(self, name: str) -> float | None:
+        """The last value that was logged under a name."""
+        points = self.logged.get(name)
+        return points[-1][1] if points else None
+
+    def steps_to(self, target: float, name: str) -> float | None:
+        """Steps until a logged loss is at a target, interpolated; None where it never is."""
+        points = self.logged.get(name, [])
+        if points and points[0][1] <= target:
+            return points[0][0]
+        for (step, loss), (after, lower) in pairwise(points):
+            if lower <= target:
+                return step + (loss - target) / (loss - lower) * (after - step)
+        return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds anything that a run leaves."""
+    return any((folder / name).is_file() for name in FILES) or any(_states(folder))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read what a run has left.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it holds nothing that a run leaves.
+        ValueError: A file in it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.{near_path(folder)}")
+    if not is_run(folder):
+        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+        raise FileNotFoundError(
+            f"{folder} holds no {', '.join(FILES[:-1])} or {FILES[-1]}: give the output_dir of a "
+            f"Trainer{f', such as {inside[0]}' if inside else ''}."
+        )
+    run = Run(folder)
+    _read_report(run)
+    _read_state(run)
+    _read_results(run)
+    _read_config(run)
+    path = folder / FILE_NAME
+    if path.is_file():
+        with reading(path):
+            run.samples, run.warned = read_spectra(path), read_warnings(path)
+            for one in (*run.samples, *run.warned):
+                int(one["step"]), one["layer"]
+    if run.tokens_per_step is None and run.tokens and run.step:
+        run.tokens_per_step = run.tokens / run.step
+    if run.final is None:
+        run.final = run.last("eval_loss")
+    return run
+
+
+def _states(folder: Path) -> Iterator[Path]:
+    yield from folder.glob(f"checkpoint-*/{STATE}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever content of another form makes Python raise into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path} does not hold what a run leaves there: {type(error).__name__}, "
+            f"{sentence(error)}"
+        ) from error
+
+
+def _read_report(run: Run) -> None:
+    path = run.folder / REPORT
+    if not path.is_file():
+        return
+    with reading(path):
+        about = read_json(path)
+        run.optimizer = f"{about['optimizer'].removesuffix('.')}."
+        run.config = dict(about.get("config") or {})
+        run.routes = [
+            {**route, "shape": list(map(int, route["shape"])), "name": str(route["name"])}
+            for route in (about.get("routing") or {}).get("routes", [])
+        ]
+        run.versions = {str(name): str(text) for name, text in about.get("versions", {}).items()}
+        by = {group["algorithm"]: float(group["lr"]) for group in about.get("groups", [])[::-1]}
+        run.rates = (by.get("muon"), by.get("adamw"))
+        trained = sum(math.prod(route["shape"]) for route in run.routes)
+        if trained:
+            run.model = f"{count(trained)} trained parameters in {len(run.routes)} tensors"
+
+
+def _read_state(run: Run) -> None:
+    """What was logged, by the state of the latest step."""
+    latest: dict[str, Any] = {}
+    for path in (run.folder / STATE, *_states(run.folder)):
+        if not path.is_file():
+            continue
+        with reading(path):
+            state = read_json(path)
+            step, history = int(state.get("global_step", 0)), state["log_history"]
+            logged = _logged(history)
+            if not latest or step > latest["step"]:
+                latest = {**state, "step": step, "logged": logged}
+                seconds = [_number(one.get("train_runtime")) for one in history]
+                latest["seconds"] = next((s for s in reversed(seconds) if s is not None), None)
+    if not latest:
+        return
+    run.has_history, run.logged, run.step = True, latest["logged"], latest["step"]
+    run.max_steps = int(_number(latest.get("max_steps")) or 0) or None
+    run.tokens = _number(latest.get("num_input_tokens_seen")) or None
+    run.seconds = latest["seconds"]
+
+
+def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:
+    """Values by name; of a step that was logged twice, as a resumed run does, the last one."""
+    found: dict[str, dict[float, float]] = {}
+    for entry in history:
+        step = int(entry["step"])
+        for name, value in entry.items():
+            number = _number(value)
+            if number is not None and name != "step":
+                found.setdefault(name, {})[step] = number
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def _read_results(run: Run) -> None:
+    """A recipe's own file: sizes and times, and its curves where the Trainer's state is missing."""
+    path = run.folder / RESULTS
+    if not path.is_file():
+        return
+    with reading(path):
+        found = read_json(path)
+        curves = {"loss": found.get("train_curve", []), "eval_loss": found.get("eval_curve", [])}
+        read = {
+            name: [(int(one["step"]), float(one["loss"])) for one in curve]
+            for name, curve in curves.items()
+        }
+        if not run.has_history:
+            run.has_history = "train_curve" in found or "eval_curve" in found
+            run.logged = {name: sorted(points) for name, points in read.items() if points}
+        numbers = {name: _number(value) for name, value in found.items()}
+        run.step = run.step or int(numbers.get("steps") or 0) or None
+        run.tokens = numbers.get("tokens") or run.tokens
+        run.seconds = run.seconds or numbers.get("wall_seconds")
+        run.speed, run.share = numbers.get("tokens_per_second"), numbers.get("optimizer_share")
+        run.state_bytes = numbers.get("optimizer_state_bytes")
+        run.joules, run.cpu_seconds = numbers.get("joules"), numbers.get("cpu_seconds")
+        run.final = numbers.get("final_validation_loss", numbers.get("validation_loss"))
+        run.optim = str(found["optim"]) if "optim" in found else None
+        if run.optimizer is None and run.optim:
+            rate, other = numbers.get("learning_rate"), numbers.get("other_learning_rate")
+            run.rates = (rate, rate if other is None else other)
+            run.optimizer = _other_optimizer(run.optim, rate, other)
+        run.model = _model(found, numbers) or run.model
+        run.data = _data(found)
+        if not run.versions:
+            versions = found.get("versions") or {}
+            run.versions = {str(name): str(text) for name, text in versions.items() if text}
+
+
+def _other_optimizer(optim: str, rate: float | None, other: float | None) -> str:
+    text = f"{optim}, the Trainer's"
+    if rate is not None:
+        text += f", with lr={rate:g}"
+    if other is not None:
+        text += f" for the hidden matrices and lr={other:g} for all other parameters"
+    return f"{text}."
+
+
+def _model(found: dict[str, Any], numbers: dict[str, float | None]) -> str | None:
+    shape = found.get("model") or {}
+    words = [str(shape[key]) for key in ("name", "model_name_or_path", "model") if key in shape]
+    if "num_hidden_layers" in shape and "hidden_size" in shape:
+        words.append(f"{shape['num_hidden_layers']} layers of width {shape['hidden_size']}")
+    size = _number(shape.get("parameters", numbers.get("parameters")))
+    if size:
+        words.append(f"{count(int(size))} parameters")
+    trained = numbers.get("trained_parameters")
+    if trained:
+        words.append(f"{count(int(trained))} of them trained")
+    return ", ".join(words) or None
+
+
+def _data(found: dict[str, Any]) -> str | None:
+    data = found.get("data") or {}
+    words = [str(data["corpus"])] if data.get("corpus") else []
+    if "seq_len" in data:
+        words.append(f"sequences of {data['seq_len']} tokens")
+    held = _number(data.get("validation_tokens"))
+    if held:
+        words.append(f"{count(int(held))} tokens held out")
+    rows, held = _number(found.get("train_rows")), _number(found.get("validation_rows"))
+    if rows and held:
+        words.append(f"{int(rows):,} rows, {int(held):,} held out")
+    return ", ".join(words) or None
+
+
+def _read_config(run: Run) -> None:
+    """The architecture, which the model's own configuration names."""
+    paths = (run.folder / "config.json", *sorted(run.folder.glob("checkpoint-*/config.json")))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return
+    with reading(path):
+        names = read_json(path).get("architectures") or []
+        if names:
+            run.model = ", ".join(filter(None, (str(names[0]), run.model)))
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    number = float(value)  # an integer of 400 digits raises OverflowError: the file is damaged
+    return number if math.isfinite(number) else None
