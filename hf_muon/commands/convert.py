@@ -80,6 +80,12 @@ def _check_folders(checkpoint: Path, target: Path) -> None:
             "folder with config.json and trainer_state.json, and resume from that with the "
             "callback KeepSchedule of docs/troubleshooting.md. Momentum begins at zero then."
         )
+    if (checkpoint / "modules.json").is_file():
+        raise ValueError(
+            f"{str(checkpoint)!r} was written by sentence-transformers (modules.json), which "
+            "trains a loss with the model inside it; the names and the number of its parameters "
+            "are not in the checkpoint. Start a new run from the weights."
+        )
     for name in (OPTIMIZER, SCHEDULE, "trainer_state.json"):
         if not (checkpoint / name).is_file():
             raise ValueError(
