@@ -23,6 +23,7 @@ from torch import Tensor
 from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of, sent_to
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.auto_momentum import MOMENTA
+from hf_muon.optimizer.copies import check_copies
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.rules import rule_of
@@ -76,7 +77,7 @@ class Agreement:
         if self._compared.get(entries[0]) != key:
             # Before the first message whose length follows from what is compared.
             _told(rank, {**settings, **facts()}, [])
-            _check_copies(rank, entries)
+            check_copies(entries, members, rank.device)
         small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
         self._say(groups, [False, bool(small)])
         self._compared[entries[0]] = key
@@ -206,29 +207,6 @@ def _differences(said: Facts, members: Sequence[Ranks]) -> ValueError:
         "polar_dtype, and where the products do, a polar_kernel: 'auto' follows the hardware. No "
         "parameter and no state was changed."
     )
-
-
-def _check_copies(rank: _Rank, entries: Sequence[Entry]) -> None:
-    """Raise on all ranks where whole tensors have gradients that nobody has averaged.
-
-    Averages are the same to the bit, so that of norms only some last bits may differ. Nothing is
-    said where some rank lacks a gradient that others have.
-    """
-    if any(entry.flat is not None or is_dtensor(entry.tensor) for entry in entries):
-        return
-    given = [gradient for _, gradient in _given(entries)]
-    norm = torch.nn.utils.get_total_norm(given).float().cpu()
-    bits = int(norm.view(torch.int32))  # which grow as a norm does, 2²³ of them for a factor of 2
-    told = sent_to(rank.device, [bits, -bits, len(entries) - len(given)])
-    most, least, lacking = agreed(told, rank.members).tolist()
-    if most + least > 2**7 and not lacking:
-        raise ValueError(
-            f"The ranks have copies of the model and other gradients, here of norm {norm:.6g}: "
-            "nobody has averaged them, and each rank would train on its own. Call the model that "
-            "DistributedDataParallel has wrapped, not the one inside, and leave no_sync() for the "
-            "last part of a batch. With the Trainer do not evaluate or predict before train(): "
-            "transformers (5.23) then trains without DDP. No parameter and no state was changed."
-        )
 
 
 def _of_wrong_kind(given: Given) -> Exception | None:

@@ -1,18 +1,21 @@
 """Trainers and loops of other libraries on two processes, one after the other: clients.py OUT.
 
 Each trains, saves halfway, and a second one goes on from there. Rank 0 writes for each what was
-measured before and after, and how far apart the weights are of the ranks, and of the two runs.
+measured before and after, how many tensors Muon trained, and how far apart are the weights of the
+ranks, those of the two runs, and what the saved model computes and what it computed.
 """
 
 import sys
-import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from peft import PeftModel
 
+from hf_muon.integrations.report import find_muon
 from tests.distributed.layouts import leave_together
 from tests.integration import recipes
 from tests.integration import test_sentence_transformers as sentence_transformers
@@ -26,23 +29,54 @@ import lightning_module
 from shared import compared
 from shared.processes import forget_evaluation
 
-STEPS = 8
+STEPS = 6
 SMALL = {
     "max_steps": STEPS,
     "save_strategy": "steps",
     "save_steps": STEPS // 2,
-    "train_rows": 64,
-    "validation_rows": 24,
+    "train_rows": 48,
+    "validation_rows": 16,
     "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 24,
+    "per_device_eval_batch_size": 16,
     "disable_tqdm": True,
 }
 METHODS = ("sft", "dpo", "reward", "grpo")
-ENCODERS = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
+# CrossEncoder's trainer fails under DDP, with AdamW as well (sentence-transformers 6.2).
+ENCODERS = ("SentenceTransformer", "SparseEncoder")
 
 
 def values(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Ran(NamedTuple):
+    """What a run measured, the weights, how many tensors Muon trained, and what reading changed."""
+
+    before: dict
+    after: dict
+    weights: dict
+    tensors: int
+    reread: float = 0.0
+
+
+def by_muon(optimizer):
+    groups = find_muon(optimizer).param_groups
+    return sum(len(group["params"]) for group in groups if group["algorithm"] == "muon")
+
+
+@torch.no_grad()
+def differs(model, folder):
+    """How far the numbers are apart that a model computes and that what is in a folder does."""
+    ids = torch.arange(12).view(2, 6)
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    own = model(**given).logits.clone()
+    if hasattr(model, "peft_config"):
+        again = PeftModel.from_pretrained(model.unload(), folder)
+    else:
+        again = type(model).from_pretrained(folder)
+    return float((again.eval()(**given).logits - own).abs().max())
 
 
 def words(**options):
@@ -56,31 +90,42 @@ class Recipes:
         self.found = {name: recipes.import_recipe(name) for name in ("post_training", "seq2seq")}
         train = compared.train
 
-        def seen(trainer, *args, **kwargs):
+        def seen(trainer, measured, samples, **facts):
             self.trainer = trainer
-            return train(trainer, *args, **kwargs)
+            if trainer.args.resume_from_checkpoint:  # measured once is enough
+                measured = dict
+            return train(trainer, measured, list, **facts)
 
         compared.train, compared.leave_together = seen, lambda trainer: None
 
     def __call__(self, main, config, folder, **options):
         told = {"output_dir": folder, **SMALL, **options}
         results = main([str(recipes.RECIPES / config), *words(**told)])
-        return results["before"], results["after"], values(self.unwrapped())
-
-    def unwrapped(self):
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+        dist.barrier()  # the first rank has saved
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
+        return Ran(
+            results["before"],
+            results["after"],
+            values(model),
+            by_muon(self.trainer.optimizer),
+            differs(model, folder),
+        )
 
 
 def twice(run, folder):
-    """What a run measured, and the weights of it and of one that goes on in its middle."""
-    before, after, weights = run(folder / "whole")
-    *_, resumed = run(folder / "resumed", halfway=str(folder / "whole" / f"checkpoint-{STEPS // 2}"))
-    return {
-        "before": before,
-        "after": after,
-        "apart": apart(weights),
-        "resumed": largest_difference(weights, resumed),
-    }
+    """A run, and one that goes on in its middle."""
+    whole = run(folder / "whole")
+    resumed = run(folder / "resumed", halfway=str(folder / "whole" / f"checkpoint-{STEPS // 2}"))
+    found = whole._asdict()
+    found |= {"apart": apart(whole.weights), "resumed": apart_from(resumed.weights, whole.weights)}
+    return found
+
+
+def apart_from(weights, others):
+    """How far weights are apart on the rank where they are most."""
+    worst = torch.tensor(largest_difference(weights, others))
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
 
 
 def apart(weights):
@@ -88,9 +133,7 @@ def apart(weights):
     first = {name: value.clone() for name, value in weights.items()}
     for value in first.values():
         dist.broadcast(value, 0)
-    worst = torch.tensor(largest_difference(first, weights))
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return float(worst)
+    return apart_from(first, weights)
 
 
 def post_training(by_recipe, method, r):
@@ -119,26 +162,41 @@ def seq2seq(by_recipe):
 def of_sentences(client):
     def run(folder, halfway=None):
         saving = {name: SMALL[name] for name in ("max_steps", "save_strategy", "save_steps")}
-        trainer = sentence_transformers.built(client, folder, ddp_backend="gloo", **saving)
+        with PartialState().main_process_first():  # who saves the model that both read
+            trainer = sentence_transformers.built(client, folder, **saving)
         before = {"loss": trainer.evaluate()["eval_loss"]}
         forget_evaluation(trainer)
-        trainer.train(resume_from_checkpoint=halfway)
+        saved = halfway and Path(halfway).parent / "out" / Path(halfway).name
+        trainer.train(resume_from_checkpoint=saved and str(saved))
         after = {"loss": trainer.evaluate()["eval_loss"]}
-        return before, after, values(trainer.model)
+        return Ran(before, after, values(trainer.model), by_muon(trainer.optimizer))
 
     return run
 
 
+def few_shot(folder):
+    """SetFit, which cannot resume."""
+    with PartialState().main_process_first():
+        trainer = sentence_transformers.few_shot(folder)
+    trainer.train()
+    body = trainer.model.model_body
+    return {"tensors": by_muon(trainer.st_trainer.optimizer), "apart": apart(values(body))}
+
+
 def loop(module, **options):
     """A script of recipes/ecosystem that returns the held-out loss before and after."""
-    built = []
-    of_bytes = module.build_model
+    built, made = [], []
+    of_bytes, of_muon = module.build_model, module.create_muon_optimizer
 
     def build_model():
         built.append(of_bytes())
         return built[-1]
 
-    module.build_model = build_model
+    def create_muon_optimizer(*args, **settings):
+        made.append(of_muon(*args, **settings))
+        return made[-1]
+
+    module.build_model, module.create_muon_optimizer = build_model, create_muon_optimizer
 
     def run(folder, halfway=None):
         if halfway is None:
@@ -147,7 +205,7 @@ def loop(module, **options):
         else:
             module.main(words(steps=STEPS, stop_at=STEPS // 2, folder=folder, **options))
             before, after = module.main([*words(steps=STEPS, folder=folder, **options), "--resume"])
-        return {"loss": before}, {"loss": after}, values(built[-1])
+        return Ran({"loss": before}, {"loss": after}, values(built[-1]), by_muon(made[-1]))
 
     return run
 
@@ -167,7 +225,9 @@ def by_layer():
         went_on = {"resume_from_checkpoint": halfway} if halfway else {}
         told = {"output_dir": folder, "use_cpu": True, "disable_tqdm": True, **saving, **went_on}
         before, after = layerwise.main(words(**told))
-        return {"loss": before}, {"loss": after}, values(made[-1].model)
+        trainer = made[-1]
+        weights = values(trainer.model)
+        return Ran({"loss": before}, {"loss": after}, weights, by_muon(trainer.optimizer))
 
     return run
 
@@ -205,10 +265,8 @@ def main(out):
         **{client: of_sentences(client) for client in ENCODERS},
     }
     for name, run in runs.items():
-        begun = time.time()
         results[name] = twice(run, folder / str(name))
-        if dist.get_rank() == 0:
-            print(name, results[name], round(time.time() - begun, 1), flush=True)
+    results["SetFit"] = few_shot(folder / "SetFit")
     if dist.get_rank() == 0:
         torch.save(results, out)
 
