@@ -56,7 +56,7 @@ class Ran(NamedTuple):
     after: dict
     weights: dict
     tensors: int
-    reread: float = 0.0
+    reread: float | None = None
 
 
 def by_muon(optimizer):
@@ -117,6 +117,8 @@ def twice(run, folder):
     whole = run(folder / "whole")
     resumed = run(folder / "resumed", halfway=str(folder / "whole" / f"checkpoint-{STEPS // 2}"))
     found = whole._asdict()
+    # A run that began anew would be the same as well; it would have saved halfway.
+    found["began_anew"] = bool(list((folder / "resumed").rglob(f"checkpoint-{STEPS // 2}")))
     found |= {"apart": apart(whole.weights), "resumed": apart_from(resumed.weights, whole.weights)}
     return found
 
@@ -185,11 +187,13 @@ def few_shot(folder):
 
 def loop(module, **options):
     """A script of recipes/ecosystem that returns the held-out loss before and after."""
-    built, made = [], []
+    built, made, goes_on = [], [], []
     of_bytes, of_muon = module.build_model, module.create_muon_optimizer
 
     def build_model():
         built.append(of_bytes())
+        if goes_on:  # from other weights, so that one that began anew would end elsewhere
+            built[-1].lm_head.weight.data *= 0.5
         return built[-1]
 
     def create_muon_optimizer(*args, **settings):
@@ -204,6 +208,7 @@ def loop(module, **options):
             before, after = module.main(told)
         else:
             module.main(words(steps=STEPS, stop_at=STEPS // 2, folder=folder, **options))
+            goes_on.append(True)
             before, after = module.main([*words(steps=STEPS, folder=folder, **options), "--resume"])
         return Ran({"loss": before}, {"loss": after}, values(built[-1]), by_muon(made[-1]))
 

@@ -26,6 +26,8 @@ TENSORS = {
 }
 # Six steps; of what GRPO samples so few rewards say nothing.
 LEARNS = [client for client in TENSORS if "grpo" not in client]
+# Of the others a checkpoint is read back as a run goes on, or tests/integration reads the model.
+SAVED = [client for client in TENSORS if isinstance(client, tuple) or client == "seq2seq"]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,10 @@ def test_something_is_learned(results, client):
 @pytest.mark.parametrize("client", TENSORS, ids=str)
 def test_a_run_goes_on_bit_by_bit(results, client):
     assert results[client]["resumed"] == 0
+    assert not results[client]["began_anew"]
 
 
-@pytest.mark.parametrize("client", TENSORS, ids=str)
+@pytest.mark.parametrize("client", SAVED, ids=str)
 def test_the_saved_model_computes_what_the_trained_one_did(results, client):
     assert results[client]["reread"] == 0
 

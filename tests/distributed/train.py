@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM, Trainer
 
 import hf_muon.auto  # noqa: F401
 import tests.distributed.fsdp_on_cpu  # noqa: F401
-from hf_muon.integrations.callback import untrained
 from hf_muon.integrations.report import find_muon
+from hf_muon.integrations.untrained import untrained
 from tests.distributed.layouts import leave_together
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
 
