@@ -280,7 +280,7 @@ class MuonConfig:
                 "not suit AdamW. Set adamw_lr (optim_args: adamw_lr=3e-4), or use "
                 "adjust_lr='match_rms_adamw', under which one learning rate serves both halves."
             )
-        if self.adamw_lr is None and (self.step_rule, self.matrix_map) not in _LIKE_ADAMW:
+        if self.adamw_lr is None and (self.step_rule, self.matrix_map) not in LIKE_ADAMW:
             warnings.warn(
                 f"adamw_lr is not set, so that AdamW trains what is no matrix with lr={self.lr!r}. "
                 f"Under step_rule={self.step_rule!r} and matrix_map={self.matrix_map!r} lr has "
@@ -304,7 +304,7 @@ class MuonConfig:
 
 
 # Step rules and maps under which one learning rate serves both halves.
-_LIKE_ADAMW = {("additive", name) for name in ("polar", "soft")}
+LIKE_ADAMW = {("additive", name) for name in ("polar", "soft")}
 
 _MUON_FIELDS = (
     "order", "momentum", "momentum_weights", "nesterov", "prefilter", "prefilter_threshold",

@@ -79,8 +79,12 @@ def build(source: str, auto: str | None = None) -> nn.Module:
             f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.{near(auto, AUTO_CLASSES)}"
         )
     path = Path(source)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        return _with_adapter(path, auto)
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            return _with_adapter(path, auto)
+        named = list(path.glob("*/adapter_config.json"))
+        if len(named) == 1:  # PEFT saves an adapter in a folder of its name, if it has one
+            return _with_adapter(named[0].parent, auto, named[0].parent.name)
     config = _config(source)
     try:
         with torch.device("meta"):
@@ -131,7 +135,7 @@ def _model(config: Any, auto: str | None) -> nn.Module:
     raise ValueError(f"{asked} has no class for {config.model_type!r}.")
 
 
-def _with_adapter(path: Path, auto: str | None) -> nn.Module:
+def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Module:
     """The base model that an adapter config names, with that adapter on it."""
     try:
         import peft
@@ -151,7 +155,7 @@ def _with_adapter(path: Path, auto: str | None) -> nn.Module:
         config.init_lora_weights = True  # other initialisations read the base weights
     try:
         with torch.device("meta"):
-            model: nn.Module = peft.get_peft_model(base, config)
+            model: nn.Module = peft.get_peft_model(base, config, adapter_name=name)
     except Exception as error:  # as above: the adapter may not fit the base model
         raise ValueError(f"{str(path)!r} does not fit its base: {sentence(error)}") from error
     return model

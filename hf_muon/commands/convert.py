@@ -7,7 +7,6 @@ model is built without weights; the folder that is read stays as it is.
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,9 +17,11 @@ import typer
 
 from hf_muon.commands.blueprint import build
 from hf_muon.commands.plan import Auto, OptimArgs
-from hf_muon.config import MuonConfig
+from hf_muon.config import LIKE_ADAMW, MuonConfig
 from hf_muon.optimizer import Muon
+from hf_muon.optimizer.checkpoint import is_group
 from hf_muon.optimizer.conversion import Named, keeps_average, reschedule, to_adamw, to_muon
+from hf_muon.optimizer.entries import Group
 from hf_muon.routing import RoutePlan, route
 from hf_muon.values import near_path, require_known, sentence
 
@@ -62,21 +63,28 @@ def convert(
         after = to_adamw(before, parameters, _settings_of_adamw(decayed, others, config, to))
     schedule = reschedule(schedule, after["param_groups"])
     _write(checkpoint, target, after, schedule)
-    groups = after["param_groups"]
-    of_muon = groups if to == "muon" else before["param_groups"]
-    typer.echo(_summary(target, to, groups, of_muon, optim_args))
+    of_muon = (after if to == "muon" else before)["param_groups"]
+    typer.echo(_kept(to, after["param_groups"], of_muon))
+    typer.echo(_how_to_go_on(target, to, after["param_groups"], config, optim_args))
 
 
 def _check_folders(checkpoint: Path, target: Path) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{str(checkpoint)!r} is no folder.{near_path(checkpoint)}")
-    if found := [path.name for name in _SHARDED for path in sorted(checkpoint.glob(name))]:
+    found = [path.name for name in _SHARDED for path in sorted(checkpoint.glob(name))]
+    if found and not any(checkpoint.glob("random_states_*.pkl")):  # accelerate's save_state
         raise ValueError(
             f"{str(checkpoint)!r} was written by FSDP or DeepSpeed ({found[0]}), and the state of "
             "its optimizer lies in pieces. Checkpoints of one process or DDP can be converted; "
             "of others merge the weights (zero_to_fp32.py, accelerate merge-weights) into a "
             "folder with config.json and trainer_state.json, and resume from that with the "
             "callback KeepSchedule of docs/troubleshooting.md. Momentum begins at zero then."
+        )
+    if (checkpoint / "modules.json").is_file():
+        raise ValueError(
+            f"{str(checkpoint)!r} was written by sentence-transformers (modules.json), which "
+            "trains a loss with the model inside it; the names and the number of its parameters "
+            "are not in the checkpoint. Start a new run from the weights."
         )
     for name in (OPTIMIZER, SCHEDULE, "trainer_state.json"):
         if not (checkpoint / name).is_file():
@@ -94,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A state dict. The file is data: nothing in it is executed."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise anything
         raise ValueError(f"{str(path)!r} cannot be read: {sentence(error)}") from error
     if not isinstance(found, dict) or (path.name == OPTIMIZER and not _has_groups(found)):
         raise ValueError(f"{str(path)!r} is damaged: it holds no state dict.")
@@ -102,13 +110,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _has_groups(found: dict[str, Any]) -> bool:
-    groups = found.get("param_groups")
-    return (
-        isinstance(found.get("state"), dict)
-        and isinstance(groups, list)
-        and bool(groups)
-        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-    )
+    groups, state = found.get("param_groups"), found.get("state")
+    if not (isinstance(groups, list) and groups and all(map(is_group, groups))):
+        return False
+    indices = [index for group in groups for index in group["params"]]
+    named = all(len(g.get("param_names", g["params"])) == len(g["params"]) for g in groups)
+    states = isinstance(state, dict) and all(isinstance(one, dict) for one in state.values())
+    return named and states and len(set(indices)) == len(indices)
 
 
 def _planned(
@@ -135,7 +143,7 @@ def _planned(
     return route(build(source, auto), config), config
 
 
-def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _settings_of_run(groups: list[Group]) -> dict[str, Any]:
     """What AdamW trained with, or else what Muon did."""
     of_adamw = [group for group in groups if group.get("algorithm", "adamw") == "adamw"]
     if not all({"betas", "eps", "lr", "weight_decay"} <= group.keys() for group in of_adamw):
@@ -144,21 +152,35 @@ def _settings_of_run(groups: list[dict[str, Any]]) -> dict[str, Any]:
             "betas and eps, or of Muon are expected. Other optimizers cannot be converted: start a "
             "new run from the weights."
         )
-    first = (of_adamw or groups)[0]
     settings: dict[str, Any] = {
-        "lr": first.get("initial_lr", first["lr"]),
+        "lr": _rate([*of_adamw, *filter(_has_rates_of_adamw, groups)]),
         "weight_decay": _decay(of_adamw) or _decay(groups),
     }
     if of_adamw:
-        return {**settings, "adamw_betas": first["betas"], "adamw_eps": first["eps"]}
-    if first.get("adjust_lr") != "match_rms_adamw":
-        settings["lr"] = None
+        settings |= {"adamw_betas": of_adamw[0]["betas"], "adamw_eps": of_adamw[0]["eps"]}
     return settings
 
 
-def _decay(groups: list[dict[str, Any]]) -> float:
+def _has_rates_of_adamw(group: Group) -> bool:
+    """Whether the rate of a group of matrices is of the scale of AdamW's."""
+    return (
+        group.get("adjust_lr") == "match_rms_adamw"
+        and (group.get("step_rule", "additive"), group.get("matrix_map", "polar")) in LIKE_ADAMW
+    )
+
+
+def _rate(groups: list[Group]) -> Any:
+    """That of the run: before any schedule, and without what lr_multipliers made of it."""
+    for group in sorted(groups, key=lambda group: "lr_multiplier" in group):
+        rate, factor = group.get("initial_lr", group.get("lr")), group.get("lr_multiplier", 1.0)
+        if factor:
+            return rate if factor == 1 else rate / factor
+    return None
+
+
+def _decay(groups: list[Group]) -> float:
     """That of the decayed groups."""
-    return max((float(group["weight_decay"]) for group in groups), default=0.0)
+    return max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0)
 
 
 def _as_the_trainer_lists(plan: RoutePlan) -> tuple[Named, Named]:
@@ -196,17 +218,13 @@ def _write(checkpoint: Path, target: Path, after: dict[str, Any], schedule: dict
         folder.rename(target)
 
 
-def _summary(
-    target: Path, to: str, groups: list[dict[str, Any]], of_muon: list[dict[str, Any]], given: str
-) -> str:
-    """What was kept, and how to go on.
+def _kept(to: str, groups: list[Group], of_muon: list[Group]) -> str:
+    """What the new state was made of.
 
     Args:
-        target: The new folder.
         to: The optimizer to go on with.
         groups: Its groups.
         of_muon: Those of Muon, before or after.
-        given: The options that it was made with.
     """
     tensors = sum(len(group["params"]) for group in of_muon if group["algorithm"] == "muon")
     others = sum(len(group["params"]) for group in groups) - tensors
@@ -216,11 +234,23 @@ def _summary(
         begins = "begin with AdamW's first moment as momentum"
     else:
         begins = "begin with moments that follow from Muon's momentum"
-    rate, decay = groups[0]["initial_lr"], max(group["weight_decay"] for group in groups)
-    optim_args = f', optim_args="{given}"' if to == "muon" and given else ""
+    text = f"{tensors} tensors of matrices {begins}; AdamW's state of {others} others is kept."
+    if to != "muon" and any("lr_multiplier" in group for group in of_muon):
+        text += " All get one rate: the Trainer's AdamW has no lr_multipliers."
+    return text
+
+
+def _how_to_go_on(
+    target: Path, to: str, groups: list[Group], config: MuonConfig, given: str
+) -> str:
+    """The next rate, and what to write into the arguments of the new run."""
+    half = config.muon_group() if to == "muon" else config.adamw_group()
+    rate, decay = half["lr"], half["weight_decay"]
+    shares = [group["lr"] / group["initial_lr"] for group in groups if group["initial_lr"]]
+    upcoming = rate * (shares[0] if shares else 1)
+    optim_args = f", optim_args={given!r}" if to == "muon" and given else ""
     return (
-        f"{tensors} tensors of matrices {begins}; AdamW's state of {others} others is kept. The "
-        f"next rate is {groups[0]['lr']:.6g}, of {rate:g}.\n"
+        f"The next rate is {upcoming:.6g}, of {rate:g}.\n"
         f'Go on with optim="{to}", learning_rate={rate!r}, weight_decay={decay!r}{optim_args}\n'
         f"and train(resume_from_checkpoint={str(target)!r})."
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of, sent_to
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.auto_momentum import MOMENTA
+from hf_muon.optimizer.copies import check_copies
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.rules import rule_of
@@ -76,6 +77,7 @@ class Agreement:
         if self._compared.get(entries[0]) != key:
             # Before the first message, whose length depends on what is compared.
             _told(rank, {**settings, **facts()}, [])
+            check_copies(entries, members, rank.device)
         small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
         self._say(groups, [False, bool(small)])
         self._compared[entries[0]] = key

@@ -37,7 +37,7 @@ def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) 
         ValueError: Other routes, another order, settings out of range, or state that is incomplete,
             not finite, or of another shape. The message names the parameters.
     """
-    groups = _matched(own, _groups_of(state_dict))
+    groups = _matched(own, groups_of(state_dict))
     loaded = [
         _loaded_group(mine, theirs, number)
         for number, (mine, theirs) in enumerate(zip(own, groups, strict=True))
@@ -73,11 +73,11 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
 # --- groups -------------------------------------------------------------------------------------
 
 
-def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
+def groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
     """Return the groups of a checkpoint; raise unless they have the form of groups."""
     groups = state_dict.get("param_groups")
     formed = isinstance(state_dict.get("state"), Mapping) and isinstance(groups, list | tuple)
-    if not formed or not groups or not all(map(_is_group, groups)):
+    if not formed or not groups or not all(map(is_group, groups)):
         raise ValueError(
             "The checkpoint is damaged, or is none of an optimizer: a dict of 'state' and of "
             "'param_groups' with 'params' is expected. Use another checkpoint."
@@ -93,7 +93,8 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
     return list(groups)
 
 
-def _is_group(group: Any) -> bool:
+def is_group(group: Any) -> bool:
+    """Whether a group of a state dict has the form of one."""
     if not isinstance(group, Mapping) or not _all(group.get("params"), int | str):
         return False
     names, algorithm = group.get("param_names", []), group.get("algorithm", "muon")
@@ -112,7 +113,7 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
     """Return the saved groups in the order of the optimizer's own."""
     named = all("param_names" in group for group in (*own, *saved))
     if named:
-        own, saved = _without_wrappers(own), _without_wrappers(saved)
+        own, saved = without_wrappers(own), without_wrappers(saved)
     mine, theirs = ([_identity(group, named) for group in side] for side in (own, saved))
     if named:
         _compare_routes(_routes(own), _routes(saved))
@@ -136,7 +137,7 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
     return saved
 
 
-def _without_wrappers(groups: Sequence[Group]) -> list[Group]:
+def without_wrappers(groups: Sequence[Group]) -> list[Group]:
     """Return groups with names as inside ``torch.compile``, DDP and DataParallel wrappers.
 
     ``module.`` is taken for a wrapper's prefix only if every name has it.

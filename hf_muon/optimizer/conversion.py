@@ -15,8 +15,16 @@ from torch import Tensor
 
 from hf_muon.config import MuonConfig
 from hf_muon.optimizer.adamw import new_state as new_adamw_state
-from hf_muon.optimizer.buffers import buffer_dtype, buffers_of, new_state, step_count
+from hf_muon.optimizer.buffers import (
+    buffer_dtype,
+    buffers_of,
+    check_values,
+    new_state,
+    step_count,
+)
+from hf_muon.optimizer.checkpoint import groups_of
 from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.optimizer.groups import hyperparameters
 from hf_muon.optimizer.importer import filters_by_one_average
 from hf_muon.optimizer.muon import Muon
 
@@ -24,9 +32,10 @@ Named = Sequence[tuple[str, Tensor]]  # parameters; they may be on the meta devi
 State = dict[str, Tensor]
 
 _OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+_ADAMW = {"algorithm": "adamw"}
 _DEFAULTS = MuonConfig(lr=0.0).muon_group()
 _TYPICAL = 0.2  # RMS of AdamW's updates, and of Muon's under match_rms_adamw
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def to_muon(
@@ -92,10 +101,8 @@ def to_adamw(
             group, given = found[name]
             state[index] = new_adamw_state(torch.empty_like(parameter, device="cpu"))
             if given and group["algorithm"] == "adamw":
-                _check(name, given, parameter)
                 state[index] = {key: given[key] for key in _OF_ADAMW}
             elif given and keeps_average(group) and given["step"] > 0:
-                _check_shapes(name, given, parameter)
                 begun = as_after_a_window(given, group["momentum"], own["betas"])
                 state[index] |= {key: value.to(parameter.dtype) for key, value in begun.items()}
                 state[index]["step"] = begun["step"]
@@ -121,7 +128,7 @@ def as_after_a_window(
     """
     t = float(state["step"])
     s = min(t, round(1 / (1 - beta)))
-    mean = state["exp_avg"].float() / (1 - beta**t)
+    mean = state["exp_avg"].double() / (1 - beta**t)  # whose squares float32 does not hold
     squares = mean.flatten(1).square() if mean.ndim > 3 else mean.square()  # (…, m, n)
     rows, cols = squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
     both = rows / squares.mean((-2, -1), keepdim=True).clamp_min(_TINY) * cols
@@ -144,9 +151,9 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
     Raises:
         ValueError: The schedule does not multiply all rates by the same number.
     """
-    bases, rates = schedule.get("base_lrs"), schedule.get("_last_lr")
-    factors = schedule.get("lr_lambdas")
-    if not (bases and rates and factors) or not len(bases) == len(rates) == len(factors):
+    bases, rates = _numbers(schedule.get("base_lrs")), _numbers(schedule.get("_last_lr"))
+    factors = schedule.get("lr_lambdas") or []
+    if not bases or not len(bases) == len(rates) == len(factors):
         raise ValueError(
             "scheduler.pt does not hold a schedule that multiplies each group's own rate, as "
             "LambdaLR and all of transformers do that do not follow the loss; it holds "
@@ -170,6 +177,14 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
         "_last_lr": [group["lr"] for group in groups],
         "lr_lambdas": [factors[0]] * len(groups),
     }
+
+
+def _numbers(values: Any) -> list[float]:
+    """The rates in a schedule; none where it holds no list of numbers."""
+    try:
+        return list(map(float, values))
+    except (TypeError, ValueError):
+        return []
 
 
 def keeps_average(group: Group) -> bool:
@@ -200,7 +215,7 @@ def _states_of_adamw(
     for members, indices in zip(parameters, _params(groups), strict=True):
         for (name, parameter), index in zip(members, indices, strict=True):
             if state := state_dict["state"].get(index):
-                _check(name, state, parameter)
+                _check(name, _ADAMW, state, parameter)
                 found[name] = state
     return found
 
@@ -209,31 +224,36 @@ def _params(groups: Sequence[Group]) -> list[list[Any]]:
     return [group["params"] for group in groups]
 
 
-def _check(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
-    if not all(isinstance(state.get(key), Tensor) for key in _OF_ADAMW):
+def _check(name: str, group: Group, state: Mapping[str, Any], parameter: Tensor) -> None:
+    """Raise for state that is not that of a parameter, or that nothing can be trained with."""
+    if group is _ADAMW and not all(isinstance(state.get(key), Tensor) for key in _OF_ADAMW):
         raise ValueError(
             f"The state of {name[:90]} holds {sorted(map(str, state))}; AdamW's step, exp_avg and "
             "exp_avg_sq are expected. 8-bit and other optimizers cannot be converted: start a new "
             "run from the weights."
         )
-    _check_shapes(name, state, parameter)
-
-
-def _check_shapes(name: str, state: Mapping[str, Any], parameter: Tensor) -> None:
     for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
-        if state[key].shape != parameter.shape:
+        shape = getattr(state[key], "shape", parameter.shape)
+        if shape != parameter.shape:
             raise ValueError(
-                f"{key!r} in the state of {name[:90]} has shape {tuple(state[key].shape)} and the "
+                f"{key!r} in the state of {name[:90]} has shape {tuple(shape)} and the "
                 f"parameter {tuple(parameter.shape)}: the checkpoint is of another model. Name "
                 "its own with --model."
             )
+    check_values(name, group, torch.empty_like(parameter, device="cpu"), state)
+
+
+def _checked(group: Group) -> Group:
+    """A group with all that it does not give itself; its rates are looked at elsewhere."""
+    given = {key: value for key, value in group.items() if key not in ("lr", "initial_lr")}
+    return {**group, **hyperparameters(given, MuonConfig(lr=0.0)), "lr": group.get("lr")}
 
 
 def _states_of_muon(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
 ) -> dict[str, tuple[Group, Mapping[str, Tensor]]]:
-    """Return each parameter's group and state by name."""
-    groups = state_dict["param_groups"]
+    """The group and the state of each parameter by name."""
+    groups = groups_of(state_dict)
     if any("param_names" not in group for group in groups):
         raise ValueError(
             "The checkpoint does not name its parameters, so that they cannot be matched. Only "
@@ -241,14 +261,17 @@ def _states_of_muon(
         )
     found = {
         name: (group, state_dict["state"].get(index, {}))
-        for group in groups
+        for group in map(_checked, groups)
         for name, index in zip(group["param_names"], group["params"], strict=True)
     }
-    wanted = {name for members in parameters for name, _ in members}
-    if differing := sorted(wanted ^ found.keys()):
+    wanted = dict(one for members in parameters for one in members)
+    if differing := sorted(wanted.keys() ^ found.keys()):
         raise ValueError(
             f"The checkpoint and the model do not train the same parameters: {differing[0][:90]} "
             f"is in one of them only, as {len(differing) - 1} more. Name the model it was trained "
             "with by --model."
         )
+    for name, (group, state) in found.items():
+        if state:
+            _check(name, group, state, wanted[name])
     return found

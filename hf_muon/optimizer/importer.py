@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_muon.optimizer.buffers import step_count
+from hf_muon.optimizer.checkpoint import without_wrappers
 from hf_muon.optimizer.entries import Group
 from hf_muon.optimizer.muon import Muon
 from hf_muon.rules import FILTERS, rule_of
@@ -34,7 +35,7 @@ def import_state(
             None if these hold ``param_names``.
 
     Returns:
-        The names of the parameters whose state was loaded.
+            The names of the parameters whose state was loaded, without those of wrappers.
 
     Raises:
         ValueError: The rule keeps something other than one average of gradients; names are
@@ -64,7 +65,7 @@ def import_state(
     ours = optimizer.state_dict()
     index = {
         name: i
-        for group in ours["param_groups"]
+        for group in without_wrappers(ours["param_groups"])
         for name, i in zip(group["param_names"], group["params"], strict=True)
     }
     ours["state"].update({index[name]: state for name, state in found.items()})
@@ -85,7 +86,7 @@ def _own_parameters(optimizer: Muon) -> dict[str, tuple[Tensor, str]]:
         )
     return {
         name: (parameter, group["algorithm"])
-        for group in optimizer.param_groups
+        for group in without_wrappers(optimizer.param_groups)
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
 
@@ -105,6 +106,8 @@ def _named_states(
         names = [name for group in groups for name in group["param_names"]]
     if len(names) != len(places):
         raise ValueError(f"{len(names)} names are given for {len(places)} parameters.")
+    (group,) = without_wrappers([{"param_names": names}])
+    names = group["param_names"]
     return [
         (name, state_dict["state"].get(i, {}), group)
         for name, (i, group) in zip(names, places, strict=True)

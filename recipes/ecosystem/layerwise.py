@@ -79,7 +79,7 @@ def main(argv: list[str]) -> tuple[float, float]:
         model=build_model(), args=args, train_dataset=data, decay=settings.decay
     )
     before = held_out_loss(trainer.model)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = held_out_loss(trainer.model)
     trainer.save_model()
     print(f"{sample(trainer.model)}\nheld-out loss {before:.3f} → {after:.3f}")

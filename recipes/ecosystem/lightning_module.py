@@ -1,7 +1,7 @@
 """A ``LightningModule`` whose ``configure_optimizers`` returns Muon.
 
-In: ``python lightning_module.py [--steps 60] [--stop_at 30] [--resume]``. Out: the held-out loss
-before and after, a sample, and Lightning's checkpoint in ``--folder``.
+In: ``python lightning_module.py [--steps 60] [--stop_at 30] [--resume] [--devices 2]``. Out: the
+held-out loss before and after, a sample, and Lightning's checkpoint in ``--folder``.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> tuple[float, float]:
     checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(args.folder, save_last=True)
     trainer = lightning.Trainer(
         max_steps=args.stop_at or args.steps,
+        devices=args.devices,
         gradient_clip_val=1.0,
         callbacks=[checkpoint],
         default_root_dir=args.folder,
@@ -84,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stop_at", type=int, help="save and stop before the last step")
     parser.add_argument("--folder", type=Path, default=Path("runs/ecosystem/lightning"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--devices", default="auto", help="how many; on a CPU, processes")
     return parser.parse_args(argv)
 
 

@@ -112,7 +112,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         return {name: found[f"eval_{name}"] for name in ("loss", "exact")}
 
     def samples() -> list[str]:
-        told = decoded(trainer.predict(trainer.eval_dataset.select(range(3))).predictions)
+        told = decoded(trainer.predict(trainer.eval_dataset.select(range(3))).predictions)[:3]
         return [f"{a!r} → {b!r}" for a, b in zip(held_out["source"][:3], told, strict=True)]
 
     facts = {"train_rows": len(train), "validation_rows": len(held_out)}

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from shared import measure, preemption
 from shared.arguments import RecipeError, checkpoint
-from shared.processes import check_sharding, leave_together
+from shared.processes import check_sharding, forget_evaluation, leave_together
 from shared.progress import use_quiet_progress
 
 
@@ -42,6 +42,7 @@ def train(
     trainer.add_callback(clock)
     use_quiet_progress(trainer)
     before = measured()
+    forget_evaluation(trainer)
     if not preemption.train(trainer, checkpoint(trainer.args)):
         leave_together(trainer)
         return None

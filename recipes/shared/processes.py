@@ -77,6 +77,22 @@ def check_sharding(trainer: Trainer) -> None:
         )
 
 
+def forget_evaluation(trainer: Trainer) -> None:
+    """Let the Trainer wrap in DDP a model that it has evaluated.
+
+    To accelerate it counts as prepared, and ``train()`` would not wrap it: each process would train
+    on its own and say nothing (transformers 5.23, accelerate 1.15). Shards and DeepSpeed's engine
+    are made for training at once, and stay.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    accelerator, model = trainer.accelerator, trainer.model
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
+    accelerator._models[:] = [one for one in accelerator._models if one is not model]
+    trainer.model_wrapped = model
+
+
 def leave_together(trainer: Trainer) -> None:
     """Wait until the first process has written its results, and close the process group.
 

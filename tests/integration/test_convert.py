@@ -116,6 +116,29 @@ def test_rates_of_the_new_run_follow_the_schedule_of_the_old_one(by_adamw, tmp_p
         went_on(tmp_path / "other", tmp_path / "new", optim_args="split_heads=true")
 
 
+def test_multipliers_are_not_taken_for_the_rate_of_the_run(by_adamw, by_muon, tmp_path):
+    factors = r"lr_multipliers=layers\.0:0.5|layers:0.25|embed:0"
+    done = convert(by_adamw, "--optim-args", factors, "--out", tmp_path / "muon")
+    assert f"learning_rate=0.01, weight_decay=0.1, optim_args={factors!r}" in done.output
+    trainer = went_on(tmp_path / "out", tmp_path / "muon", optim_args=factors)
+    assert logged(trainer, "adamw/lr")[-STOP:] == pytest.approx(logged(by_muon[1])[STOP:], rel=1e-9)
+
+    def back(*of_adamw):
+        copy = copied(by_muon[0], tmp_path / str(len(of_adamw) + 10 * bool(of_adamw[0])))
+        state = state_of(copy)
+        halves = [g for g in state["param_groups"] if g["algorithm"] == "adamw"]
+        for group, factor in zip(halves, of_adamw, strict=False):
+            group.update(lr=group["lr"] * factor, initial_lr=group["initial_lr"] * factor)
+            group["lr_multiplier"] = factor
+        torch.save(state, copy / "optimizer.pt")
+        return convert(copy, "--to", "adamw_torch").output
+
+    for given in ([0.3], [0.3, 0.5], [0.0, 0.0]):
+        found = back(*given)
+        assert "learning_rate=0.01, weight_decay=0.1" in found
+        assert "All get one rate: the Trainer's AdamW has no lr_multipliers." in found
+
+
 def test_adamw_goes_on_where_muon_stopped(by_muon, tmp_path):
     checkpoint, before = by_muon
     done = convert(checkpoint, "--to", "adamw_torch", "--out", tmp_path / "adamw")
@@ -217,8 +240,14 @@ def test_what_is_no_checkpoint_is_said(by_adamw, tmp_path):
     assert "exists already: name another" in refused(by_adamw, "--out", tmp_path)
     assert "is inside the checkpoint" in refused(by_adamw, "--out", by_adamw / "muon")
     assert "Did you mean 'adamw_torch'" in refused(by_adamw, "--to", "adam_torch")
-    for name, content in (("optimizer.pt", b"no"), ("scheduler.pt", b"")):
-        copy = copied(by_adamw, tmp_path / name)
+    whole = (by_adamw / "optimizer.pt").read_bytes()
+    for name, content in (
+        ("optimizer.pt", b"no"),
+        ("optimizer.pt", b"\x80\x02."),
+        ("optimizer.pt", whole[: len(whole) // 2]),
+        ("scheduler.pt", b""),
+    ):
+        copy = copied(by_adamw, tmp_path / f"{name} {len(content)}")
         (copy / name).write_bytes(content)
         assert f"{name}' cannot be read" in refused(copy)
         torch.save([1], copy / name)
@@ -232,12 +261,73 @@ def test_the_folder_that_one_stands_in_can_be_converted(by_adamw, tmp_path, monk
     assert (tmp_path / "muon-copy" / "optimizer.pt").is_file()
 
 
+def test_models_inside_losses_are_refused(by_adamw, tmp_path):
+    # sentence-transformers names parameters by its loss, which a config.json does not know.
+    copy = copied(by_adamw, tmp_path)
+    (copy / "modules.json").write_text("[]")
+    assert "was written by sentence-transformers (modules.json)" in refused(copy)
+
+
 @pytest.mark.parametrize("name", ["optimizer_0", "optimizer.bin", "global_step3", "latest"])
 def test_sharded_checkpoints_are_told_from_damaged_ones(name, tmp_path):
     (tmp_path / name).touch()
     found = refused(tmp_path)
     assert f"was written by FSDP or DeepSpeed ({name})" in found
     assert "KeepSchedule" in found
+
+
+def test_the_state_of_a_loop_with_accelerate_is_no_checkpoint(tmp_path):
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        (tmp_path / name).touch()
+    assert "holds no optimizer.pt: a checkpoint folder of the Trainer" in refused(tmp_path)
+
+
+def group(number=0, **values):
+    return lambda state: state["param_groups"][number].update(values)
+
+
+def buffer(key, change):
+    return lambda state: state["state"][0].update({key: change(state["state"][0][key])})
+
+
+NONE = "is damaged: it holds no state dict"
+NAN = "holds NaN or infinity"
+DAMAGES = {
+    "lists for numbers": ("adamw", group(params=[[1]] * 16), NONE),
+    "a parameter twice": ("adamw", group(params=[0] * 16), NONE),
+    "a list for a state": ("adamw", lambda state: state["state"].update({0: [1]}), NONE),
+    "NaN": ("adamw", buffer("exp_avg", lambda m: m / 0), NAN),
+    "integers": ("adamw", buffer("exp_avg", lambda m: m.long()), "tensor of torch.int64"),
+    "two counts": ("adamw", buffer("step", lambda t: t.expand(2)), "a number ≥ 0 is expected"),
+    "NaN of Muon": ("muon", buffer("exp_avg", lambda m: m / 0), NAN),
+    "no momentum": ("muon", lambda state: state["state"][0].pop("exp_avg"), "has no 'exp_avg'"),
+    "too few names": ("muon", group(param_names=["one"]), NONE),
+    "no β": ("muon", group(momentum="x"), "momentum='x': a number"),
+    "a β of one": ("muon", group(momentum=1.0), "momentum=1.0 is out of range"),
+    "no algorithm": (
+        "muon",
+        lambda state: state["param_groups"][0].pop("algorithm"),
+        "or of Muon are expected",
+    ),
+    "an unknown one": ("muon", group(algorithm="x"), NONE),
+}
+
+
+@pytest.mark.parametrize(("of", "damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_and_divergent_state_is_refused(of, damage, message, by_adamw, by_muon, tmp_path):
+    copy = copied(by_adamw if of == "adamw" else by_muon[0], tmp_path)
+    state = state_of(copy)
+    damage(state)
+    torch.save(state, copy / "optimizer.pt")
+    assert message in refused(copy, "--to", "muon" if of == "adamw" else "adamw_torch")
+
+
+@pytest.mark.parametrize("rates", [["a", "b"], 0.1, None])
+def test_a_schedule_without_rates_is_refused(rates, by_adamw, tmp_path):
+    copy = copied(by_adamw, tmp_path)
+    schedule = torch.load(copy / "scheduler.pt")
+    torch.save({**schedule, "base_lrs": rates}, copy / "scheduler.pt")
+    assert "does not hold a schedule that multiplies" in refused(copy)
 
 
 def test_what_need_not_or_cannot_be_converted_is_said(by_adamw, by_muon, tmp_path):

@@ -1,15 +1,11 @@
 """The recipes of other trainers: sentence-transformers and Seq2SeqTrainer, a few steps each."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 from transformers import BertModel
 
-from tests.distributed.launch import ON_CPU, ON_LOOPBACK
 from tests.integration.recipes import RECIPES, import_recipe
 from tests.integration.tiny_text import saved_bert
 
@@ -50,32 +46,6 @@ def test_sentence_transformers(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "muon_report.json").read_text())
     assert report["routing"]["totals"]["muon_matrices"] == 13
     assert all(sample in capsys.readouterr().out for sample in results["samples"][-1:])
-
-
-@pytest.mark.full
-def test_sentence_transformers_on_two_processes(tmp_path):
-    pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
-    words = {
-        "output_dir": tmp_path / "out",
-        "model": saved_bert(tmp_path / "model", BertModel),
-        "dataset": triplets(tmp_path / "data"),
-        "learning_rate": 1e-2,
-        "max_steps": 8,
-        "validation_rows": 12,
-        "disable_tqdm": True,
-    }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *ON_LOOPBACK,
-        str(RECIPES / "embeddings/run.py"), str(RECIPES / "embeddings/configs/minilm.yaml"),
-        *(str(word) for name, value in words.items() for word in (f"--{name}", value)),
-    ]  # fmt: skip
-    environment = os.environ | ON_CPU | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    path = tmp_path / "out" / "results.json"
-    assert path.is_file(), done.stderr[-3000:]
-    results = json.loads(path.read_text())
-    assert results["world_size"] == 2
-    assert results["after"]["accuracy"] > results["before"]["accuracy"]
 
 
 @pytest.mark.full

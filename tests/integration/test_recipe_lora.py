@@ -211,7 +211,7 @@ def test_loraplus_gives_b_its_own_rate(short_minilm, tmp_path):
     model, data, args, _ = settings.parse(
         ["configs/minilm_sentiment.yaml", "--output_dir", str(tmp_path), *options]
     )
-    trainer = run.TASKS["classification"](model, data, args)[0]
+    trainer = run.TASKS["classification"].build(model, data, args)[0]
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     rates = {
         names[id(p)]: group["lr"] / args.learning_rate

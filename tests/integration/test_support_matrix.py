@@ -11,6 +11,7 @@ from tests.distributed.launch import ROOT
 TRAINER = "integration/test_trainer.py::"
 ZERO = "distributed/test_zero.py::"
 ECOSYSTEM = "integration/test_ecosystem.py::"
+TWO = "distributed/test_clients_on_two_processes.py::"
 ADAPTERS = "integration/test_adapters_roundtrip.py::"
 # The beginning of a row, and the tests behind it.
 ROWS = {
@@ -67,6 +68,10 @@ ROWS = {
         "test_all_tensors_of_model_and_loss_are_trained_and_something_is_learned",
         "integration/test_sentence_transformers.py::test_setfit",
         ECOSYSTEM + "test_a_loop_of_another_library_learns_and_resumes_bit_by_bit",
+        TWO + "test_both_ranks_train_the_same_weights",
+        TWO + "test_something_is_learned",
+        TWO + "test_a_run_goes_on_bit_by_bit",
+        TWO + "test_the_saved_model_computes_what_the_trained_one_did",
     ],
     "LoRA, rsLoRA, PiSSA, DoRA": [
         ADAPTERS + "test_factors_are_trained_by_muon_in_pairs",
@@ -89,6 +94,8 @@ ROWS = {
     ],
     "DeepSpeed ZeRO 1, 2 and 3": [
         ZERO + "test_equals_one_process",
+        "distributed/test_deepspeed_own_cases.py::"
+        "test_half_precision_goes_on_from_a_checkpoint_with_its_momentum",
         "distributed/test_training.py::test_equals_one_process",
     ],
     "DeepSpeed checkpoints": [

@@ -97,6 +97,12 @@ def test_an_adapter_folder_shows_the_adapter(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "LoRA factor A" in result.output
     assert "4 matrices of 4 tensors" in result.output
+    # PEFT saves an adapter that is not called "default" in a folder of its name.
+    (tmp_path / "run").mkdir()
+    adapter.rename(tmp_path / "run" / "mine")
+    named = run(tmp_path / "run").output
+    assert "lora_A.mine.weight" in named
+    assert "lora_A.default.weight" in result.output
 
 
 def test_nothing_for_muon_prints_the_table_and_fails(folder):

@@ -139,6 +139,21 @@ def test_the_other_optimizers_of_dion_are_refused(algorithm):
         import_state(ours(params), state, list(SHAPES))
 
 
+@pytest.mark.parametrize("wrapped", ["theirs", "ours"])
+def test_names_are_compared_without_those_of_wrappers(wrapped):
+    params = parameters()
+    inside = {f"module._orig_mod.{name}": p for name, p in params.items()}
+    theirs, own = (inside, params) if wrapped == "theirs" else (params, inside)
+    matrices = [(name, p) for name, p in theirs.items() if p.ndim == 2]
+    other = torch.optim.Muon(matrices, lr=RATE)
+    fed(params, 1, 1, other)
+    optimizer = ours(own)
+    names = import_state(optimizer, other.state_dict())
+    assert names == ["wide", "tall", "square"]
+    for p in halves(params)[0]:
+        assert torch.equal(optimizer.state[p]["exp_avg"], other.state[p]["momentum_buffer"])
+
+
 def test_the_momentum_of_sgd_is_refused():
     params = parameters()
     optimizer = torch.optim.SGD(halves(params)[0], lr=RATE, momentum=0.9)

@@ -1,0 +1,54 @@
+"""A check at the first step: ranks that hold copies of a tensor have the same gradient for it.
+
+In: the entries of all param groups, with gradients. Out: nothing, or an error on all ranks before
+anything is written. If nobody averages the gradients, the copies drift apart; and where the ranks
+divide the work on matrices, each gets updates computed from another rank's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_muon.distributed.find import agreed, is_dtensor, sent_to
+from hf_muon.distributed.layout import Ranks
+from hf_muon.optimizer.entries import Entry
+
+
+def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: torch.device) -> None:
+    """Raise on all ranks if whole tensors have gradients that nobody has averaged.
+
+    Averaged gradients agree to the bit, so their norms differ by a few last bits at most. The norm
+    over all parameters would not do, because clipping makes it equal. A parameter for which some
+    rank has no gradient is skipped, and so are shards.
+
+    Args:
+        entries: What is trained, the same on all ranks.
+        members: The groups of ranks that hold copies.
+        device: Where messages are.
+
+    Raises:
+        ValueError: Names the first parameter whose gradients differ.
+    """
+    if any(entry.flat is not None or is_dtensor(entry.tensor) for entry in entries):
+        return
+    norms = torch.zeros(len(entries), dtype=torch.float32, device="cpu")
+    given = {n: e.tensor.grad for n, e in enumerate(entries) if e.tensor.grad is not None}
+    if given:
+        found = torch._foreach_norm(list(given.values()))
+        norms[list(given)] = torch.stack([one.float().to(device) for one in found]).cpu()
+    bits = norms.view(torch.int32)  # which grow as norms do, 2²³ of them for a factor of 2
+    told = agreed(sent_to(device, torch.cat([bits, -bits]).tolist()), members).cpu()
+    most, least = told.chunk(2)
+    other = ((most + least > 2**7) & (least < 0)).nonzero().flatten().tolist()
+    if other:
+        entry, norm = entries[other[0]], norms[other[0]]
+        raise ValueError(
+            "The ranks have copies of the model but different gradients, of norm "
+            f"{norm:.6g} here in {entry.name}: nobody has averaged them, and each rank would train "
+            "on its own. Call the model that DistributedDataParallel has wrapped, not the one "
+            "inside, and leave no_sync() for the last part of a batch. With the Trainer do not "
+            "evaluate or predict before train(): transformers (5.23) then trains without DDP. No "
+            "parameter and no state was changed."
+        )
