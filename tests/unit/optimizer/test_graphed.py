@@ -9,7 +9,7 @@ import torch
 
 from hf_muon import Muon, MuonConfig
 from hf_muon.distributed.layout import Ranks
-from hf_muon.optimizer import agreement, capturable, graphed
+from hf_muon.optimizer import agreement, capturable, copies, graphed
 from hf_muon.polar import devices
 from tests.unit.optimizer.recorded import OnOneDevice, recording
 
@@ -314,7 +314,8 @@ def test_with_other_ranks_steps_are_plain(recorders, monkeypatch):
     optimizer = build(cuda_graph=True)
     both = Ranks((0, 1))
     monkeypatch.setattr(Muon, "_members", lambda self, groups: [both])
-    monkeypatch.setattr(agreement, "agreed", lambda flags, members: flags)
+    for module in (agreement, copies):
+        monkeypatch.setattr(module, "agreed", lambda flags, members: flags)
     with pytest.warns(UserWarning, match="several ranks train together"):
         train(optimizer, steps=graphed.WARM_UP + 2)
     assert not recorders

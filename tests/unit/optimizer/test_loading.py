@@ -307,5 +307,5 @@ def test_routes_are_compared_without_names_too():
     a, b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
     one = Muon([{"params": [a]}, {"params": [b], "algorithm": "adamw"}], lr=0.1)
     other = Muon([{"params": [a]}, {"params": [b]}], lr=0.1)
-    with pytest.raises(ValueError, match="tensor 0 of group 1: adamw there, muon"):
+    with pytest.raises(ValueError, match="tensor 0 of group 1: AdamW there, Muon"):
         other.load_state_dict(one.state_dict())
