@@ -66,7 +66,7 @@ class Work(NamedTuple):
 
 @dataclass
 class Counts:
-    """What a block asked of the device.
+    """The work that a block asked of the device.
 
     Attributes:
         operations: Calls of torch's operators with a tensor of the device, including views and
@@ -101,7 +101,7 @@ class Counts:
         return sum(work.nbytes * times for work, times in self.work.items())
 
     def __add__(self, other: Counts) -> Counts:
-        """Return the counts of two blocks that run one after the other."""
+        """Return the counts of two blocks that run one after another."""
         return Counts(
             self.operations + other.operations,
             self.listed + other.listed,

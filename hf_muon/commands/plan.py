@@ -242,7 +242,7 @@ def forecast(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
 ) -> Forecast:
-    """Plan a step as the ranks of a world would.
+    """Plan a step as the ranks of a world would, and return its costs.
 
     Args:
         groups: The parameters of each Muon group, in the optimizer's order.

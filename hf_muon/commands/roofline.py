@@ -215,7 +215,7 @@ def _of_polar_factors(bucket: Bucket, config: MuonConfig, wire: torch.dtype) -> 
 
 
 def _mapping(config: MuonConfig) -> tuple[Callable[[Tensor], object], bool]:
-    """Return a function that replaces matrices by their maps, and whether it takes batches."""
+    """Return a function that applies the map to matrices in place, and whether it takes batches."""
     whole, settings = config.rule.whole, config.muon_group()
     # As in a step, which checks each polar factor that is computed in half precision.
     polar = partial(polar_function(settings, Workspace()), outliers=Watch([]))

@@ -44,8 +44,8 @@ def to_muon(
     """Return the state dict of a Muon that continues where the Trainer's AdamW stopped.
 
     Parameters that AdamW trains in both keep their state. If the rule filters gradients by one
-    average, a matrix begins with AdamW's first moment, which is the same M ← βM + (1−β)G with
-    AdamW's β₁. All other state begins as zeros, and so does the step count of a matrix.
+    average, a matrix starts with AdamW's first moment, which is the same M ← βM + (1−β)G with
+    AdamW's β₁. All other state starts at zero, including the step count of a matrix.
 
     Args:
         state_dict: AdamW's state dict.
@@ -54,7 +54,7 @@ def to_muon(
         optimizer: The Muon to continue with, built for the same model, on any device.
 
     Raises:
-        ValueError: The state is not that of the Trainer's AdamW for this model.
+        ValueError: The state does not come from the Trainer's AdamW for this model.
     """
     found = _states_of_adamw(state_dict, parameters)
     result = optimizer.state_dict()
@@ -82,8 +82,8 @@ def to_adamw(
     """Return the state dict of the Trainer's AdamW that continues where Muon stopped.
 
     Parameters that AdamW trains in both keep their state. A matrix for which Muon kept one average
-    of its gradients begins as :func:`as_after_a_window` describes; other matrices begin as at
-    AdamW's first step.
+    of its gradients starts with the state from :func:`as_after_a_window`; other matrices start as
+    at AdamW's first step.
 
     Args:
         state_dict: Muon's state dict.
@@ -91,7 +91,7 @@ def to_adamw(
         settings: Settings of each group, as ``torch.optim.AdamW`` takes them.
 
     Raises:
-        ValueError: The state is not that of Muon for this model.
+        ValueError: The state does not come from Muon for this model.
     """
     found = _states_of_muon(state_dict, parameters)
     state, groups, index = {}, [], 0

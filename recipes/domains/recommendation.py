@@ -1,4 +1,4 @@
-"""Which film somebody rates next: MovieLens-100k for a small GPT-2 over films.
+"""Prediction of the film that a person rates next: MovieLens-100k for a small GPT-2 over films.
 
 In: recbole's copy of the ratings (by path). Out: a domain with a row for each of the 943 people,
 whose last film is held out. The data may not be used commercially or redistributed without

@@ -33,7 +33,7 @@ def tokens_to_reach(run: Results, reference: Results) -> float | None:
 def conclusion(runs: Mapping[str, Results]) -> str:
     """Return sentences about two runs; an empty string for another number, or without curves.
 
-    The first run is judged, and the second is what it is compared with.
+    The first run is compared with the second.
     """
     if len(runs) != 2 or not all(run["eval_curve"] for run in runs.values()):
         return ""
