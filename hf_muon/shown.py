@@ -1,7 +1,7 @@
-"""How counts, sizes and shapes are shown to a person.
+"""Counts, sizes and shapes as short text.
 
-In: whole numbers, and shapes. Out: short text for a table, a line of a log or a page. Sizes are in
-MB of 10⁶ bytes; shapes are written as 256 × 344.
+In: whole numbers, and shapes. Out: text for tables, log lines and pages. Sizes are in MB (10⁶
+bytes); shapes are written as 256 × 344.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ _UNITS = (("", 1), (" k", 10**3), (" M", 10**6), (" B", 10**9), (" T", 10**12))
 
 
 def count(number: int) -> str:
-    """Three digits and a unit: ``33``, ``106 k``, ``1.32 M``, ``6.74 B``."""
-    # Half a unit of the third digit below the next unit, a number would be shown as 1000.
+    """Format a count with three digits and a unit: ``33``, ``106 k``, ``1.32 M``, ``6.74 B``."""
+    # From 0.9995 of a unit on, the next smaller unit would round to 1000.
     unit, size = next((u for u in reversed(_UNITS) if number >= 0.9995 * u[1]), _UNITS[0])
     value = number / size
     decimals = 0 if size == 1 or value >= 99.95 else 1 if value >= 9.995 else 2
@@ -21,11 +21,11 @@ def count(number: int) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Bytes in MB: ``0.0614 MB``, ``7.4 MB``, ``1,710 MB``."""
+    """Format bytes in MB: ``0.0614 MB``, ``7.4 MB``, ``1,710 MB``."""
     value = size / 1e6
     return f"{value:,.0f} MB" if value >= 99.95 else f"{value:.3g} MB"
 
 
 def shape(sides: Sequence[int]) -> str:
-    """``256 × 344``; a scalar has none and is ``1``."""
+    """Format a shape: ``256 × 344``; a scalar is ``1``."""
     return " × ".join(map(str, sides)) or "1"

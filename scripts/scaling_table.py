@@ -1,9 +1,9 @@
 """Print how the polar factors of LLaMA models spread over many ranks, as a Markdown table.
 
 In: names of models, numbers of ranks, a layout, two rates. Out: a row for each model and number of
-ranks, from the plan that a run would make; it needs no process group and no weights. With
-``--tokens-per-rank``, rows give the share of a training step; with ``--device``, the work of a
-device in a step, and its memory.
+ranks, from the plan that a run would make, without a process group or weights. With
+``--tokens-per-rank``, rows give the share of a training step; with ``--device``, the work and the
+memory of a device in a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_muon.distributed.layout import Matrix
 
 
 class Llama(NamedTuple):
-    """Shape of a LLaMA: width, width inside the MLP, layers, width of keys and values."""
+    """The shape of a LLaMA: width, MLP width, number of layers, width of keys and values."""
 
     hidden: int
     inner: int
@@ -30,7 +30,7 @@ class Llama(NamedTuple):
     keys: int
 
     def parameters(self) -> list[Parameter]:
-        """The hidden matrices, in the model's order."""
+        """Return the hidden matrices, in the model's order."""
         hidden, inner, layers, keys = self
         attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
         mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
@@ -60,7 +60,7 @@ OVERHEAD_COLUMNS = (
 
 
 def row(name: str, costs: Forecast, tflops: float, links: Links) -> list[str]:
-    """Return the cells of one line; of ranks, the largest number."""
+    """Return the cells of one line; numbers are the largest over the ranks."""
     facts = costs.to_dict(tflops, links)
     sent = max(one["bytes_sent"] for one in facts["per_rank"]) / 1e6
     extra = max(one["peak_extra_bytes"] for one in facts["per_rank"]) / 1e6
@@ -81,15 +81,15 @@ def row(name: str, costs: Forecast, tflops: float, links: Links) -> list[str]:
 def overhead_row(name: str, costs: Forecast, given: argparse.Namespace) -> list[str]:
     """Return the cells of one line of the table of overheads.
 
-    A training step takes 6 operations for every hidden weight and token, at the rate of the polar
+    A training step takes 6 operations per hidden weight and token, at the rate of the polar
     factors. Embeddings, attention scores and the AdamW half are left out, which overstates the
-    share. If they overlap, the longer of polar factors and messages counts; in turn, both do.
+    share. If polar factors and messages overlap, the longer of the two counts; otherwise their sum.
     """
     facts = costs.to_dict(given.tflops, Links(given.gbps, given.gbps))
     weights = sum(rows * cols for one in MODELS[name].parameters() for rows, cols in [one.shape])
     step = 6 * weights * given.tokens_per_rank / (given.tflops * 1e9)  # ms
     polar, wire = facts["polar_in_lockstep_ms"], facts["wire_ms"]
-    one_matrix = facts["lower_bound"] > 1.01  # there are more ranks than the largest matrix allows
+    one_matrix = facts["lower_bound"] > 1.01  # more ranks than the largest matrix can keep busy
     bound = "messages" if wire > polar else "one matrix" if one_matrix else "polar factors"
     shares = (max(polar, wire) / step, (polar + wire) / step, facts["polar_duplicated_ms"] / step)
     times = (short(value) for value in (step, polar, wire))
@@ -105,8 +105,8 @@ DEVICE_COLUMNS = (
 def device_row(name: str, config: MuonConfig, world: World, device: str) -> list[str]:
     """Return the cells of one line of the table of devices, for float32 weights.
 
-    Of ranks, the largest number counts. Temporaries of several ranks are an estimate; those of one
-    rank are counted.
+    Numbers are the largest over the ranks. Temporaries are counted for one rank, and estimated for
+    several.
     """
     model, chosen = [MODELS[name].parameters()], device_of(device)
     costs = forecast(model, config, world, device=device)

@@ -1,9 +1,9 @@
 """Hooks of the documentation site (mkdocs.yml).
 
-In: pages of docs/, the README of each recipe, and two pages at the root of the repository. Out:
-pages of one site. Links between them lead from page to page, as they do in the repository; other
-files are named, or linked to if pyproject.toml names a repository. In docstrings, roles become
-links and examples code.
+In: the pages in docs/, the README of each recipe, and two pages at the root of the repository. Out:
+the pages of one site. Links between them work as they do in the repository; links to other files
+become links into the repository if pyproject.toml names one, and plain names otherwise. In
+docstrings, roles become links, and examples become code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr):<code>(~?)([\w.]+)</code>")
 
 
 def pages() -> dict[str, str]:
-    """Say where each Markdown file of the repository stands on the site."""
+    """Return the place on the site of each Markdown file of the repository."""
     found = {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
     for path in (ROOT / "recipes").glob("*/README.md"):
         found[f"recipes/{path.parent.name}/README.md"] = f"recipes/{path.parent.name}.md"
@@ -59,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Let links lead to pages of the site."""
+    """Turn links between files into links between pages of the site."""
     sources = {target: source for source, target in pages().items() if source != "README.md"}
     source = sources.get(page.file.src_uri)
     if source is None:  # a page of another site, as in the tests
@@ -72,7 +72,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def _relinked(text: str, source: str) -> str:
-    """Text with the links of a file of the repository turned into those of its page."""
+    """Return the text of a file with its links turned into links of its page."""
     known = pages()
     here = posixpath.dirname(known[source])
 
@@ -94,7 +94,7 @@ def _relinked(text: str, source: str) -> str:
 
 
 class Examples(griffe.Extension):
-    """Show examples in docstrings as code: griffe does where the section is called Examples."""
+    """Shows examples in docstrings as code, as griffe does in a section named Examples."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rename the section."""
@@ -103,7 +103,7 @@ class Examples(griffe.Extension):
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn roles of docstrings into links, and their marks of code and escaped bars into signs."""
+    """Turn roles in docstrings into links; clean up ``::`` marks, and escaped bars in tables."""
     names = re.findall(r'id="(hf_muon\.[\w.]+)"', html)
     anchors = {name.rpartition(".")[2]: name for name in names}
 

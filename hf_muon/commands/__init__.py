@@ -1,1 +1,1 @@
-"""The command line ``hf-muon``, and what only it needs."""
+"""The command line ``hf-muon``, and the modules that only it uses."""

@@ -1,8 +1,8 @@
 """A model without its weights, and its routes.
 
 In: a config file, a model folder, an adapter folder or a Hub id; settings. Out: the model on the
-meta device, in the dtype of its config, and what its routing gives. Nothing but JSON is read, and
-no code of a repository's own runs.
+meta device, in the dtype of its config, and its routes. Only JSON files are read, and code from a
+model repository never runs.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ AUTO_CLASSES = {
 
 
 def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, MuonConfig]:
-    """The routes of a model without its weights, and the settings as a Trainer would read them.
+    """Return a model's routes, without its weights, and the settings as the Trainer reads them.
 
     Raises:
-        ValueError: As :func:`build`; or a setting is wrong.
+        ValueError: As in :func:`build`; or a setting is wrong.
     """
     from transformers.utils import logging
 
@@ -45,7 +45,7 @@ def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, M
 
 
 def require_matrices(routes: RoutePlan) -> None:
-    """End the command with exit code 1 where Muon gets no matrix."""
+    """End the command with exit code 1 if Muon gets no matrix."""
     try:
         routes.require_matrices()
     except ValueError as error:
@@ -54,7 +54,7 @@ def require_matrices(routes: RoutePlan) -> None:
 
 
 def check_exists(source: str) -> None:
-    """Raise for the path of a file that is not there; any other name may be one of the Hub's."""
+    """Raise if the source is a path that does not exist; other names may be Hub ids."""
     path = Path(source)
     if not path.exists() and (
         path.is_absolute() or source.startswith(".") or source.endswith(".json")
@@ -83,7 +83,7 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         if (path / "adapter_config.json").is_file():
             return _with_adapter(path, auto)
         named = list(path.glob("*/adapter_config.json"))
-        if len(named) == 1:  # PEFT saves an adapter in a folder of its name, if it has one
+        if len(named) == 1:  # PEFT saves a named adapter in a subfolder of that name
             return _with_adapter(named[0].parent, auto, named[0].parent.name)
     config = _config(source)
     try:
@@ -128,7 +128,7 @@ def _model(config: Any, auto: str | None) -> nn.Module:
         return named(config)
     for name in [auto] if auto else AUTO_CLASSES:
         of_kind = getattr(transformers, AUTO_CLASSES[name])
-        if type(config) in of_kind._model_mapping:  # transformers 5.23 keeps it private
+        if type(config) in of_kind._model_mapping:  # a private name of transformers 5.23
             model: nn.Module = of_kind.from_config(config, trust_remote_code=False)
             return model
     asked = AUTO_CLASSES[auto] if auto else ", ".join(AUTO_CLASSES.values())
@@ -136,7 +136,7 @@ def _model(config: Any, auto: str | None) -> nn.Module:
 
 
 def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Module:
-    """The base model that an adapter config names, with that adapter on it."""
+    """Build the base model that an adapter config names, with the adapter on it."""
     try:
         import peft
     except ImportError:
@@ -145,14 +145,14 @@ def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Mod
         ) from None
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
-    except Exception as error:  # an unreadable file and a wrong field raise different things
+    except Exception as error:  # an unreadable file and a wrong field raise different errors
         raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
     if not config.base_model_name_or_path:
         raise ValueError(f"{str(path)!r} names no base model (base_model_name_or_path).")
     base = build(config.base_model_name_or_path, auto)
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # other initialisations read the base weights
+        config.init_lora_weights = True  # other initializations read the base weights
     try:
         with torch.device("meta"):
             model: nn.Module = peft.get_peft_model(base, config, adapter_name=name)

@@ -1,8 +1,8 @@
 """``hf-muon report --board RUNS…``: one page about several runs.
 
-In: output folders of Trainers, or folders of such folders. Out: one HTML file: who reached which
-loss, after how many tokens, in what time and with what energy, and all loss curves in one figure.
-A number that a run did not record is not guessed.
+In: output folders of Trainers, or folders that contain some. Out: one HTML file: the loss, tokens,
+time and energy of each run, and all loss curves in one figure. A number that a run did not record
+is shown as not recorded, never guessed.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ def write_board(
     """Write the page about several runs.
 
     Args:
-        folders: Output folders of Trainers; of a folder that is none, all that are in it.
+        folders: Output folders of Trainers. A folder that is not one stands for all output folders
+            directly inside it.
         output: File to write. Default: ``board.html`` beside the runs.
-        target: A loss. Default: the highest of the runs' last ones, which each of them reaches.
-        watts_per_core: What a busy core draws, for an estimate of energy where a run could not
-            read the processor's counters. Default: no estimate.
-        title: Of the page.
+        target: The loss to reach. Default: the highest of the runs' last losses, which each of
+            them reaches.
+        watts_per_core: Power of a busy core, in watts, to estimate the energy of runs that could
+            not read the processor's counters. Default: no estimate.
+        title: Title of the page.
         conclusion: A sentence above the table.
 
     Returns:
-        The file.
+        The path of the page.
 
     Raises:
-        FileNotFoundError: A folder does not exist, or holds no run.
+        FileNotFoundError: A folder does not exist, or contains no run.
         ImportError: matplotlib is not installed.
-        ValueError: A file is damaged, a name comes twice, or a number is out of its range.
+        ValueError: A file is damaged, a run is given twice, or a number is out of range.
     """
     if watts_per_core is not None and not watts_per_core > 0:
         raise ValueError(f"watts_per_core={watts_per_core:g}: a number above 0 is expected.")
@@ -86,12 +88,12 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
         inside = []
         if folder.is_dir() and not is_run(folder):
             inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
-        found += inside or [folder]  # which read_run refuses if it is none
+        found += inside or [folder]  # read_run raises if it is no run
     return list(dict.fromkeys(found))
 
 
 def _names(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the last part of their path, or by as many as tell them apart."""
+    """Name each run by the last part of its path, or by as many parts as make names differ."""
     paths = [run.folder.resolve().parts for run in runs]
     for parts in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-parts:]) for path in paths]
@@ -137,7 +139,7 @@ def _beta(config: dict[str, Any]) -> str:
 
 
 def _energy(run: Run, watts: float | None) -> str:
-    """What was measured, or an estimate that says so; never a guess of what was not recorded."""
+    """Return the measured energy, or an estimate marked as one; never a guess."""
     if run.joules is not None:
         return f"{run.joules / 1e3:.3g} kJ (RAPL)"
     if run.cpu_seconds is None:
@@ -158,12 +160,12 @@ def _points(run: Run, kind: str, *, by_tokens: bool) -> list[tuple[float, float]
 
 
 def _common(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What all runs have in common; where what they recorded differs, that it does."""
+    """Return the model and the data that all runs share, or say that they differ."""
     facts = {"Model": [run.model for run in runs], "Data": [run.data for run in runs]}
     rows = []
     for name, values in facts.items():
         known = [value for value in values if value]
-        longest = max(known, key=len, default=UNKNOWN)  # some runs record more of the same model
+        longest = max(known, key=len, default=UNKNOWN)  # some runs describe it in more detail
         alike = all(longest.startswith(value) for value in known)
         rows.append((name, longest if alike else "not the same in all runs"))
     return rows

@@ -1,7 +1,7 @@
 """The command line: ``hf-muon <command>``.
 
 In: arguments. Out: text or JSON on standard output, errors as one sentence on standard error.
-Exit codes: 0 done, 1 the answer is an error (nothing to train with Muon), 2 wrong arguments.
+Exit codes: 0 success, 1 the model has no matrix for Muon, 2 wrong arguments or unreadable input.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def route(
 
 
 def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, whose errors end it with a line on standard error and exit code 2."""
+    """Wrap a command so that an error prints one line on standard error and exits with code 2."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:

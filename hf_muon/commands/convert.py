@@ -1,8 +1,8 @@
-"""``hf-muon convert CHECKPOINT``: go on with another optimizer in the middle of a training.
+"""``hf-muon convert CHECKPOINT``: switch between AdamW and Muon in the middle of a run.
 
-In: a checkpoint folder of the Trainer, of one process or DDP, that AdamW or Muon has trained. Out:
-another folder with which the other optimizer goes on at the same step of the same schedule. The
-model is built without weights; the folder that is read stays as it is.
+In: a checkpoint folder of the Trainer, from one process or DDP, trained by AdamW or Muon. Out: a
+new folder from which the other optimizer continues at the same step of the same schedule. The model
+is built without weights; the original folder is not changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_muon.values import near_path, require_known, sentence
 TARGETS = ("muon", "adamw_torch", "adamw_torch_fused")
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 _REWRITTEN = (OPTIMIZER, SCHEDULE, "muon_report.json")
-# What other launchers write in place of optimizer.pt (accelerate 1.x, DeepSpeed 0.19).
+# Files that other launchers write in place of optimizer.pt (accelerate 1.x, DeepSpeed 0.19).
 _SHARDED = ("optimizer.bin", "optimizer_[0-9]*", "pytorch_model_fsdp_*", "latest", "global_step*")
 
 
@@ -99,10 +99,10 @@ def _check_folders(checkpoint: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A state dict. The file is data: nothing in it is executed."""
+    """Read a state dict, as data only: nothing in the file is executed."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise anything
+    except Exception as error:  # on a damaged file the unpickler can raise anything
         raise ValueError(f"{str(path)!r} cannot be read: {sentence(error)}") from error
     if not isinstance(found, dict) or (path.name == OPTIMIZER and not _has_groups(found)):
         raise ValueError(f"{str(path)!r} is damaged: it holds no state dict.")
@@ -122,7 +122,10 @@ def _has_groups(found: dict[str, Any]) -> bool:
 def _planned(
     before: dict[str, Any], source: str, auto: str | None, optim_args: str, to: str
 ) -> tuple[RoutePlan, MuonConfig]:
-    """The routes of the model and the settings to go on with; those of the run, if not given."""
+    """Return the model's routes and the settings to continue with.
+
+    Settings that ``optim_args`` does not give are those of the run.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -144,7 +147,7 @@ def _planned(
 
 
 def _settings_of_run(groups: list[Group]) -> dict[str, Any]:
-    """What AdamW trained with, or else what Muon did."""
+    """Return the settings of the AdamW groups, or of the Muon groups if there are none."""
     of_adamw = [group for group in groups if group.get("algorithm", "adamw") == "adamw"]
     if not all({"betas", "eps", "lr", "weight_decay"} <= group.keys() for group in of_adamw):
         raise ValueError(
@@ -162,7 +165,7 @@ def _settings_of_run(groups: list[Group]) -> dict[str, Any]:
 
 
 def _has_rates_of_adamw(group: Group) -> bool:
-    """Whether the rate of a group of matrices is of the scale of AdamW's."""
+    """Return whether a group of matrices has a learning rate on the scale of AdamW's."""
     return (
         group.get("adjust_lr") == "match_rms_adamw"
         and (group.get("step_rule", "additive"), group.get("matrix_map", "polar")) in LIKE_ADAMW
@@ -170,7 +173,7 @@ def _has_rates_of_adamw(group: Group) -> bool:
 
 
 def _rate(groups: list[Group]) -> Any:
-    """That of the run: before any schedule, and without what lr_multipliers made of it."""
+    """Return the run's learning rate, before any schedule and without ``lr_multipliers``."""
     for group in sorted(groups, key=lambda group: "lr_multiplier" in group):
         rate, factor = group.get("initial_lr", group.get("lr")), group.get("lr_multiplier", 1.0)
         if factor:
@@ -179,12 +182,15 @@ def _rate(groups: list[Group]) -> Any:
 
 
 def _decay(groups: list[Group]) -> float:
-    """That of the decayed groups."""
+    """Return the weight decay of the groups that have one; 0 if none has."""
     return max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0)
 
 
 def _as_the_trainer_lists(plan: RoutePlan) -> tuple[Named, Named]:
-    """The trainable parameters that the Trainer decays, and the others; in the model's order."""
+    """Return the trainable parameters with weight decay under the Trainer, then the others.
+
+    Both lists are in the model's order.
+    """
     both = list(zip(plan.routes, plan.parameters, strict=True))
     return (
         [(one.name, parameter) for one, parameter in both if one.decay],
@@ -195,7 +201,7 @@ def _as_the_trainer_lists(plan: RoutePlan) -> tuple[Named, Named]:
 def _settings_of_adamw(
     decayed: Named, others: Named, config: MuonConfig, to: str
 ) -> list[dict[str, Any]]:
-    """Settings of the Trainer's two groups, as its AdamW saves them."""
+    """Return the settings of the Trainer's two groups, as its AdamW saves them."""
     groups = [
         {"params": [p for _, p in members], **config.adamw_group(decay)}
         for members, decay in ((decayed, True), (others, False))
@@ -208,7 +214,7 @@ def _settings_of_adamw(
 
 
 def _write(checkpoint: Path, target: Path, after: dict[str, Any], schedule: dict[str, Any]) -> None:
-    """The new folder, which appears when it is whole."""
+    """Write the new folder; it appears under its name only once it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
         folder = Path(temporary, target.name)
@@ -219,12 +225,12 @@ def _write(checkpoint: Path, target: Path, after: dict[str, Any], schedule: dict
 
 
 def _kept(to: str, groups: list[Group], of_muon: list[Group]) -> str:
-    """What the new state was made of.
+    """Describe how the new state was made.
 
     Args:
-        to: The optimizer to go on with.
+        to: The optimizer to continue with.
         groups: Its groups.
-        of_muon: Those of Muon, before or after.
+        of_muon: Muon's groups, from before or after the conversion.
     """
     tensors = sum(len(group["params"]) for group in of_muon if group["algorithm"] == "muon")
     others = sum(len(group["params"]) for group in groups) - tensors
@@ -243,7 +249,7 @@ def _kept(to: str, groups: list[Group], of_muon: list[Group]) -> str:
 def _how_to_go_on(
     target: Path, to: str, groups: list[Group], config: MuonConfig, given: str
 ) -> str:
-    """The next rate, and what to write into the arguments of the new run."""
+    """Return the next learning rate and the training arguments for the new run, as text."""
     half = config.muon_group() if to == "muon" else config.adamw_group()
     rate, decay = half["lr"], half["weight_decay"]
     shares = [group["lr"] / group["initial_lr"] for group in groups if group["initial_lr"]]

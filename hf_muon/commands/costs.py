@@ -1,8 +1,8 @@
 """What a plan costs each rank: work, messages, memory.
 
-In: a bucket of the plan. Out: a :class:`Cost` for every rank of the world, and sums of them. Owners
-and pieces are read from the plan itself, so that these are the numbers of the run and not a model
-of them; only memory is an estimate.
+In: a bucket of the plan. Out: a :class:`Cost` for each rank of the world, and sums of costs. Owners
+and pieces come from the plan itself, so the numbers are exactly those of the run; only memory is an
+estimate.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from hf_muon.polar.together import computed_together
 
 @dataclass(frozen=True)
 class Cost:
-    """What one rank does for a bucket, or for several.
+    """The cost of one bucket, or of several, for one rank.
 
     Attributes:
-        matrices: Polar factors that it computes.
-        operations: Of one Newton–Schulz iteration on each of them.
+        matrices: Number of polar factors that it computes.
+        operations: Floating-point operations of one Newton–Schulz iteration on each of them.
         exchanged: Bytes that it sends in all-to-alls.
-        replicated: Bytes that it sends in all-gathers: what it contributes, with the padding to the
-            largest contribution, once to every other replica.
-        collectives: All-to-alls and all-gathers that it takes part in.
-        waiting: Bytes of whole matrices and buffers while messages travel.
+        replicated: Bytes that it sends in all-gathers: its contribution, padded to the largest
+            one, once to each other replica.
+        collectives: Number of all-to-alls and all-gathers that it takes part in.
+        waiting: Bytes of whole matrices and buffers while messages are in flight.
         computing: Bytes of whole matrices, and of the filter or the iteration, while it computes.
     """
 
@@ -44,18 +44,18 @@ class Cost:
 
     @property
     def sent(self) -> int:
-        """Bytes that it sends."""
+        """Bytes that it sends in all collectives."""
         return self.exchanged + self.replicated
 
     @property
     def memory(self) -> int:
-        """The most bytes at one time beyond weights, gradients and state; an estimate."""
+        """Peak bytes beyond weights, gradients and state; an estimate."""
         return max(self.waiting, self.computing)
 
 
 @dataclass
 class _Share:
-    """What a rank owns, holds, sends to owners and gets as an owner; in elements."""
+    """The units that a rank owns, and the elements that it holds, sends and receives."""
 
     owned: list[Unit] = field(default_factory=list)
     held: int = 0
@@ -66,17 +66,17 @@ class _Share:
 def bucket_costs(
     bucket: Bucket, mesh: tuple[int, int], itemsize: int, back: int | None = None
 ) -> list[Cost]:
-    """The cost of a bucket for every rank.
+    """Return the cost of a bucket for each rank.
 
     Args:
         bucket: From :func:`~hf_muon.distributed.buckets.plan_buckets`, of any rank.
-        mesh: (replicas, shards) of the world. Where the bucket has one replica only, each does all
-            of the work for itself.
-        itemsize: Bytes of an element on the wire.
-        back: Those of a result, on the way back. Default: the same.
+        mesh: (replicas, shards) of the world. If the bucket has only one replica, each replica of
+            the world does all of the work itself.
+        itemsize: Bytes per element on the wire.
+        back: Bytes per element of a result on its way back. Default: ``itemsize``.
 
     Returns:
-        One cost for each rank; rank r is member ``r % shards`` of replica ``r // shards``.
+        One cost per rank; rank r is member ``r % shards`` of replica ``r // shards``.
     """
     replicas, shards = bucket.replicate.size, bucket.shard.size
     shares = [[_Share() for _ in range(shards)] for _ in range(replicas)]
@@ -103,7 +103,7 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, back: int) -
     owned = sum(unit.numel for unit in share.owned) * itemsize
     outgoing, incoming = share.outgoing * itemsize, share.incoming * itemsize
     row, copies = width * back, bucket.replicate.size
-    # Results that came in fewer bytes are held in both forms for a moment.
+    # Results that travel in fewer bytes are briefly held in both dtypes.
     widened = (width * copies or share.outgoing) * itemsize if back < itemsize else 0
     read = sum(unit.numel for unit in share.owned) + share.outgoing - share.incoming
     iteration = _workspace(share.owned, bucket.device, itemsize)
@@ -123,9 +123,10 @@ def _cost(share: _Share, bucket: Bucket, width: int, itemsize: int, back: int) -
 
 
 def _workspace(owned: Sequence[Unit], device: torch.device, itemsize: int) -> int:
-    """Bytes that the iteration needs, at most, beside the matrices, which it replaces.
+    """Return the peak bytes that the iteration needs besides the matrices, which it overwrites.
 
-    Another iterate, and two squares; on the Gram matrix, where that is cheaper, four.
+    It needs another iterate and two square matrices; four if it iterates on the Gram matrix, which
+    it does where that is cheaper.
     """
     most = 0
     for (s, l), count in Counter(tuple(sorted(unit.shape)) for unit in owned).items():  # noqa: E741
@@ -135,9 +136,9 @@ def _workspace(owned: Sequence[Unit], device: torch.device, itemsize: int) -> in
 
 
 def in_flight(costs: Sequence[Cost]) -> Cost:
-    """The cost of buckets for one rank, one of which computes while others wait for collectives.
+    """Return the cost of overlapping buckets for one rank: one computes while others communicate.
 
-    They follow each other at the distance of one collective, as in
+    Each bucket starts one collective after the previous one, as in
     :func:`~hf_muon.distributed.exchange.run_overlapped`.
     """
     depth = 1 + max((cost.collectives for cost in costs), default=0)
@@ -146,13 +147,13 @@ def in_flight(costs: Sequence[Cost]) -> Cost:
 
 
 def _memory(costs: Sequence[Cost]) -> int:
-    """The most that some buckets take, whichever of them computes or waits."""
+    """Return the peak bytes of buckets in flight at once, whichever of them computes."""
     waiting = sum(cost.waiting for cost in costs)
     return waiting + max((cost.memory - cost.waiting for cost in costs), default=0)
 
 
 def one_after_another(costs: Sequence[Cost]) -> Cost:
-    """The cost of plans of which each ends before the next begins, for one rank."""
+    """Return the cost for one rank of plans that run one after another."""
     return _sum(costs, computing=max((cost.memory for cost in costs), default=0))
 
 

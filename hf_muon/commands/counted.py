@@ -1,12 +1,12 @@
-"""What an accelerator would be asked to do: operations, launches, waits, arithmetic and bytes.
+"""Counts of the work for an accelerator: operations, launches, waits, arithmetic and bytes.
 
-In: a block of code that works on meta tensors, which stand in for those of a CUDA device, or on
-fake or real CUDA tensors. Out: :class:`Counts`. Nothing is measured: operators are seen as torch
-dispatches them, and how many kernels each takes is written down here from torch's sources (2.13).
+In: a block of code that works on meta tensors, which stand in for CUDA tensors, or on fake or real
+CUDA tensors. Out: :class:`Counts`. Nothing is timed: operators are counted as torch dispatches
+them, and the number of kernels for each is taken from torch's sources (2.13).
 
-What the block asks a stand-in for, it is told: ``True`` or 1, so that checks of finite numbers
-pass. Two things remain unseen: cuBLAS's own memory, and a meta tensor made from Python numbers,
-which on a device is a copy that the host waits for.
+When the block reads a value from a stand-in, it gets ``True`` or 1, so that checks for finite
+numbers pass. Two things are not counted: cuBLAS's own memory, and the copy for a tensor made from
+Python numbers, for which the host of a real device would wait.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from hf_muon.optimizer.adamw import is_dense
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 ALLOCATION = 512
-"""Bytes: what the caching allocator rounds each allocation up to."""
+"""Bytes: the caching allocator rounds each allocation up to a multiple of this."""
 
 # torch's multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh) cuts the tensors of its lists
-# into chunks; a launch takes so many chunks at most, and so many tensors of each of 1 to 5 lists.
-# From CUDA 12.1 on, newer versions of torch take more of both: then these are upper bounds.
+# into chunks. One launch takes at most this many chunks, and this many tensors per list, for 1 to 5
+# lists. From CUDA 12.1 on, newer versions of torch take more of both: then these counts of launches
+# are upper bounds.
 CHUNK = 65536
 MOST_CHUNKS = 320
 MOST_TENSORS = (110, 64, 48, 36, 30)
@@ -41,14 +42,14 @@ MOST_TENSORS_WITH_SCALARS = (96, 64, 48, 36, 30)
 MOST_CONCATENATED = 128
 
 OWN_PRODUCT = "product"
-"""An operator (A, B, C, beta, alpha, symmetric, out) of kernels that write beta·C + alpha·AB at
-once, of a symmetric result one half."""
+"""The operator (A, B, C, beta, alpha, symmetric, out) of kernels that compute beta·C + alpha·AB in
+one launch; they compute only half of a symmetric result."""
 
 _ALLOCATING = ("empty", "new_empty")
 _OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 _FUSED_PRODUCTS = {"addmm", "baddbmm", "addmm_", "baddbmm_"}
 _PRODUCTS = {"mm", "bmm", *_FUSED_PRODUCTS}
-# Whose results, or errors, the host looks at.
+# Operators whose results or errors the host reads.
 _WAITING = {
     "nonzero", "masked_select", "_unique2", "equal", "_linalg_check_errors", "_linalg_svd",
     "_linalg_eigh",
@@ -56,7 +57,7 @@ _WAITING = {
 
 
 class Work(NamedTuple):
-    """What a kernel, or one call on lists, works through."""
+    """The arithmetic and memory traffic of a kernel, or of one call on lists."""
 
     in_half: bool
     flop: int
@@ -65,19 +66,19 @@ class Work(NamedTuple):
 
 @dataclass
 class Counts:
-    """What was asked for.
+    """The work that a block asked of the device.
 
     Attributes:
-        operations: Calls of torch's operators with a tensor of the device, views and allocations
-            among them: what the host spends its time on.
-        listed: Tensors in the lists of ``_foreach`` operators, each of which costs the host, too.
-        launches: Kernels, estimated. A decomposition counts as one for each matrix, which is too
-            few. Copies between host and device are none.
-        waits: Times that the host waits for the device.
-        peak: The most bytes of memory that was allocated in the block and not yet freed.
-        work: How often each :class:`Work` was asked for.
-        by_name: Launches by the name of the operator.
-        waited: Waits by the name of the operator.
+        operations: Calls of torch's operators with a tensor of the device, including views and
+            allocations; each costs the host time.
+        listed: Tensors in the lists of ``_foreach`` operators; each costs the host time, too.
+        launches: Estimated number of kernels. A decomposition counts as one per matrix, which is
+            too few. Copies between host and device do not count.
+        waits: How often the host waits for the device.
+        peak: Peak bytes of memory allocated in the block and not yet freed.
+        work: How often each :class:`Work` occurred.
+        by_name: Launches by name of the operator.
+        waited: Waits by name of the operator.
     """
 
     operations: int = 0
@@ -96,11 +97,11 @@ class Counts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes read and written, each operand of a kernel once."""
+        """Bytes read and written, counting each operand of a kernel once."""
         return sum(work.nbytes * times for work, times in self.work.items())
 
     def __add__(self, other: Counts) -> Counts:
-        """Both, one after the other."""
+        """Return the counts of two blocks that run one after another."""
         return Counts(
             self.operations + other.operations,
             self.listed + other.listed,
@@ -115,10 +116,10 @@ class Counts:
 
 @contextmanager
 def counting(device_type: str = "meta") -> Iterator[Counts]:
-    """Count what a block asks of a kind of device.
+    """Count the work that a block asks of one type of device.
 
     Args:
-        device_type: As in ``torch.device.type``: ``meta``, or ``cuda`` for fake and real tensors.
+        device_type: ``meta``, or ``cuda`` for fake and real CUDA tensors. Default: ``meta``.
     """
     mode = _Counting(device_type)
     with _lists_for_stand_ins(), mode:
@@ -127,7 +128,7 @@ def counting(device_type: str = "meta") -> Iterator[Counts]:
 
 @contextmanager
 def _lists_for_stand_ins() -> Iterator[None]:
-    """Let torch take lists for stand-ins where it takes them for CUDA (2.13, private names)."""
+    """Let torch use ``_foreach`` operators for stand-ins as for CUDA (private names of 2.13)."""
     names, utils = "_get_foreach_kernels_supported_devices", _foreach_utils
     kinds, types = getattr(utils, names), utils._foreach_supported_types
     setattr(utils, names, lambda: [*kinds(), "meta"])
@@ -140,7 +141,7 @@ def _lists_for_stand_ins() -> Iterator[None]:
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees each operator before the device, or what stands in for it, does."""
+    """Counts each operator before it runs on the device or its stand-in."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,7 +155,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "prim":  # fake tensors are asked for their device this way
+        if namespace == "prim":  # reads the device of a fake tensor
             return func(*args, **kwargs)
         given = self._there([*args, *kwargs.values()])
         result = self._result(func, name, given, args, kwargs)
@@ -172,7 +173,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in new:
             self._track(tensor.untyped_storage())
         if waits or name.startswith(_ALLOCATING) or not (new or _writes(func)):
-            return result  # a copy to or from the host, no work, or a view
+            return result  # a copy between host and device, an allocation or a view
         launches, work = _asked(func, name, args, kwargs, result, new)
         counts.launches += launches
         counts.by_name[name] += launches
@@ -185,9 +186,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _result(
         self, func: Any, name: str, given: list[Tensor], args: Sequence[Any], kwargs: Any
     ) -> Any:
-        """What the operator gives, or an answer where a stand-in has none."""
+        """Run the operator; return a made-up value where a stand-in has no value."""
         if name == "_local_scalar_dense" and _stands_in(args[0]):
-            constant = getattr(args[0], "constant", None)  # of a fake tensor, if it is known
+            constant = getattr(args[0], "constant", None)  # known for some fake tensors
             return _answer(args[0]) if constant is None else func(constant)
         if any(one.is_meta and not isinstance(one, FakeTensor) for one in given):
             if name == "_to_copy" and _to_host(kwargs.get("device")):
@@ -250,7 +251,7 @@ def _writes(func: Any) -> bool:
 def _asked(
     func: Any, name: str, args: Sequence[Any], kwargs: Any, result: Any, new: Sequence[Tensor]
 ) -> tuple[int, list[Work]]:
-    """The launches that an operator takes, and what they work through."""
+    """Return the number of launches of an operator, and their work."""
     read, written = _touched(func, name, args, kwargs, new)
     moved = Work(False, 0, read + written)
     if name.startswith("_foreach"):
@@ -275,9 +276,9 @@ def _asked(
 def _touched(
     func: Any, name: str, args: Sequence[Any], kwargs: Any, new: Sequence[Tensor]
 ) -> tuple[int, int]:
-    """Bytes that are read and written."""
+    """Return the bytes read and the bytes written."""
     read, written = 0, sum(map(_nbytes, new))
-    if name.endswith("_like") or name.startswith("new_"):  # which ask for a shape
+    if name.endswith("_like") or name.startswith("new_"):  # they read only the shape
         return read, written
     for number, argument in enumerate(func._schema.arguments):
         value = args[number] if number < len(args) else kwargs.get(argument.name)
@@ -290,7 +291,7 @@ def _touched(
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Bytes of its entries; those of a broadcast dimension are one."""
+    """Return the bytes of a tensor's entries; a broadcast dimension counts once."""
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sides if stride) * tensor.element_size()
 
@@ -298,9 +299,10 @@ def _nbytes(tensor: Tensor) -> int:
 def _of_product(
     name: str, args: Sequence[Any], kwargs: Any, result: Tensor, nbytes: int
 ) -> tuple[int, list[Work]]:
-    """A matrix product: cuBLAS adds to what is in its result, where C is copied first.
+    """Return the launches and work of a matrix product, with the copies around it.
 
-    Operands that are neither row by row nor column by column are copied, too.
+    cuBLAS adds the product to the content of its result, so C is first copied there. Operands that
+    are neither row-major nor column-major are copied, too.
     """
     fused = name in _FUSED_PRODUCTS
     A, B = args[1:3] if fused else args[:2]
@@ -321,10 +323,10 @@ def _fits_blas(matrix: Tensor) -> bool:
 
 
 def _of_lists(name: str, args: Sequence[Any], kwargs: Any) -> int:
-    """Launches of an operator on lists: one for each tensor where the fast way is closed.
+    """Return the launches of an operator on lists; one per tensor if the fast path does not apply.
 
-    It takes dense tensors of one dtype, each with the shape and strides of its partners; a copy may
-    go from one dtype to another.
+    The fast path needs dense tensors of one dtype, each with the shape and strides of its
+    counterparts in the other lists; a copy may convert from one dtype to another.
     """
     values = [*args, *kwargs.values()]
     lists = [list(v) for v in values if isinstance(v, list | tuple) and any(True for _ in v)]
@@ -340,19 +342,19 @@ def _of_lists(name: str, args: Sequence[Any], kwargs: Any) -> int:
     alike = alike and all(len({(t.shape, t.stride()) for t in row}) == 1 for row in rows)
     if not (alike and all(map(is_dense, lists[0]))):
         return len(lists[0])
-    is_norm = name == "_foreach_norm"  # which adds up what it finds of chunks, from zeros
+    is_norm = name == "_foreach_norm"  # fills with zeros first, and sums over chunks at the end
     depth = len(lists) + (not name.endswith("_") and not is_norm)
     sizes = [tensor.numel() for tensor in lists[0]]
     return launches_of(sizes, depth, with_scalars=bool(scalars)) + 2 * is_norm
 
 
 def launches_of(sizes: Sequence[int], lists: int, *, with_scalars: bool = False) -> int:
-    """Launches of ``multi_tensor_apply``.
+    """Return the number of launches of ``multi_tensor_apply``.
 
     Args:
-        sizes: Elements of the tensors of one list.
-        lists: How many lists there are, 1 to 5; a list of results is one.
-        with_scalars: Whether each tensor has a number of its own.
+        sizes: Number of elements of each tensor of one list.
+        lists: Number of lists, 1 to 5, including a list of results.
+        with_scalars: Whether each tensor has its own scalar. Default: no.
     """
     table = MOST_TENSORS_WITH_SCALARS if with_scalars else MOST_TENSORS
     most = table[min(lists, len(table)) - 1]
@@ -365,5 +367,5 @@ def launches_of(sizes: Sequence[int], lists: int, *, with_scalars: bool = False)
             chunks, left = chunks + taken, left - taken
             if chunks == MOST_CHUNKS or (tensors == most and not left):
                 launches += 1
-                chunks, tensors = 0, int(left > 0)  # the rest of this one is the next one's first
+                chunks, tensors = 0, int(left > 0)  # the next launch begins with the rest of it
     return launches + (chunks > 0)

@@ -1,8 +1,8 @@
-"""Curves that are told apart in print, in dark mode and where they coincide.
+"""Curves that stay distinguishable in print, in dark mode and where they coincide.
 
-In: points by name. Out: an SVG inside the page. A line has a colour, a style and a width of its
-own, later ones being thinner and dashed, so that one below another is seen; its name stands beside
-its end, outside the axes.
+In: points by name. Out: an SVG to put inside a page. Each line has its own colour, style and width;
+later ones are thinner and dashed, so that a line below another remains visible. The name of a line
+stands beside its end, outside the axes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _WIDTHS = (3.0, 2.2, 1.8, 1.4)
-# Stand-ins for colours of the page, which follow the reader's mode.
+# Stand-ins for the page's colours, which follow the reader's light or dark mode.
 _INK, _LINE = "#010203", "#040506"
 _OF_PAGE = {_INK: "currentColor", _LINE: "var(--line)"}
 _SKIPPED = 0.1
-"""Of the steps, at the beginning: their losses would flatten the rest and do not set the frame."""
+"""Share of the steps, at the beginning, that may lie outside the frame: they flatten the rest."""
 
 
 def curves(
@@ -37,13 +37,13 @@ def curves(
     *,
     cut_begin: bool = False,
 ) -> str:
-    """Values over steps; nothing if there are none.
+    """Draw values over steps; return the SVG, or an empty string if there are no values.
 
     Args:
-        series: (x, y) by name.
-        label: Of the y axis.
-        x_label: Of the x axis.
-        cut_begin: Whether the first values may lie outside the frame.
+        series: Points (x, y) by name.
+        label: Title of the y axis.
+        x_label: Title of the x axis. Default: ``step``.
+        cut_begin: Whether the first values may lie outside the frame. Default: no.
     """
     there = {name: points for name, points in series.items() if points}
     if not there:
@@ -72,7 +72,7 @@ def curves(
 
 
 def _frame(axes: Axes, every: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Leave the first steps out of the frame, where enough is left to see."""
+    """Fit the frame to all but the first steps, if enough points remain."""
     last = max(x for points in every for x, _ in points)
     late = [y for points in every for x, y in points if x >= _SKIPPED * last]
     if len(late) > 2 and max(late) > min(late):
@@ -81,7 +81,7 @@ def _frame(axes: Axes, every: Sequence[Sequence[tuple[float, float]]]) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[tuple[Line2D, float]]) -> None:
-    """Write each line's name beside its end, pushed up where two would overlap."""
+    """Write each line's name beside its end; move it up if two names would overlap."""
     axes.get_figure().draw_without_rendering()  # type: ignore[union-attr]  # settles the limits
     low, high = axes.get_ylim()
     gap, previous = 0.075 * (high - low), -float("inf")
@@ -106,7 +106,7 @@ def _label_ends(axes: Axes, lines: Sequence[tuple[Line2D, float]]) -> None:
 
 
 def svg(figure: Figure, description: str) -> str:
-    """A figure as part of a page, its text and axes in the page's colours."""
+    """Return a figure as SVG to put inside a page, with text and axes in the page's colours."""
     import matplotlib as mpl
 
     _use_page_colours(figure)
@@ -116,11 +116,11 @@ def svg(figure: Figure, description: str) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     found = text.getvalue()
     found = found[found.index("<svg") :]
-    found = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", found)  # which HTML does not need
+    found = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", found)  # HTML does not need them
     for stand_in, colour in _OF_PAGE.items():
         found = found.replace(stand_in, colour)
     name = f'<svg role="img" aria-label="{escape(description)}"'
-    # The first size is that of the image, in points: the page sets it.
+    # Drop the size of the image, in points: the page sets its size.
     return re.sub(r'<svg( height="[^"]*")?( width="[^"]*")?', lambda _: name, found, count=1)
 
 

@@ -1,7 +1,8 @@
-"""``hf-muon env``: what is installed and what computes, as a block for a bug report.
+"""``hf-muon env``: versions and devices, as a block for a bug report.
 
-In: this machine. Out: lines of plain text: versions, devices, whether they multiply bfloat16, and
-who would compute polar factors in which dtype. Nothing of a user's files or settings is in it.
+In: this machine. Out: lines of plain text: versions, devices, whether they have bfloat16
+instructions, and the kernel and dtype for polar factors. It contains nothing from a user's files or
+settings.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def env() -> None:
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Names and what there is to say of each, in the order in which they are shown."""
+    """Yield (name, description) pairs in the order in which they are shown."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
         yield package, installed(package) or "not installed"
@@ -45,7 +46,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a distribution, if there is one."""
+    """Return the version of an installed distribution; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -53,7 +54,7 @@ def installed(package: str) -> str | None:
 
 
 def devices() -> list[torch.device]:
-    """The CPU and every accelerator that torch sees."""
+    """Return the CPU and every accelerator that torch sees."""
     found = [torch.device("cpu")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
@@ -80,13 +81,13 @@ def _described(device: torch.device) -> str:
 
 
 def _polar_factors(device: torch.device) -> str:
-    """Who would multiply, after the check that a first use makes."""
+    """Return which kernel computes polar factors in which dtype, after the check at first use."""
     dtype = compute_dtype(None, device)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             kernel = products_for("auto", device, dtype, by_halves=True).name
-    except Exception as error:  # whatever a driver raises: the rest of the block is still wanted
+    except Exception as error:  # a driver may raise anything; the rest is printed all the same
         return f"polar factors in {str(dtype)[6:]} fail: {sentence(error)}"
     note = (
         f" ({sentence(said[-1].message)})" if said and isinstance(said[-1].message, Warning) else ""

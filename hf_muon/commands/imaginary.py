@@ -1,8 +1,8 @@
-"""Layouts of ranks that do not exist, for a look at a plan before it is run.
+"""Layouts of ranks that do not exist, to see a plan before running it.
 
 In: the matrices of some parameters, a kind of sharding, a number of ranks. Out: the layouts that
-would be found there, and the buckets that a step would plan. No process group is needed: how each
-library cuts a parameter is written down here, and the tests hold it against the library.
+those ranks would find, and the buckets that a step would plan. No process group is needed: this
+module reproduces how each library cuts a parameter, and tests compare it with the library.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hf_muon.values import near
 
 KINDS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
-# DeepSpeed 0.19.8: a flat group is padded to a multiple of this times the number of ranks
-# (nccl_start_alignment_factor of ZeRO-1/2), and ZeRO-3 steps through sub-groups of so many elements
-# per rank (sub_group_size, by default).
+# DeepSpeed 0.19.8: ZeRO-1/2 pads a flat group to a multiple of FLAT_ALIGNMENT times the number of
+# ranks (nccl_start_alignment_factor). ZeRO-3 steps through sub-groups of SUB_GROUP_SIZE elements
+# per rank (the default of sub_group_size).
 FLAT_ALIGNMENT = 2
 SUB_GROUP_SIZE = 10**9
 
@@ -51,13 +51,13 @@ class World:
 
     Attributes:
         kind: One of :data:`KINDS`.
-        ranks: How many there are.
-        replicas: ``hsdp`` only: groups of ranks that each hold the whole model. Rank r is member
-            r mod ranks/replicas of replica ⌊r·replicas/ranks⌋, as in a device mesh
+        ranks: Number of ranks.
+        replicas: ``hsdp`` only: number of groups of ranks that each hold the whole model. Rank r is
+            member r mod (ranks/replicas) of replica ⌊r·replicas/ranks⌋, as in a device mesh
             (replicas, shards).
 
     Raises:
-        ValueError: An unknown kind, or numbers that do not fit it.
+        ValueError: The kind is unknown, or the numbers do not fit it.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class World:
 
     @property
     def mesh(self) -> tuple[int, int]:
-        """(replicas, shards): ranks that hold the same, and ranks that hold one copy together."""
+        """(replicas, shards): the number of copies, and of the ranks that share each copy."""
         replicas = {"ddp": self.ranks, "hsdp": self.replicas or 1}.get(self.kind, 1)
         return replicas, self.ranks // replicas
 
@@ -89,16 +89,16 @@ class World:
 def exchanges(
     parameters: Sequence[Parameter], shares: Sequence[bool], world: World
 ) -> list[list[Layout]]:
-    """The layouts of one param group, in the lists that a step plans one after the other.
+    """Return the layouts of one param group, in the lists that a step plans one after another.
 
     Args:
         parameters: All parameters of the group.
-        shares: For each whether ranks that hold copies divide the work on it.
+        shares: For each parameter, whether ranks that hold copies divide the work on it.
         world: The ranks.
 
     Returns:
-        One list with a layout for each parameter; under ZeRO one layout for each flat tensor, each
-        in a list of its own, because DeepSpeed calls the optimizer once for each.
+        One list with a layout for each parameter. Under ZeRO, a list with a single layout for each
+        flat tensor, because DeepSpeed calls the optimizer once per flat tensor.
     """
     matrices = [parameter.matrices for parameter in parameters]
     if world.kind == "zero3":
@@ -122,11 +122,11 @@ def planned(
     wire: torch.dtype,
     device_type: str,
 ) -> Iterator[list[Bucket]]:
-    """The buckets of a step, in the lists that are worked off one after the other.
+    """Yield the buckets of a step, in the lists that run one after another.
 
     Args:
         groups: The parameters of each Muon group, in the optimizer's order.
-        config: Gives the polar settings, ``distribute`` and ``bucket_mb``.
+        config: Provides the polar settings, ``distribute`` and ``bucket_mb``.
         world: The ranks.
         wire: Dtype on the wire.
         device_type: ``cuda`` or ``cpu``.
@@ -144,12 +144,12 @@ def planned(
 def wires_of(
     config: MuonConfig, dtype: torch.dtype, device_type: str
 ) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes there and back, without the device that would be asked what it can do.
+    """Return the dtypes on the wire, to the owner and back, without access to the device.
 
     Args:
-        config: Gives the polar settings.
-        dtype: Of the parameters.
-        device_type: ``cuda`` (with instructions for bfloat16) or ``cpu`` (this one).
+        config: Provides the polar settings.
+        dtype: Dtype of the parameters.
+        device_type: ``cuda`` (assumed to have bfloat16 instructions) or ``cpu`` (this one).
     """
     requested = config.polar_dtype
     if device_type == "cuda" and requested == "auto" and config.polar_method != "svd":
@@ -161,7 +161,7 @@ def wires_of(
 
 
 def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device_type: str) -> bool:
-    """Whether ranks that hold copies of a parameter divide the work on it."""
+    """Return whether ranks that hold copies of a parameter divide the work on it."""
     if config.distribute != "auto" or not parameter.matrices:
         return config.distribute != "redundant"
     matrix = parameter.matrices[0]
@@ -170,7 +170,7 @@ def _shares(parameter: Parameter, config: MuonConfig, wire: torch.dtype, device_
 
 @lru_cache(maxsize=1024)
 def _rows_of_a_mesh(parameter: Parameter, replicas: int, shards: int) -> Layout:
-    """(Replicate, Shard(0)) on a mesh (replicas, shards), as ``torch.chunk`` cuts the rows."""
+    """Return the layout (Replicate, Shard(0)) on a mesh; ``torch.chunk`` cuts the rows."""
     rows, *others = parameter.shape
     chunk = -(-rows // shards)
     pieces = []
@@ -188,7 +188,7 @@ def _rows_of_a_mesh(parameter: Parameter, replicas: int, shards: int) -> Layout:
 
 
 def _flat_partitions(parameters: Sequence[Parameter], ranks: int) -> FlatTensor:
-    """ZeRO-1/2: the group is one vector, cut into equal parts; matrices lie where they fall."""
+    """Lay out a group under ZeRO-1/2: one vector in equal parts, whose cuts may split matrices."""
     offsets = [0, *accumulate(parameter.numel for parameter in parameters)]
     size = -(-offsets[-1] // (FLAT_ALIGNMENT * ranks)) * FLAT_ALIGNMENT
     spans: list[list[Span]] = [[] for _ in range(ranks)]
@@ -200,7 +200,7 @@ def _flat_partitions(parameters: Sequence[Parameter], ranks: int) -> FlatTensor:
 
 
 def _sub_groups(parameters: Sequence[Parameter], ranks: int) -> list[list[int]]:
-    """ZeRO-3: as many parameters as reach the size of a sub-group."""
+    """Group parameters under ZeRO-3; a sub-group ends with the parameter that reaches its size."""
     groups: list[list[int]] = [[]]
     size = 0
     for index, parameter in enumerate(parameters):
@@ -213,7 +213,7 @@ def _sub_groups(parameters: Sequence[Parameter], ranks: int) -> list[list[int]]:
 
 
 def _flat_slices(parameters: Sequence[Parameter], members: list[int], ranks: int) -> FlatTensor:
-    """ZeRO-3: each parameter is cut into equal parts; a rank's parts lie one after the other."""
+    """Lay out a sub-group under ZeRO-3: each rank holds an equal part of every parameter."""
     spans: list[list[Span]] = [[] for _ in range(ranks)]
     offset = 0
     for index in members:

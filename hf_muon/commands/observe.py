@@ -1,8 +1,8 @@
-"""``hf-muon route --observe RUN``: what a run says about the routing and momentum of the next one.
+"""``hf-muon route --observe RUN``: suggest the next run's routing and momentum from this run.
 
 In: the output folder of a run with a ``SpectralMonitor``, or its ``spectra.jsonl``. Out: numbers
-per layer, and ``adamw_params=…`` for the settings of the next run; a table or JSON. Nothing acts on
-it: routing never changes inside a run.
+per layer, and ``adamw_params=…`` for the settings of the next run; a table or JSON. It is only
+advice: routing never changes during a run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ WIDTH = 100
 
 
 def show(run: Path, *, as_json: bool) -> None:
-    """Print what a run says.
+    """Print the numbers of a run and the suggestion for the next one.
 
     Args:
-        run: The output folder, or the file.
-        as_json: As plain values.
+        run: The output folder, or its ``spectra.jsonl``.
+        as_json: Whether to print JSON instead of a table.
 
     Raises:
         ValueError: The run recorded nothing.
@@ -60,9 +60,10 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def _as_it_was(run: Path) -> tuple[tuple[str, ...], set[str]]:
-    """The run's own ``adamw_params``, and the parameters that Muon trained, if its report is there.
+    """Return the run's ``adamw_params`` and the parameters that Muon trained, from its report.
 
-    What went to AdamW by a pattern has no samples, and must go there again.
+    Both are empty without a report. The run has no samples of parameters that a pattern sent to
+    AdamW, so the next run must keep the patterns.
     """
     report = (run if run.is_dir() else run.parent) / "muon_report.json"
     if not report.is_file():
@@ -114,7 +115,7 @@ def _table(layers: Sequence[Observed]) -> str:
 
 
 def _shared(names: Sequence[str]) -> str:
-    """The modules that all layers are in."""
+    """Return the path of the modules that contain all layers."""
     steps = zip(*(name.split(".")[:-2] for name in names), strict=False)
     return ".".join(step[0] for step in takewhile(lambda step: len({*step}) == 1, steps))
 

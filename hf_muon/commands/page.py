@@ -1,7 +1,7 @@
-"""The parts of an HTML page that needs no other file: text, tables, folded tables.
+"""Parts of a self-contained HTML page: text, tables, folded tables, figures.
 
-In: text, rows, figures as SVG. Out: HTML. Everything that is not HTML yet is escaped here; colours
-follow the reader's light or dark mode.
+In: text, rows, figures as SVG. Out: HTML. Text that is not HTML yet is escaped here; colours follow
+the reader's light or dark mode.
 """
 
 from __future__ import annotations
@@ -51,36 +51,39 @@ details .wide {{ padding: .3rem 0 .5rem 1rem; }}
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page."""
+    """Return a whole page."""
     return _PAGE.format(title=escape(title), body="\n".join(part for part in parts if part))
 
 
 def section(title: str, content: str, missing: str = "") -> str:
-    """A heading, and what stands below it or why nothing does; nothing at all without a reason."""
+    """Return a heading with its content, or with the reason why it is missing.
+
+    Without either, return an empty string.
+    """
     if not content and not missing:
         return ""
     return f"<h2>{escape(title)}</h2>\n" + (content or f'<p class="missing">{escape(missing)}</p>')
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, one below the other."""
+    """Return names and values as a list."""
     lines = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows]
     inside = "\n".join(lines)
     return f'<dl class="facts">\n{inside}\n</dl>' if lines else ""
 
 
 def text(sentences: str) -> str:
-    """A paragraph."""
+    """Return a paragraph."""
     return f"<p>{escape(sentences)}</p>"
 
 
 def note(text: str) -> str:
-    """A sentence in small letters."""
+    """Return a paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table that scrolls where it is wide; nothing if it has no rows."""
+    """Return a table that scrolls sideways if it is wide; an empty string if it has no rows."""
     lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
     if not lines:
         return ""
@@ -90,14 +93,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def folded(title: str, summary: str, content: str, *, is_open: bool = False) -> str:
-    """What is shown at a click on its title."""
+    """Return content that a click on its title shows or hides."""
     state = " open" if is_open else ""
     head = f"<summary>{escape(title)} <span>{escape(summary)}</span></summary>"
     return f"<details{state}>{head}\n{content}\n</details>"
 
 
 def figures(drawn: Iterable[tuple[str, str]], *, large: bool = False) -> str:
-    """Figures with captions, side by side where there is room."""
+    """Return figures with captions, side by side if there is room."""
     of = ' class="large"' if large else ""
     inside = "\n".join(
         f'<figure{of}><div class="wide">{svg}</div>{_caption(caption)}</figure>'

@@ -1,8 +1,8 @@
 """``hf-muon plan``: what the Muon half of a step will cost on ranks that need not exist.
 
 In: a route plan, settings, a :class:`~hf_muon.commands.imaginary.World`, and a device with its
-links. Out: a :class:`Forecast` with the costs of every rank; it prints as a table and exports to
-JSON. Owners and buckets come from the code that plans the run.
+links. Out: a :class:`Forecast` with the costs of every rank, as a table or as JSON. Owners and
+buckets come from the code that also plans a real run.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def plan(
     rate = chosen.operations_per_second(in_half=True) / 1e12
     costs = forecast_routes(routes, config, world, device=device)
     facts = costs.to_dict(rate, links)
-    if device != "cpu":  # which works otherwise, and has no launches
+    if device != "cpu":  # a CPU has no kernel launches, and its step runs differently
         asked = roofline(
             groups_of(routes), config, world, chosen, dtype=_dtype(routes), wire=costs.wire
         )
@@ -99,19 +99,19 @@ def plan(
 
 @dataclass(frozen=True)
 class Forecast:
-    """Costs of one step on every rank, without those of the AdamW half.
+    """Costs of one step on every rank, without the AdamW half.
 
     Attributes:
         world: The ranks.
-        ranks: The cost of each.
-        steps: Newton–Schulz iterations of a polar factor.
+        ranks: The cost of each rank.
+        steps: Newton–Schulz iterations per polar factor.
         matrices: Operations of one iteration on each matrix of the model.
-        in_lockstep: The same on the busiest rank of each bucket, summed over buckets: how long the
-            step takes if every bucket waits for its slowest rank.
+        in_lockstep: Operations of one iteration on the busiest rank of each bucket, summed over
+            buckets: the work that the step takes if every bucket waits for its slowest rank.
         wire: Dtype on the wire.
-        back: That of results, on their way back.
-        sums: All-reduces of a bucket, of some numbers for each matrix, which no cost counts.
-        by_svd: Whether matrices are decomposed, of which the operations say nothing.
+        back: Dtype of results on their way back.
+        sums: All-reduces per bucket, of a few numbers per matrix; the costs leave them out.
+        by_svd: Whether an SVD replaces the iteration; then the operations say nothing about time.
     """
 
     world: World
@@ -126,30 +126,30 @@ class Forecast:
 
     @property
     def mean(self) -> float:
-        """Operations of one iteration, on average over the ranks."""
+        """Operations of one iteration on a rank, averaged over the ranks."""
         return sum(cost.operations for cost in self.ranks) / len(self.ranks)
 
     @property
     def balance(self) -> float:
-        """Most operations of a rank over the mean; 1 is perfect."""
+        """Operations of the busiest rank over the mean; 1 is perfect."""
         return max(cost.operations for cost in self.ranks) / self.mean
 
     @property
     def lower_bound(self) -> float:
-        """What no assignment of whole matrices can be below."""
+        """The lowest balance that an assignment of whole matrices can reach."""
         return max(1.0, max(self.matrices) / self.mean)
 
     @property
     def idle(self) -> int:
-        """Ranks that compute no polar factor."""
+        """Number of ranks that compute no polar factor."""
         return sum(cost.matrices == 0 for cost in self.ranks)
 
     def to_dict(self, tflops: float, links: Links) -> dict[str, Any]:
-        """Everything as plain values, for JSON.
+        """Return everything as plain values, for JSON.
 
         Args:
-            tflops: 10¹² operations per second that a rank reaches in matrix products.
-            links: What a rank sends in a second.
+            tflops: Rate that a rank reaches in matrix products, 10¹² operations per second.
+            links: Rates at which a rank sends.
         """
         require_rate("tflops", tflops)
         wires = [self._wire_ms(cost, rank, links) for rank, cost in enumerate(self.ranks)]
@@ -192,7 +192,10 @@ class Forecast:
         }
 
     def _wire_ms(self, cost: Cost, rank: int, links: Links) -> float:
-        """All-to-alls go to the ranks that hold the same copy, all-gathers to the other copies."""
+        """Return how long a rank sends, in milliseconds.
+
+        All-to-alls go to the ranks that share its copy, all-gathers to the other copies.
+        """
         shards = self.world.mesh[1]
         first = rank - rank % shards
         copies = range(rank % shards, self.world.ranks, shards)
@@ -201,12 +204,13 @@ class Forecast:
         ) + links.milliseconds(cost.replicated, rank, copies)
 
     def table(self, tflops: float, links: Links, *, full: bool = False) -> str:
-        """Everything as text.
+        """Return everything as text.
 
         Args:
             tflops: As in :meth:`to_dict`.
             links: As in :meth:`to_dict`.
-            full: A line per rank; default: one line for all ranks with the same numbers.
+            full: Whether each rank gets its own line. Default: one line for all ranks with the
+                same numbers.
         """
         facts = self.to_dict(tflops, links)
         lines: dict[Any, list[int]] = defaultdict(list)
@@ -219,7 +223,7 @@ class Forecast:
         return text(table) + _summary(facts, tflops, links)
 
 
-_COLUMNS = {  # heading: what is shown of a rank, in which unit
+_COLUMNS = {  # heading: (key, unit)
     "matrices": ("matrices", 1),
     "TFLOP": ("newton_schulz_flops", 1e12),
     "MB sent": ("bytes_sent", 1e6),
@@ -238,20 +242,21 @@ def forecast(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
 ) -> Forecast:
-    """Plan a step as the ranks of a world would.
+    """Plan a step as the ranks of a world would, and return its costs.
 
     Args:
         groups: The parameters of each Muon group, in the optimizer's order.
-        config: Gives the polar settings, ``distribute`` and ``bucket_mb``.
+        config: Provides the polar settings, ``distribute`` and ``bucket_mb``.
         world: The ranks.
-        dtype: Of the parameters.
-        device: A key of :data:`~hf_muon.commands.hardware.DEVICES`: GPUs, which compute in
-            bfloat16, or ``cpu`` (this one).
+        dtype: Dtype of the parameters. Default: float32.
+        device: A key of :data:`~hf_muon.commands.hardware.DEVICES`: a GPU, which computes in
+            bfloat16, or ``cpu`` (this one). Default: ``cuda``.
 
     Raises:
-        ValueError: An unknown device, an update that moves more than gradients, or no matrix.
+        ValueError: The device is unknown, the update exchanges more than gradients, or there is no
+            matrix.
     """
-    device_of(device)  # raises where there is none
+    device_of(device)  # raises for an unknown device
     device_type = "cpu" if device == "cpu" else "cuda"
     if device == "cpu":
         compute_dtype(config.polar_dtype, torch.device(device))  # raises for float16
@@ -287,12 +292,12 @@ def forecast(
 def forecast_routes(
     plan: RoutePlan, config: MuonConfig, world: World, *, device: str = "cuda"
 ) -> Forecast:
-    """The forecast of a routed model."""
+    """Return the forecast of a routed model."""
     return forecast(groups_of(plan), config, world, dtype=_dtype(plan), device=device)
 
 
 def groups_of(plan: RoutePlan) -> list[list[Parameter]]:
-    """The matrices of a routed model in the groups of ``RoutePlan.param_groups``."""
+    """Return the matrices of a routed model in the groups of ``RoutePlan.param_groups``."""
     groups = [
         [Parameter(route.shape, route.matrices) for route in plan.muon if route.decay is decay]
         for decay in (True, False)
@@ -306,12 +311,12 @@ def _dtype(plan: RoutePlan) -> torch.dtype:
 
 
 def _sums(config: MuonConfig, world: World) -> int:
-    """How often a bucket adds up what stages must know of whole matrices, over ranks."""
+    """Return how many all-reduces a bucket needs for sums over whole matrices."""
     rule, (replicas, shards) = config.rule, world.mesh
     following = rule.after[0] if rule.after else rule.write
     asked = [stage for stage in rule.stages if stage.statistic is not None]
     of_pieces, of_owners = len(asked), 0
-    if following.statistic is not None and following.statistic.of_input:  # owners measure
+    if following.statistic is not None and following.statistic.of_input:  # measured by owners
         of_owners = 1
     if config.momentum_dtype == "int8":
         of_pieces += sum(buffer.sizes is not None for buffer in rule.buffers)
@@ -320,12 +325,12 @@ def _sums(config: MuonConfig, world: World) -> int:
 
 
 def short(number: float) -> str:
-    """Three digits, or all before the point: ``0.0214``, ``1,710``."""
+    """Format a number with three digits, or all digits before the point: ``0.0214``, ``1,710``."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _ranks(members: Sequence[int]) -> str:
-    """Ranks in short: ``0-3, 8``, and how many where that is long."""
+    """Abbreviate ranks as ``0-3, 8``; a long list is cut short and gives their number."""
     breaks = [i for i in range(1, len(members)) if members[i] != members[i - 1] + 1]
     runs = [members[start:stop] for start, stop in zip([0, *breaks], [*breaks, None], strict=True)]
     names = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
@@ -357,7 +362,7 @@ def _summary(facts: dict[str, Any], tflops: float, links: Links) -> str:
 
 
 def _asked(facts: dict[str, Any] | None) -> str:
-    """What is asked of the device, in sentences."""
+    """Describe the work of the device in sentences."""
     if facts is None:
         return ""
     products, others, device, host = (

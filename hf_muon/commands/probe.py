@@ -1,7 +1,7 @@
-"""``hf-muon probe MODEL --text FILE``: what an order and a momentum make of a model's gradients.
+"""``hf-muon probe MODEL --text FILE``: how order and momentum filter a model's gradients.
 
 In: a causal language model (a folder or a Hub id) and text. Out: the readings of a stationary
-probe, as a table or as JSON. The weights stay as they are; nothing is written.
+probe, as a table or as JSON. The weights do not change, and no file is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_muon.diagnostics.readings import ProbeSettings
 from hf_muon.values import read_json, sentence
 
 LAYERS = 8
-"""Matrices that are probed where nobody says which: every one keeps a buffer of gradients."""
+"""Matrices that are probed by default; each one keeps a buffer of gradients."""
 SHOWN = ("alignment", "direction", "sin_left", "sin_right")
 
 
@@ -60,7 +60,7 @@ def probe(
     asked: dict[str, Any] = {"proxy": proxy, "rank": rank}
     asked |= {"orders": tuple(order)} if order else {}
     asked |= {"momenta": tuple(momentum)} if momentum else {}
-    ProbeSettings(**asked)  # refuses wrong settings before a model is loaded
+    ProbeSettings(**asked)  # raises for wrong settings before the model is loaded
     blocks = read_blocks(model, text, batches * batch_size, seq_len, seed)
     network = load(model, device)
     most = getattr(network.config, "max_position_embeddings", None) or seq_len
@@ -83,14 +83,14 @@ def probe(
 def read_blocks(
     model: str, files: Sequence[Path], count: int, seq_len: int, seed: int
 ) -> list[list[int]]:
-    """Cut texts into blocks of tokens, and return some, each once and in random order.
+    """Cut texts into blocks of tokens, and return a random selection without repetition.
 
     Args:
-        model: Whose tokenizer.
-        files: Texts in UTF-8; what is not is replaced.
-        count: Blocks to return.
-        seq_len: Tokens in each.
-        seed: Of the order.
+        model: The model whose tokenizer to use.
+        files: Texts in UTF-8; invalid bytes are replaced.
+        count: Number of blocks to return.
+        seq_len: Tokens per block.
+        seed: Seed of the selection and its order.
 
     Raises:
         ValueError: A file or a tokenizer cannot be read, or the texts are too short.
@@ -125,10 +125,10 @@ def read_blocks(
 
 
 def load(model: str, device: str) -> Any:
-    """The model with its weights, in float32 and without dropout.
+    """Return the model with its weights, in float32 and without dropout.
 
     Raises:
-        ValueError: It cannot be loaded as a causal language model, or there is no such device.
+        ValueError: It cannot be loaded as a causal language model, or the device is not available.
     """
     from transformers import AutoModelForCausalLM
 
@@ -143,12 +143,12 @@ def load(model: str, device: str) -> Any:
         ) from error
     try:
         return network.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # unknown, and not compiled in
+    except (RuntimeError, AssertionError) as error:  # unknown device, or torch built without it
         raise ValueError(f"device={device!r} cannot be used: {sentence(error)}") from error
 
 
 def _check_source(model: str) -> None:
-    """Refuse a path that leads to nothing, and an adapter whose base would be asked of the Hub."""
+    """Raise for a path that does not exist, and for an adapter that names no base model."""
     check_exists(model)
     adapter = Path(model) / "adapter_config.json"
     if adapter.is_file() and not (Path(model) / "config.json").is_file():

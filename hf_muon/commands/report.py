@@ -1,7 +1,8 @@
 """``hf-muon report RUN``: one page about a run, or with ``--board`` one about several.
 
-In: the output folder of a Trainer, with what it, hf_muon and the recipes leave there. Out: one HTML
-file with its figures inside. What is missing is named on the page, with what was looked for.
+In: the output folder of a Trainer, with the files that it, hf_muon and the recipes write there.
+Out: one HTML file with its figures inside. The page says what is missing and which files were
+looked for.
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
         output: File to write. Default: ``report.html`` in the folder.
 
     Returns:
-        The file.
+        The path of the page.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it holds nothing that a run leaves.
+        FileNotFoundError: The folder does not exist, or contains no file of a run.
         ImportError: matplotlib is not installed.
         ValueError: A file in it is damaged.
     """
@@ -110,12 +111,12 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 
 def _named(run: Run, names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """Logged values under the names of a figure."""
+    """Return logged values by their labels in a figure."""
     return {label: run.logged.get(name, []) for name, label in names.items()}
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """The run in a few lines."""
+    """Return the summary of a run as (name, value) pairs."""
     return [
         ("Model", run.model or NOT_RECORDED),
         ("Data", run.data or NOT_RECORDED),
@@ -162,7 +163,7 @@ def _time(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Format a duration: ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -173,7 +174,7 @@ def duration(seconds: float) -> str:
 
 
 def _spectra(run: Run) -> list[str]:
-    """The samples of a SpectralMonitor, and what it warned of."""
+    """Return the sections with the samples and the warnings of a SpectralMonitor."""
     drawn = svg(spectra_figure(run.samples), "spectra") if run.samples else ""
     rows = [(one["step"], one["layer"] or "all", one["warning"]) for one in run.warned]
     return [
@@ -191,7 +192,7 @@ _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 def _routes(routes: Sequence[dict[str, Any]]) -> str:
-    """The routing table, a fold for the layers of a stack that are alike, one for all the rest."""
+    """Return the routing table: consecutive identical layers share a fold, all else has one."""
     layers: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     outside = []
     for route in routes:
@@ -202,7 +203,7 @@ def _routes(routes: Sequence[dict[str, Any]]) -> str:
             key = (found["stack"], int(found["number"]))
             layers[key].append({**route, "name": found["rest"]})
     rows = {key: [_row(route) for route in inside] for key, inside in layers.items()}
-    # A stack comes in the order of its numbers, so that layers which are alike are neighbours.
+    # The layers of a stack are sorted by number, so that identical ones are neighbours.
     stacks = list(dict.fromkeys(stack for stack, _ in layers))
     ordered = sorted(layers, key=lambda key: (stacks.index(key[0]), key[1]))
     folds = []

@@ -1,9 +1,9 @@
-"""What a step asks of a device, and how long that takes at the rates of the device.
+"""The work of a step for a device, and how long it takes at the rates of the device.
 
 In: the matrices of a model, settings, ranks, a device. Out: a :class:`Roofline`: counts of the real
-step on meta tensors, and milliseconds. Where several ranks share the work, the counts are those of
-a rank that is the busiest of every bucket: its polar factors, the elementwise work on its pieces,
-and the copies into and out of messages.
+step on meta tensors, and milliseconds. If several ranks share the work, the counts are for a rank
+that is the busiest one in every bucket: its polar factors, the elementwise work on its pieces, and
+the copies into and out of messages.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ from hf_muon.rules import MAPS
 from hf_muon.stages import WholeMap
 
 OPERATION_US, LISTED_US, LAUNCH_US = 3.5, 4.5, 2.5
-"""Microseconds of the host for an operator, for a tensor in its lists with all the work of the step
-on it, and for a launch. The first two fit whole steps on tiny matrices, of this package and of
-torch, on a core of a server CPU to a fifth; the third is a usual figure that was not measured."""
+"""Microseconds that the host spends on an operator, on a tensor in its lists (with all the work of
+the step on it), and on a launch. The first two fit whole steps on tiny matrices, of this package
+and of torch, on one core of a server CPU to within 20 %; the third is a typical figure, not a
+measurement."""
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What is asked of a device in a step of the Muon half, and its rates.
+    """The work of the Muon half of a step for a device.
 
     Attributes:
-        counts: What is asked for.
-        held: Bytes of weights, gradients and momentum that the rank holds of Muon's matrices.
-        device: Whose rates count.
-        is_whole: Whether there is one rank, so that everything was counted, memory too.
-        products: Who multiplies: ``torch``, ``triton`` or ``quack``.
+        counts: The work.
+        held: Bytes of weights, gradients and momentum of Muon's matrices that the rank holds.
+        device: The device, with its rates.
+        is_whole: Whether there is only one rank, so that everything was counted, including memory.
+        products: Implementation of matrix products: ``torch``, ``triton`` or ``quack``.
     """
 
     counts: Counts
@@ -59,10 +60,10 @@ class Roofline:
     products: str = "torch"
 
     def milliseconds(self, *, of_products: bool) -> float:
-        """How long the device works: each kernel takes what its arithmetic or its bytes take.
+        """Return how long the device works: per kernel the longer of arithmetic and memory traffic.
 
         Args:
-            of_products: Whether matrix products are asked about, or all other work.
+            of_products: Whether to return the time of matrix products, or of all other work.
         """
         seconds = 0.0
         for work, times in self.counts.work.items():
@@ -72,7 +73,7 @@ class Roofline:
         return 1e3 * seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Return everything as plain values, for JSON."""
         counts = self.counts
         products, others = (self.milliseconds(of_products=which) for which in (True, False))
         return {
@@ -94,7 +95,7 @@ class Roofline:
 
 
 def host_milliseconds(counts: Counts) -> float:
-    """How long the host takes to ask for it all; an estimate."""
+    """Estimate how long the host takes to launch all the work."""
     listed = LISTED_US * counts.listed + LAUNCH_US * counts.launches
     return (OPERATION_US * counts.operations + listed) / 1e3
 
@@ -108,15 +109,15 @@ def roofline(
     dtype: torch.dtype,
     wire: torch.dtype,
 ) -> Roofline:
-    """Count a step.
+    """Count the work of a step.
 
     Args:
         groups: The parameters of each Muon group.
         config: The settings.
         world: The ranks.
-        device: What they have.
-        dtype: Of the parameters and their gradients.
-        wire: Of the polar factors.
+        device: The device of each rank.
+        dtype: Dtype of the parameters and their gradients.
+        wire: Dtype of the polar factors.
     """
     name = str(wire).removeprefix("torch.")
     config = _with(config, polar_dtype=name, compile=False, cuda_graph=False, lr=config.lr or 1e-3)
@@ -140,7 +141,11 @@ def roofline(
 def of_step(
     groups: Sequence[Sequence[Parameter]], config: MuonConfig, dtype: torch.dtype
 ) -> tuple[Counts, int]:
-    """What a step in one process asks for once there is state, and the bytes that it holds."""
+    """Count a step in one process, after the one that creates the state.
+
+    Returns:
+        The counts, and the bytes of weights, gradients and state.
+    """
     given = []
     for group in groups:
         tensors = [torch.empty(one.shape, dtype=dtype, device=META) for one in group]
@@ -150,7 +155,7 @@ def of_step(
         matrices = [parameter.matrices for parameter in group]
         given.append({**config.muon_group(), "params": params, "matrices": matrices})
     optimizer = Muon([group for group in given if group["params"]], config=config)
-    with counting():  # makes the state, and answers what checks ask
+    with counting():  # creates the state; stand-ins give checks the values that they read
         optimizer.step()
     with counting() as counts:
         optimizer.step()
@@ -162,7 +167,7 @@ def of_step(
 
 
 def _products(config: MuonConfig, wire: torch.dtype) -> str:
-    """Who multiplies on the device, as far as that can be known here: ``auto`` checks it there."""
+    """Return the likely implementation of products; on the device itself ``auto`` runs a check."""
     if config.polar_kernel != "auto":
         return config.polar_kernel
     in_half = wire in (torch.bfloat16, torch.float16)
@@ -175,7 +180,7 @@ def _with(config: MuonConfig, **settings: Any) -> MuonConfig:
 
 @contextmanager
 def _left_out() -> Iterator[str]:
-    """The name of a map that leaves matrices as they are."""
+    """Register a map that leaves matrices unchanged, and yield its name."""
     name = "left_out"
     MAPS[name] = WholeMap(lambda X, polar, settings: X, replaces=True, may_fail=False)
     try:
@@ -185,13 +190,13 @@ def _left_out() -> Iterator[str]:
 
 
 def _pieces(bucket: Bucket) -> list[Parameter]:
-    """What the first rank holds: no other holds more."""
+    """Return the pieces that the first rank holds; no other rank holds more."""
     shapes = [(p.rows, p.cols) for unit in bucket.units for p in unit.pieces[0] if p.numel]
     return [Parameter(shape, (Matrix.whole(shape),)) for shape in shapes]
 
 
 def _busiest(bucket: Bucket) -> list[Unit]:
-    """What the owner computes that has the most to do."""
+    """Return the units of the owner with the most work."""
     owned: dict[tuple[int, int], list[Unit]] = defaultdict(list)
     for unit in bucket.units:
         owned[unit.owner].append(unit)
@@ -210,9 +215,9 @@ def _of_polar_factors(bucket: Bucket, config: MuonConfig, wire: torch.dtype) -> 
 
 
 def _mapping(config: MuonConfig) -> tuple[Callable[[Tensor], object], bool]:
-    """What replaces matrices by what the map makes of them, and whether it takes batches."""
+    """Return a function that applies the map to matrices in place, and whether it takes batches."""
     whole, settings = config.rule.whole, config.muon_group()
-    # As in a step, which looks at each polar factor in half precision.
+    # As in a step, which checks each polar factor that is computed in half precision.
     polar = partial(polar_function(settings, Workspace()), outliers=Watch([]))
     if whole.replaces and config.polar_method != "svd":
         return lambda X: whole.run(X, partial(polar, out=X), settings), True
@@ -220,9 +225,9 @@ def _mapping(config: MuonConfig) -> tuple[Callable[[Tensor], object], bool]:
 
 
 def _of_messages(bucket: Bucket, wire: torch.dtype) -> Counts:
-    """The copies of an owner: each piece of others into its matrix and back, its results to copies.
+    """Count an owner's copies: other ranks' pieces into its matrices and back, results to replicas.
 
-    What it sends to owners is packed in lists, which the elementwise work includes.
+    The elementwise work includes the packing of what it sends to other owners.
     """
     replica, owner = _busiest(bucket)[0].owner
     mine = [unit for unit in bucket.units if unit.owner == (replica, owner)]

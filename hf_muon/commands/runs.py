@@ -1,8 +1,9 @@
-"""What a run leaves in its folder, as far as a page shows it.
+"""The files of a run, as far as a report page shows them.
 
 In: the ``output_dir`` of a Trainer: ``trainer_state.json`` (its own or that of the latest
 checkpoint), a recipe's ``results.json``, ``muon_report.json``, ``spectra.jsonl``, ``config.json``.
-Out: a :class:`Run`. What no file says is None or empty; what has another form is one sentence.
+Out: a :class:`Run`. Missing values are None or empty; a damaged file raises an error of one
+sentence.
 """
 
 from __future__ import annotations
@@ -21,39 +22,39 @@ from hf_muon.values import near_path, read_json, sentence
 
 STATE, RESULTS, REPORT = "trainer_state.json", "results.json", "muon_report.json"
 FILES = (STATE, RESULTS, REPORT, FILE_NAME)
-"""Any one of them makes a folder a run's."""
+"""A folder with any of these files is the folder of a run."""
 Points = list[tuple[float, float]]
 
 
 @dataclass
 class Run:
-    """A run.
+    """A run, as its files describe it.
 
     Attributes:
-        folder: Where it is.
-        logged: By name, (step, value) of what was logged, finite values only.
-        step: Steps that were made.
-        max_steps: Steps that were asked for.
-        tokens: Tokens trained on.
-        tokens_per_step: Tokens of a step.
-        seconds: Wall time of the training, or of the whole run where only that is known.
+        folder: Its folder.
+        logged: Logged values by name, as (step, value); finite values only.
+        step: Number of steps taken.
+        max_steps: Number of steps planned.
+        tokens: Number of tokens trained on.
+        tokens_per_step: Tokens per step.
+        seconds: Wall time of the training, or of the whole run if only that is known.
         speed: Tokens per second.
-        share: The optimizer's share of the time of a step.
+        share: The optimizer's share of the step time.
         state_bytes: Bytes of optimizer state in the first process.
-        final: The last validation loss, on all held-out data where the run measured that.
-        joules: What the processor's counters (RAPL) say.
-        cpu_seconds: Time of all cores together.
+        final: The last validation loss; on all held-out data if the run measured that.
+        joules: Energy by the processor's counters (RAPL).
+        cpu_seconds: CPU time over all cores.
         model: The model in a few words.
         data: The data in a few words.
         optimizer: The optimizer in one sentence.
-        optim: Its name among the Trainer's.
+        optim: The Trainer's ``optim``.
         config: Settings of Muon.
         rates: Learning rates of the matrices, and of everything else.
         routes: The routing table.
-        versions: By package.
-        samples: Of a SpectralMonitor.
-        warned: What that warned of.
-        has_history: Whether there is a file that holds what was logged.
+        versions: Versions by package.
+        samples: Samples of a SpectralMonitor.
+        warned: Warnings of a SpectralMonitor.
+        has_history: Whether a file with logged values exists.
     """
 
     folder: Path
@@ -87,12 +88,15 @@ class Run:
         return self.folder.resolve().name
 
     def last(self, name: str) -> float | None:
-        """The last value that was logged under a name."""
+        """Return the last value logged under a name; None if there is none."""
         points = self.logged.get(name)
         return points[-1][1] if points else None
 
     def steps_to(self, target: float, name: str) -> float | None:
-        """Steps until a logged loss is at a target, interpolated; None where it never is."""
+        """Return the step at which a logged loss reaches a target; None if it never does.
+
+        Between logged steps the loss is interpolated linearly.
+        """
         points = self.logged.get(name, [])
         if points and points[0][1] <= target:
             return points[0][0]
@@ -103,15 +107,15 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything that a run leaves."""
+    """Return whether a folder contains files of a run."""
     return any((folder / name).is_file() for name in FILES) or any(_states(folder))
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read what a run has left.
+    """Read the files of a run.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it holds nothing that a run leaves.
+        FileNotFoundError: The folder does not exist, or contains no file of a run.
         ValueError: A file in it is damaged.
     """
     folder = Path(folder)
@@ -147,7 +151,7 @@ def _states(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever content of another form makes Python raise into one sentence."""
+    """Turn errors from unexpected content into a ValueError of one sentence that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -180,7 +184,7 @@ def _read_report(run: Run) -> None:
 
 
 def _read_state(run: Run) -> None:
-    """What was logged, by the state of the latest step."""
+    """Read the logged values from the Trainer's state with the latest step."""
     latest: dict[str, Any] = {}
     for path in (run.folder / STATE, *_states(run.folder)):
         if not path.is_file():
@@ -202,7 +206,7 @@ def _read_state(run: Run) -> None:
 
 
 def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:
-    """Values by name; of a step that was logged twice, as a resumed run does, the last one."""
+    """Return logged values by name; a resumed run logs a step twice, and the last value counts."""
     found: dict[str, dict[float, float]] = {}
     for entry in history:
         step = int(entry["step"])
@@ -214,7 +218,7 @@ def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:
 
 
 def _read_results(run: Run) -> None:
-    """A recipe's own file: sizes and times, and its curves where the Trainer's state is missing."""
+    """Read a recipe's results: sizes and times, and curves if the Trainer's state is missing."""
     path = run.folder / RESULTS
     if not path.is_file():
         return
@@ -286,7 +290,7 @@ def _data(found: dict[str, Any]) -> str | None:
 
 
 def _read_config(run: Run) -> None:
-    """The architecture, which the model's own configuration names."""
+    """Read the name of the architecture from the model's configuration."""
     paths = (run.folder / "config.json", *sorted(run.folder.glob("checkpoint-*/config.json")))
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -298,8 +302,8 @@ def _read_config(run: Run) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
+    """Return a finite number as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    number = float(value)  # an integer of 400 digits raises OverflowError: the file is damaged
+    number = float(value)  # too large an integer raises OverflowError: the file is damaged
     return number if math.isfinite(number) else None

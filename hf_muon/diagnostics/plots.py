@@ -1,8 +1,8 @@
 """A figure of the records of a SpectralMonitor.
 
-In: ``spectra.jsonl``. Out: a PNG with singular values of the averaged gradient against the noise
-edge, visible rank, size of the updates, and error of the polar factors, all over the steps of the
-run. matplotlib is imported only when a figure is drawn.
+In: ``spectra.jsonl``. Out: a PNG that plots over the steps of the run: the largest singular value
+of the averaged gradient and the noise edge, the visible rank, the RMS of the updates, and the
+orthogonality error of the polar factors. matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
 
     Args:
         samples: From :func:`~hf_muon.diagnostics.history.read_spectra`.
+
+    Raises:
+        ValueError: There are no samples.
+        ImportError: matplotlib is not installed.
     """
     if not samples:
         raise ValueError("There are no samples to draw: the run ended before the first one.")
@@ -82,7 +86,7 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches; an ImportError says how to install matplotlib."""
+    """Return an empty figure of a size in inches; an ImportError says how to install matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -91,7 +95,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Group samples by layer, named without the parts that all names share."""
+    """Group samples by layer; names lose the leading and trailing parts that all share."""
     names = list(dict.fromkeys(sample["layer"] for sample in samples))
     parts = [name.split(".") for name in names]
     begin, end = _shared(parts), _shared([part[::-1] for part in parts])
@@ -114,7 +118,7 @@ def _cycle(samples: Sequence[Record]) -> list[str]:
 
 
 def _draw(axes: Axes, series: list[Record], name: str, *, colour: str, **style: Any) -> None:
-    """Draw the existing values of one quantity."""
+    """Draw one quantity over the steps at which it was recorded."""
     there = [sample for sample in series if name in sample]
     steps, values = [s["step"] for s in there], [s[name] for s in there]
     axes.plot(steps, values, **{"color": colour, "marker": ".", "linewidth": 1.2, **style})

@@ -1,9 +1,9 @@
-"""What every run by name needs from the Trainer's events.
+"""The callback for runs with ``optim="muon"``.
 
-In: the events of a Trainer. Out: settings checked before training starts, a line that says what
-Muon trains, warnings of what would not be trained or not be continued, the learning rate of the
-AdamW half in the logs, ``muon_report.json`` in the output folder and in each checkpoint. For other
-optimizers the callback does nothing.
+In: the events of a Trainer. Out: settings checked before training starts; a line that says what
+Muon trains; warnings about parameters that are not trained and state that is not resumed; the
+AdamW half's learning rate in the logs; ``muon_report.json`` in the output folder and in each
+checkpoint. For other optimizers the callback does nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class MuonCallback(TrainerCallback):
-    """Checks, learning rates and report; ``hf_muon.register()`` installs it in every Trainer."""
+    """Checks, warnings, learning rates and report; ``register()`` installs it in every Trainer."""
 
     def __init__(self) -> None:
         self.adamw_lr: float | None = None
@@ -39,7 +39,7 @@ class MuonCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fail at construction, not after the data is prepared, if settings are wrong."""
+        """Raise for wrong settings when the Trainer is constructed, before it prepares the data."""
         if not is_ours(args.optim):
             return
         found = prepare(args, kwargs.get("model"))
@@ -50,7 +50,7 @@ class MuonCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the report, and say what trains: Muon, or an optimizer that nobody named."""
+        """Write the report and say what Muon trains, or warn that another optimizer trains."""
         optimizer = find_muon(kwargs.get("optimizer"))
         if optimizer is not None:
             if state.is_world_process_zero:
@@ -66,7 +66,7 @@ class MuonCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn where a run goes on and its schedule, or its momentum, begins anew."""
+        """Warn if a resumed run starts with a fresh schedule or without momentum."""
         scheduler, optimizer = kwargs.get("lr_scheduler"), find_muon(kwargs.get("optimizer"))
         if optimizer is None or not state.global_step:
             return
@@ -88,13 +88,13 @@ class MuonCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look for parameters that have become trainable."""
+        """Warn about parameters that have become trainable."""
         self._look_for_untrained(kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the report beside the weights it belongs to."""
+        """Write the report beside the saved weights."""
         checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         # A hyper-parameter search saves each trial in a folder of its own.
         folder = Path(args.output_dir or ".", state.trial_name or "", checkpoint)
@@ -106,7 +106,10 @@ class MuonCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note AdamW's rate before the scheduler moves it, as the Trainer does for the first."""
+        """Note AdamW's learning rate before the scheduler changes it.
+
+        The Trainer does the same for the rate of the first group.
+        """
         optimizer = find_muon(kwargs.get("optimizer"))
         groups = optimizer.param_groups if optimizer is not None else []
         rates = [float(group["lr"]) for group in groups if group["algorithm"] == "adamw"]
@@ -120,12 +123,12 @@ class MuonCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``adamw/lr`` beside the Trainer's ``learning_rate``, and what others have left."""
+        """Add ``adamw/lr``, the momentum in use, and values that others have left for the log."""
         if logs is None:
             return
         optimizer = find_muon(kwargs.get("optimizer"))
         values = {**chosen_momenta(optimizer), **take_waiting(kwargs.get("optimizer"))}
-        if "learning_rate" in logs and self.adamw_lr is not None:  # the Trainer's: of group 0
+        if "learning_rate" in logs and self.adamw_lr is not None:  # learning_rate: of group 0
             values["adamw/lr"] = self.adamw_lr
         if values:
             logs.update(values)
@@ -134,7 +137,7 @@ class MuonCallback(TrainerCallback):
 
     @staticmethod
     def _look_for_untrained(of_trainer: dict[str, Any], begins: bool = False) -> None:
-        """Warn of parameters that need a gradient and that no group holds."""
+        """Warn about parameters that need a gradient but are in no group."""
         model, optimizer = of_trainer.get("model"), find_muon(of_trainer.get("optimizer"))
         if isinstance(model, nn.Module) and optimizer is not None:
             watched = watch(optimizer, model)
@@ -144,7 +147,10 @@ class MuonCallback(TrainerCallback):
 
 
 def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:
-    """What ``momentum="auto"`` uses now: the smallest, the median and the largest β of a matrix."""
+    """Return the smallest, median and largest β over matrices that ``momentum="auto"`` uses now.
+
+    The result is empty for other momentum.
+    """
     states = optimizer.state.values() if optimizer is not None else []
     scores = [state["momentum_scores"] for state in states if "momentum_scores" in state]
     found = sorted(beta for one in scores for beta in momenta_in_use(one))

@@ -1,7 +1,7 @@
 """One line when training begins: what Muon trains, what AdamW, and where the details are.
 
-In: a :class:`~hf_muon.Muon`, and its report if one was written. Out: the line, at the verbosity at
-which the Trainer shows its own warnings and losses; ``log_level="error"`` hides it.
+In: a :class:`~hf_muon.Muon`, and the path of its report if one was written. Out: the line, shown
+whenever the Trainer shows its own warnings and losses; ``log_level="error"`` hides it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def say(text: str) -> None:
-    """Write a line as news, not as a warning.
+    """Show a line as information, not as a warning.
 
-    Where INFO is logged it goes there. By default nobody shows INFO, so that it goes to standard
-    error itself, as the Trainer's bar does.
+    If INFO messages are logged, it is one of them. By default they are not; then the line goes
+    directly to standard error, like the Trainer's progress bar.
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info(text)
@@ -31,12 +31,13 @@ def say(text: str) -> None:
 
 
 def first_line(optimizer: Muon, report: Path | None) -> str:
-    """``Muon trains 14 matrices (106 k parameters), AdamW 7 tensors (33 k); details in …``.
+    """Return ``Muon trains 14 matrices (106 k parameters), AdamW 7 tensors (33 k); details in …``.
 
     Args:
-        optimizer: Before its first step. Sizes come from its routes, which know whole shapes under
-            any sharding; groups that were made by hand are counted without them.
-        report: Its report.
+        optimizer: The optimizer before its first step. Sizes come from its routes, which have the
+            whole shapes under any sharding. For groups that were made by hand, the line has no
+            sizes.
+        report: The path of its report; None leaves out where the details are.
     """
     routes = optimizer.routes
     if routes:

@@ -38,7 +38,7 @@ def find_muon(optimizer: object) -> Muon | None:
 def build_report(optimizer: Muon) -> dict[str, Any]:
     """Return settings, routes with reasons and fingerprint, the groups' values, and versions.
 
-    ``lr`` of a group is its learning rate before any schedule, ``scheduled_lr`` the current one.
+    A group's ``lr`` is its learning rate before any schedule; ``scheduled_lr`` is the current one.
     """
     return {
         "optimizer": describe(optimizer),
@@ -59,7 +59,7 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON allows it: schedulers leave NumPy scalars and tensors in groups."""
+    """Return a value that JSON can hold; schedulers leave NumPy scalars and tensors in groups."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):

@@ -37,7 +37,12 @@ class Watch:
         self.begin(model)
 
     def begin(self, model: nn.Module, known: Iterable[str] = ()) -> None:
-        """Start over when training begins; do not warn about names that are known."""
+        """Start over when training begins.
+
+        Args:
+            model: The model to watch.
+            known: Names of parameters not to warn about. Default: none.
+        """
         self.model: ReferenceType[nn.Module] = ref(model)
         self.said = set(known)
         self.steps, self.gradients = 0, -1

@@ -44,17 +44,17 @@ def to_muon(
     """Return the state dict of a Muon that continues where the Trainer's AdamW stopped.
 
     Parameters that AdamW trains in both keep their state. If the rule filters gradients by one
-    average, a matrix begins with AdamW's first moment, which is the same M ← βM + (1−β)G with
-    AdamW's β₁. All other state begins as zeros, and so does the step count of a matrix.
+    average, a matrix starts with AdamW's first moment, which is the same M ← βM + (1−β)G with
+    AdamW's β₁. All other state starts at zero, including the step count of a matrix.
 
     Args:
-        state_dict: AdamW's.
-        parameters: Those with weight decay under the Trainer, then the others, both in the model's
-            order.
+        state_dict: AdamW's state dict.
+        parameters: Parameters with weight decay under the Trainer, then the others, both in the
+            model's order.
         optimizer: The Muon to continue with, built for the same model, on any device.
 
     Raises:
-        ValueError: The state is not that of the Trainer's AdamW for this model.
+        ValueError: The state does not come from the Trainer's AdamW for this model.
     """
     found = _states_of_adamw(state_dict, parameters)
     result = optimizer.state_dict()
@@ -82,16 +82,16 @@ def to_adamw(
     """Return the state dict of the Trainer's AdamW that continues where Muon stopped.
 
     Parameters that AdamW trains in both keep their state. A matrix for which Muon kept one average
-    of its gradients begins as :func:`as_after_a_window` describes; other matrices begin as at
-    AdamW's first step.
+    of its gradients starts with the state from :func:`as_after_a_window`; other matrices start as
+    at AdamW's first step.
 
     Args:
-        state_dict: Muon's.
+        state_dict: Muon's state dict.
         parameters: As in :func:`to_muon`; each list is a group.
-        settings: Of each group, as ``torch.optim.AdamW`` takes them.
+        settings: Settings of each group, as ``torch.optim.AdamW`` takes them.
 
     Raises:
-        ValueError: The state is not that of Muon for this model.
+        ValueError: The state does not come from Muon for this model.
     """
     found = _states_of_muon(state_dict, parameters)
     state, groups, index = {}, [], 0
@@ -118,17 +118,17 @@ def as_after_a_window(
     Their mean is M̂ = M/(1−βᵗ). Their mean squares V̂ are unknown. As an estimate, the squares of M̂
     are replaced by products of row and column means (Adafactor, arXiv 1804.04235) and divided by
     0.2², because AdamW's updates M̂/√V̂ typically have RMS 0.2 (arXiv 2502.16982, eq. 4). Both
-    moments are set so that bias correction after s = min(t, 1/(1−β)) steps gives M̂ and V̂; the
-    estimate soon counts for little.
+    moments are set so that bias correction after s = min(t, 1/(1−β)) steps gives M̂ and V̂. New
+    gradients soon outweigh the estimate.
 
     Args:
-        state: Muon's, with M as ``exp_avg`` after t > 0 ``step``.
-        beta: Its β.
+        state: Muon's state of the matrix: M as ``exp_avg``, and t > 0 as ``step``.
+        beta: Muon's β.
         betas: AdamW's β₁ and β₂.
     """
     t = float(state["step"])
     s = min(t, round(1 / (1 - beta)))
-    mean = state["exp_avg"].double() / (1 - beta**t)  # whose squares float32 does not hold
+    mean = state["exp_avg"].double() / (1 - beta**t)  # float64 holds its squares
     squares = mean.flatten(1).square() if mean.ndim > 3 else mean.square()  # (…, m, n)
     rows, cols = squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
     both = rows / squares.mean((-2, -1), keepdim=True).clamp_min(_TINY) * cols
@@ -143,10 +143,10 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
     """Return the state of a schedule for other groups, each at the same share of its peak rate.
 
     Args:
-        schedule: State of a ``LambdaLR``, as are all schedules of transformers except those that
-            follow the loss.
-        groups: The new groups, whose ``lr`` is the rate before any schedule; it is kept as
-            ``initial_lr``, and ``lr`` becomes the scheduled rate.
+        schedule: State of a ``LambdaLR``; all schedules of transformers are of this class, except
+            those that follow the loss.
+        groups: The new groups, changed in place. Their ``lr`` is the rate before any schedule; it
+            moves to ``initial_lr``, and ``lr`` becomes the scheduled rate.
 
     Raises:
         ValueError: The schedule does not multiply all rates by the same number.
@@ -180,7 +180,7 @@ def reschedule(schedule: Mapping[str, Any], groups: Sequence[Group]) -> dict[str
 
 
 def _numbers(values: Any) -> list[float]:
-    """The rates in a schedule; none where it holds no list of numbers."""
+    """Return values as floats; an empty list if they are not a list of numbers."""
     try:
         return list(map(float, values))
     except (TypeError, ValueError):
@@ -188,7 +188,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def keeps_average(group: Group) -> bool:
-    """Whether a group keeps one average of gradients, in a dtype that can be copied."""
+    """Return whether a group keeps one average of gradients, in a dtype that can be copied."""
     group = {**_DEFAULTS, **group}  # an older version may have written the group
     return filters_by_one_average(group) and group["momentum_dtype"] != "int8"
 
@@ -225,7 +225,7 @@ def _params(groups: Sequence[Group]) -> list[list[Any]]:
 
 
 def _check(name: str, group: Group, state: Mapping[str, Any], parameter: Tensor) -> None:
-    """Raise for state that is not that of a parameter, or that nothing can be trained with."""
+    """Raise if state does not belong to a parameter, or has values that cannot be trained with."""
     if group is _ADAMW and not all(isinstance(state.get(key), Tensor) for key in _OF_ADAMW):
         raise ValueError(
             f"The state of {name[:90]} holds {sorted(map(str, state))}; AdamW's step, exp_avg and "
@@ -244,7 +244,7 @@ def _check(name: str, group: Group, state: Mapping[str, Any], parameter: Tensor)
 
 
 def _checked(group: Group) -> Group:
-    """A group with all that it does not give itself; its rates are looked at elsewhere."""
+    """Return a group with defaults for missing settings; its rates are checked elsewhere."""
     given = {key: value for key, value in group.items() if key not in ("lr", "initial_lr")}
     return {**group, **hyperparameters(given, MuonConfig(lr=0.0)), "lr": group.get("lr")}
 
@@ -252,7 +252,7 @@ def _checked(group: Group) -> Group:
 def _states_of_muon(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
 ) -> dict[str, tuple[Group, Mapping[str, Tensor]]]:
-    """The group and the state of each parameter by name."""
+    """Return the group and the state of each parameter by name."""
     groups = groups_of(state_dict)
     if any("param_names" not in group for group in groups):
         raise ValueError(

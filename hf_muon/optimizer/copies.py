@@ -1,8 +1,8 @@
 """A check at the first step: ranks that hold copies of a tensor have the same gradient for it.
 
 In: the entries of all param groups, with gradients. Out: nothing, or an error on all ranks before
-anything is written. If nobody averages the gradients, the copies drift apart; and where the ranks
-divide the work on matrices, each gets updates computed from another rank's gradients.
+anything is written. Without averaged gradients the copies drift apart; and if the ranks divide the
+work on matrices, a rank applies updates computed from another rank's gradients.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from hf_muon.optimizer.entries import Entry
 
 
 def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: torch.device) -> None:
-    """Raise on all ranks if whole tensors have gradients that nobody has averaged.
+    """Raise on all ranks if the gradients of whole tensors were not averaged.
 
-    Averaged gradients agree to the bit, so their norms differ by a few last bits at most. The norm
-    over all parameters would not do, because clipping makes it equal. A parameter for which some
-    rank has no gradient is skipped, and so are shards.
+    Averaged gradients agree bit by bit, so their norms differ at most in the last few bits. The
+    norm over all parameters would not do, because clipping makes it equal. Shards are skipped, and
+    so are parameters for which some rank has no gradient.
 
     Args:
-        entries: What is trained, the same on all ranks.
+        entries: The entries of all parameters, the same on all ranks.
         members: The groups of ranks that hold copies.
-        device: Where messages are.
+        device: The device of messages.
 
     Raises:
         ValueError: Names the first parameter whose gradients differ.
@@ -38,7 +38,7 @@ def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: tor
     if given:
         found = torch._foreach_norm(list(given.values()))
         norms[list(given)] = torch.stack([one.float().to(device) for one in found]).cpu()
-    bits = norms.view(torch.int32)  # which grow as norms do, 2²³ of them for a factor of 2
+    bits = norms.view(torch.int32)  # grow with the norm, by 2²³ when it doubles
     told = agreed(sent_to(device, torch.cat([bits, -bits]).tolist()), members).cpu()
     most, least = told.chunk(2)
     other = ((most + least > 2**7) & (least < 0)).nonzero().flatten().tolist()

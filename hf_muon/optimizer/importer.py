@@ -29,13 +29,14 @@ def import_state(
     state dict does not hold keep their state here, or start from zero.
 
     Args:
-        optimizer: Ours, with named parameters, as :func:`hf_muon.create_muon_optimizer` builds it.
+        optimizer: Our optimizer, with named parameters as from
+            :func:`hf_muon.create_muon_optimizer`.
         state_dict: The other optimizer's ``state_dict()``, without ZeRO.
         names: Names of the other optimizer's parameters, in the order of its ``param_groups``;
             None if these hold ``param_names``.
 
     Returns:
-            The names of the parameters whose state was loaded, without those of wrappers.
+        The names of the parameters whose state was loaded, without prefixes of wrappers.
 
     Raises:
         ValueError: The rule keeps something other than one average of gradients; names are
@@ -74,7 +75,7 @@ def import_state(
 
 
 def filters_by_one_average(group: Group) -> bool:
-    """Whether the only filter before the polar factor is M ← βM + (1−β)G, with one β."""
+    """Return whether M ← βM + (1−β)G with one β is the only filter before the polar factor."""
     return rule_of(group).before == (FILTERS["ema"],)
 
 

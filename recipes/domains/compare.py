@@ -1,8 +1,8 @@
 """Muon and AdamW beyond language: images, speech, recommendation. Minutes each.
 
 In: ``python compare.py run --out FILE.jsonl [--domains mnist vowels …] [--arms ARM …]``. Out: the
-file, a line for each training; with ``report`` a table for each domain, and a figure. It may be
-stopped at any time, and goes on with the same command.
+file, with a line for each training; with ``report``, a table for each domain and a figure. A
+stopped study continues with the same command.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REFERENCE = "adamw"
 
 
 def arm(rate: float, **settings: Any) -> Arm:
-    """Return an arm that begins at a rate of its matrices; all else begins alike."""
+    """Return an arm whose search begins at this rate of the matrices; the rest begins alike."""
     start = {"rate": rate, "other_rate": 2e-3, "weight_decay": 0.1}
     return Arm(settings, start, AXES)
 
@@ -39,7 +39,7 @@ ARMS = {
     "post_polar": arm(3.2e-2, optimizer="muon", order="post_polar"),
     "polar_only": arm(1.6e-2, optimizer="muon", order="polar_only"),
     "normuon": arm(4e-3, optimizer="muon", rescale="rows"),
-    # The control: matrices as they began.
+    # The control: matrices stay at their initial values.
     "untrained": Arm(
         {"optimizer": "muon"}, {"rate": 0.0, "other_rate": 2e-3, "weight_decay": 0.0}, AXES
     ),
@@ -97,7 +97,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, or print what was found."""
+    """Train what is missing, or print the tables."""
     arguments = parsed(argv)
     if arguments.command == "report":
         print(report(arguments))

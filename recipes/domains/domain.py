@@ -1,6 +1,6 @@
-"""What the domains have in common: rows to train on, rows held out, a model, and what it is worth.
+"""A domain: rows to train on, held-out rows, a model, and its evaluation.
 
-In: tensors and a model. Out: batches, and the held-out loss with what people in the field count.
+In: tensors and a model. Out: batches; the held-out loss and the metrics that the field uses.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Domain:
 
     Attributes:
         train: rows to train on.
-        held_out: rows that are not seen in training.
-        model: builds the untrained model from the global seed; it returns logits.
-        loss: of logits and targets.
-        metrics: further figures by name, each a mean over rows of logits and targets.
-        steps: of a training.
-        batch: rows of a step.
-        augment: changes the inputs of a batch.
+        held_out: rows that training does not use.
+        model: builds the untrained model, which returns logits, from the global seed.
+        loss: computes the mean loss of logits and targets.
+        metrics: compute further means over rows from logits and targets, by name.
+        steps: number of steps of a training.
+        batch: number of rows per step.
+        augment: changes the inputs of a batch. Default: leaves them as they are.
     """
 
     train: Rows
@@ -42,7 +42,7 @@ class Domain:
     augment: Callable[[Tensor, torch.Generator], Tensor] = field(default=lambda x, generator: x)
 
     def drawn(self, generator: torch.Generator) -> Rows:
-        """Return a batch of random rows, each at most once."""
+        """Return a batch of random rows, drawn without replacement."""
         chosen = torch.randperm(len(self.train[0]), generator=generator)[: self.batch]
         inputs, *others = (of_all[chosen] for of_all in self.train)
         return self.augment(inputs, generator), *others
@@ -61,10 +61,10 @@ class Domain:
 
     @staticmethod
     def sliced(rows: Tensor) -> tuple[Tensor, ...]:
-        """Return the rows in pieces."""
+        """Split rows into pieces for the evaluation."""
         return rows.split(SLICE)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of rows whose label is told."""
+    """Return the share of rows whose label is predicted correctly."""
     return (logits.argmax(-1) == labels).float().mean()

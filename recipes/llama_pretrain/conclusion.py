@@ -1,7 +1,7 @@
-"""What a comparison of two runs says, computed from their results.
+"""The conclusion of a comparison of two runs, computed from their results.
 
-In: the contents of two ``results.json``. Out: the share of the tokens after which one has the
-other's final loss, and sentences with the numbers and with what they do not show.
+In: the contents of two ``results.json``. Out: the share of the tokens after which one run reaches
+the other's final loss, and sentences that give the numbers and their limits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ NAMES = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def tokens_to_reach(run: Results, reference: Results) -> float | None:
-    """Return the share of the reference's tokens after which ``run`` has its final loss.
+    """Return the share of the reference's tokens after which ``run`` reaches its final loss.
 
-    Both losses are those of the evaluation curve, between whose points the run is interpolated
-    linearly. None when the run never gets there.
+    Losses come from the evaluation curves; between points, the curve of ``run`` is interpolated
+    linearly. None if the run never reaches that loss.
     """
     goal = reference["eval_curve"][-1]["loss"]
     curve = run["eval_curve"]
@@ -31,9 +31,9 @@ def tokens_to_reach(run: Results, reference: Results) -> float | None:
 
 
 def conclusion(runs: Mapping[str, Results]) -> str:
-    """Return what two runs show; nothing for another number, or without curves.
+    """Return sentences about two runs; an empty string for another number, or without curves.
 
-    The first is what is judged, the second what it is compared with.
+    The first run is compared with the second.
     """
     if len(runs) != 2 or not all(run["eval_curve"] for run in runs.values()):
         return ""
@@ -57,7 +57,7 @@ def conclusion(runs: Mapping[str, Results]) -> str:
 
 
 def caveat(runs: Mapping[str, Results]) -> str:
-    """Return how much one comparison shows, and what each optimizer was given."""
+    """Return seeds and learning rates of a comparison, and a warning about its precision."""
     seeds = sorted({run["seed"] for run in runs.values()})
     rates = []
     for label, run in runs.items():

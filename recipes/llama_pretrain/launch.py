@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shared.arguments import RecipeError
 
 SCRIPT = Path(__file__).with_name("run.py")
-EVERY = 9.0  # seconds between lines where there is no bar
+EVERY = 9.0  # seconds between lines if there is no bar
 DIVERGED = 3  # run.py's exit status when a gradient was not finite
 
 
@@ -71,8 +71,8 @@ class Run:
 def run_side_by_side(runs: Mapping[str, Run]) -> None:
     """Run all trainings at the same time on equal shares of the cores, with a progress bar each.
 
-    Running at the same time, they are all slowed alike by other work on the machine, so that their
-    speeds can be compared. One thread per core also spends no time on synchronization.
+    Because they run at the same time, other work on the machine slows all of them alike, and their
+    speeds remain comparable. With one thread per core, no time goes into synchronization.
     """
     threads = max(1, len(available_cores()) // len(runs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -92,7 +92,7 @@ def run_side_by_side(runs: Mapping[str, Run]) -> None:
 
 
 def print_states(started: Sequence[Future[None]], progress: Progress) -> None:
-    """Print a line for each run every few seconds, where no bar can move: in a log, in a pipe."""
+    """Print a line for each run every few seconds, for a log or a pipe, where no bar can move."""
     begun = time.monotonic()
     while wait(started, timeout=EVERY).not_done:
         for task in progress.tasks:
@@ -127,7 +127,7 @@ def available_cores() -> Sequence[int]:
 
 
 def run_all(runs: Sequence[Run], jobs: int, label: str) -> None:
-    """Run what is not finished, ``jobs`` at a time with one thread each; logs go to the folders.
+    """Run what is not finished, ``jobs`` at a time with one thread each; logs go to their folders.
 
     Raises:
         RuntimeError: a run failed; the message contains the end of its log.

@@ -1,7 +1,7 @@
-"""What a pretrained model writes: the end of a run as a person sees it.
+"""A sample of text from a pretrained model, shown at the end of a run.
 
 In: a ``Trainer`` after training, its tokenizer, and held-out blocks. Out: the beginning of a
-held-out text and what the model makes of it; None where the weights are not whole on the process.
+held-out text and the model's continuation; None if a process does not hold the whole weights.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def sample(
 ) -> Sample | None:
     """Continue the first held-out text, at temperature 0.8 among the 40 likeliest tokens.
 
-    The same tokens are drawn whatever was drawn before, and the state of the generator is kept.
-    Under FSDP and DeepSpeed processes hold parts of the weights, and nothing is written.
+    Sampling has a fixed seed, and the state of the global random generators does not change. Under
+    FSDP and DeepSpeed a process holds only part of the weights; then the result is None.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
@@ -55,7 +55,7 @@ def sample(
 
 
 def shown(found: Sample, who: str = "The model") -> str:
-    """The sample in a few lines, indented as it was written."""
+    """Return the sample as indented lines with a heading."""
     text = f"{found.prompt}┃{found.written}"
     lines = [f"    {line}" for line in text.strip().splitlines()]
     return "\n".join([f"{who} goes on with a held-out text (from ┃ on it is the model's):", *lines])

@@ -2,7 +2,8 @@
 
 In: widths. Out: a JSONL file with a line for each training, a table for each width, and a figure of
 loss over rate. Each step-size rule (``adjust_lr``) searches the rate of the matrices on a grid of
-five and on from its edges; everything else has one rate. It resumes with the same command.
+five rates, extended while the best rate is at an edge; everything else has one fixed rate. The same
+command resumes.
 
     python widths.py run --out runs/widths.jsonl --jobs 2
     python widths.py report --out runs/widths.jsonl --figure runs/widths.png
@@ -31,7 +32,7 @@ STARTS = {"match_rms_adamw": 4e-3, "spectral": 1.6e-2, "original": 1.6e-2}
 
 
 def arm(rule: str, rate: float) -> Arm:
-    """Return an arm; its first grid reaches two steps to each side, for the curve."""
+    """Return an arm whose first grid reaches two steps to each side of ``rate``, for the curve."""
     first = [{"rate": rate * 2.0**power} for power in range(-2, 3)]
     settings = {"optimizer": "muon", "adjust_lr": rule, "momentum": 0.9, "nesterov": False}
     return Arm(settings, {"rate": rate}, {"rate": 2.0}, first)
@@ -43,7 +44,7 @@ WIDTHS, BUDGET = (64, 128, 256, 512), 12
 
 
 def curve(row: Row) -> tuple[list[float], list[float]]:
-    """Return the rates that the search has tried, in their order, and the losses."""
+    """Return the rates that the search tried, sorted, and their losses."""
     pairs = sorted((point[0], loss) for point, loss in row.searched.items())
     return [rate for rate, _ in pairs], [loss for _, loss in pairs]
 

@@ -1,7 +1,7 @@
-"""Three held-out tweets and what the fine-tuned model says of them.
+"""Three held-out tweets, and the fine-tuned model's predictions for them.
 
-In: a ``Trainer`` after training, the held-out rows, and how its task encodes rows. Out: text,
-prediction and label of three of them, one of each label where there are such.
+In: a ``Trainer`` after training, the held-out rows, and a function that encodes rows for its task.
+Out: text, prediction and label of three tweets, one for each label if possible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDTH = 76
 
 
 class Example(TypedDict):
-    """A held-out tweet."""
+    """A held-out tweet with its prediction and label."""
 
     text: str
     prediction: str
@@ -29,15 +29,15 @@ def examples(
     held_out: datasets.Dataset,
     encode: Callable[[datasets.Dataset], datasets.Dataset],
 ) -> list[Example]:
-    """Predict the first held-out tweet of each label; all processes take part.
+    """Predict the first held-out tweet of each label; all processes must call this.
 
-    Where a label is missing another tweet takes its place.
+    If a label is missing, another tweet takes its place.
     """
     labels = held_out["label"][:]
     first = [labels.index(label) for label in sorted({*labels})]
     others = [place for place in range(len(labels)) if place not in first]
     rows = held_out.select([*first, *others][: len(tweets.LABELS)])
-    # Either task gives scores of the three labels, (rows, 3).
+    # Both tasks give scores of the three labels, (rows, 3).
     chosen = trainer.predict(encode(rows), metric_key_prefix="example").predictions.argmax(-1)
     return [
         Example(text=text, prediction=tweets.LABELS[found], label=tweets.LABELS[label])
@@ -46,7 +46,7 @@ def examples(
 
 
 def shown(found: Sequence[Example]) -> str:
-    """Three lines and their heading."""
+    """Return a heading and one line per tweet."""
     lines = ["held-out tweets, with the model's answer and that of the people who graded them:"]
     for one in found:
         text = " ".join(one["text"].split())

@@ -1,9 +1,9 @@
 """When does filtering first pay: orders over batch, length of the run and noise, all tuned.
 
 In: names of arms and cells. Out: a JSONL file with a line for each training, Markdown tables, and a
-figure of the gap between the orders against the noise that was measured. Each arm searches the rate
-of the matrices, its momentum β and the rate of everything else, on seed 0; what is reported are
-seeds that the search has not seen, paired. It may be stopped, and goes on with the same command.
+figure of the gap between the orders against the measured noise. On seed 0, each arm searches the
+rate of the matrices, its momentum β and the rate of everything else. The reported losses are paired
+and come from seeds that the search did not use. A stopped study continues with the same command.
 
     python horizons.py run --out runs/horizons.jsonl --jobs 2
     python horizons.py run --out runs/horizons.jsonl --cells 512x512 2048x128 --noise-scale 3
@@ -50,7 +50,7 @@ ARMS = {
     "pre_0.95": muon(4e-3, RATES, momentum=0.95),
     "nesterov": muon(4e-3, nesterov=True),
     "adamw": Arm({"optimizer": "adamw"}, {"rate": 1e-3, "momentum": 0.9, "adamw_rate": 8e-3}, ALL),
-    "untrained": muon(0.0, RATES),  # the control: matrices as they began
+    "untrained": muon(0.0, RATES),  # the control: matrices stay at their initial values
 }
 CELLS = ("128x128", "128x512", "512x128", "512x512", "2048x128", "128x2048", "2048x512")
 """Tokens of a step x steps."""
@@ -59,7 +59,7 @@ BUDGET = 24
 
 
 def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return what all arms have in common, for each of the cells."""
+    """Return the cells: what all arms have in common."""
     noise, corpus = "white" if arguments.noise_scale else "none", arguments.corpus
     kept = {"noise": noise, "noise_scale": arguments.noise_scale, "corpus": corpus}
     return [
@@ -70,7 +70,7 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def gap(cell: Sequence[Row]) -> Estimate | None:
     """Return how much filtering first gains over the better of the other orders, paired by seed.
 
-    The better one is that of the search, which has not seen these seeds.
+    The search decides which order is better, on other seeds.
     """
     by_name = {row.plan.name: row for row in cell}
     others = [by_name[name] for name in OTHERS if name in by_name]
@@ -81,7 +81,7 @@ def gap(cell: Sequence[Row]) -> Estimate | None:
 
 
 def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> float | None:
-    """Return the median of a reading over the fresh seeds of an arm at its best point."""
+    """Return the median of a reading over an arm's fresh seeds at its best point."""
     row = next(row for row in cell if row.plan.name == arm)
     at_best = row.plan.run(row.best, 0).point
     lines = [one["found"] for one in row.lines if one["point"] == at_best and one["seed"]]

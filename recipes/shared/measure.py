@@ -21,10 +21,10 @@ from shared.energy import EnergyMeter
 
 
 class StepClock(TrainerCallback):
-    """Sums the seconds of whole training steps and, within them, of the optimizer.
+    """Sums the time of training steps and, within them, of the optimizer.
 
-    Evaluation and saving do not count, nor does the first step, in which libraries load kernels and
-    the optimizer creates its state.
+    Evaluation and saving do not count. Neither does the first step, in which libraries load kernels
+    and the optimizer creates its state.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class StepClock(TrainerCallback):
         self._optimizer_last = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the meter; it measures evaluations along the way as well."""
+        """Start the energy meter; it includes evaluations during training."""
         self.energy.start()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Read the meter."""
+        """Stop the energy meter."""
         self.energy.stop()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -75,7 +75,7 @@ class StepClock(TrainerCallback):
         self._mark = now()
 
     def steps_per_second(self) -> float | None:
-        """Return the training speed, or None when fewer than two steps were taken."""
+        """Return the training speed, or None before the second step."""
         return (self.steps - 1) / self.step_seconds if self.steps > 1 else None
 
     def optimizer_share(self) -> float | None:
@@ -112,8 +112,8 @@ def curve(history: list[dict[str, Any]], **keys: str) -> list[dict[str, Any]]:
 
     Args:
         history: the Trainer's ``log_history``.
-        **keys: name in the result and key in the log, e.g. ``loss="eval_loss"``; entries without
-            the first of them are left out, the others may be missing.
+        **keys: name in the result and key in the log, e.g. ``loss="eval_loss"``. Entries without
+            the first key are left out; other keys may be missing.
     """
     first = next(iter(keys.values()))
     by_step = {entry["step"]: entry for entry in history if first in entry}
@@ -151,7 +151,7 @@ def run_results(trainer: Trainer, clock: StepClock) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON, all or nothing, because a run may be killed while it writes."""
+    """Write readable JSON atomically, because a run may be killed while it writes."""
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf8")
     written.replace(path)

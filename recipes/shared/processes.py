@@ -1,7 +1,7 @@
-"""Whether the processes of a launch train together, in the way that was asked for.
+"""Checks that the processes of a launch train together as requested.
 
 In: training arguments, or a Trainer. Out: nothing, or an error that says how to launch. Several
-launchers silently start something other than what was asked for.
+launchers silently start something else than requested.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def launched_processes() -> int:
 
 
 def check_world_size(training: TrainingArguments, asked: int | None = None) -> None:
-    """Stop unless the processes train together as asked.
+    """Stop unless the processes train together as requested.
 
     Some ways to launch silently start a single process, or several that do not communicate; on a
     CPU most of them do.
 
     Args:
-        training: arguments that know how many processes have met.
-        asked: the required number; by default as many as were launched.
+        training: training arguments; their world size is the number of processes that connected.
+        asked: the required number of processes. Default: as many as were launched.
     """
     expected = asked or launched_processes()
     if training.world_size != expected:
@@ -56,7 +56,7 @@ def check_world_size(training: TrainingArguments, asked: int | None = None) -> N
 def was_left_alone() -> bool:
     """Return whether accelerate's launcher prepared several processes but started only this one.
 
-    It then names the port of a rendezvous that nobody joins (seen in accelerate 1.15).
+    The launcher then sets the port of a rendezvous that no process joins (seen in accelerate 1.15).
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
     return launched and "MASTER_PORT" in os.environ and launched_processes() == 1
@@ -78,11 +78,11 @@ def check_sharding(trainer: Trainer) -> None:
 
 
 def forget_evaluation(trainer: Trainer) -> None:
-    """Let the Trainer wrap in DDP a model that it has evaluated.
+    """Make the Trainer wrap a model in DDP although it has evaluated it.
 
-    To accelerate it counts as prepared, and ``train()`` would not wrap it: each process would train
-    on its own and say nothing (transformers 5.23, accelerate 1.15). Shards and DeepSpeed's engine
-    are made for training at once, and stay.
+    After an evaluation, accelerate considers the model prepared, so ``train()`` would not wrap it:
+    each process would silently train on its own (transformers 5.23, accelerate 1.15). FSDP's shards
+    and DeepSpeed's engine are made for training from the start, and are kept.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
@@ -96,10 +96,10 @@ def forget_evaluation(trainer: Trainer) -> None:
 def leave_together(trainer: Trainer) -> None:
     """Wait until the first process has written its results, and close the process group.
 
-    A process that exits early may abort, upon which the launcher kills the others while they write:
-    a gloo thread releases the last tensors after the collective has returned, and aborts if Python
-    is shutting down by then (torch 2.13; 8 of 100 exits on a busy CPU, 2 of 100 with the group
-    closed, none with the pause).
+    A process that exits early may abort, and then the launcher kills the others while they write: a
+    gloo thread releases the last tensors after the collective has returned, and aborts if Python is
+    shutting down by then. Seen with torch 2.13 in 8 of 100 exits on a busy CPU, in 2 of 100 with
+    the group closed, and in none with the pause as well.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -1,7 +1,7 @@
 """Console output during training: a bar with the losses, or a short line per log.
 
-In: a ``Trainer``. Out: callbacks that replace those that print every log in full. Neither is
-silent for long: a large evaluation has a bar of its own, or prints a line every few seconds.
+In: a ``Trainer``. Out: callbacks that replace those that print every log in full. Neither is silent
+for long: a large evaluation shows its own bar, or prints a line every few seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datasets
 import transformers
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-# Batches of an evaluation from which on it is shown, and seconds without a line before one comes.
+# Evaluations of more than LONG batches have a bar; PATIENCE is the longest silence in seconds.
 LONG, PATIENCE = 8, 8.0
 
 
@@ -36,13 +36,13 @@ class QuietProgress(ProgressCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
-        """Show a second bar where an evaluation is long; those along the way are short."""
+        """Show a second bar if an evaluation is long; evaluations during training are short."""
         if has_length(eval_dataloader) and len(eval_dataloader) > LONG:
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader)
 
 
 class LogLines(TrainerCallback):
-    """Prints a short line per log, and one when nothing else was printed for some seconds."""
+    """Prints a short line per log, and one if nothing was printed for some seconds."""
 
     def __init__(self) -> None:
         self._said = time.monotonic()
@@ -56,21 +56,21 @@ class LogLines(TrainerCallback):
             self._say(f"step {state.global_step}/{state.max_steps}: {said}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Print the step, if nothing was printed for long."""
+        """Print the step if nothing was printed for some seconds."""
         if state.is_world_process_zero and self._is_overdue():
             self._say(f"step {state.global_step}/{state.max_steps}")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
-        """Print how far an evaluation is, if nothing was printed for long."""
+        """Print the progress of an evaluation if nothing was printed for some seconds."""
         self._evaluated += 1
         if state.is_world_process_zero and self._is_overdue():
             of = f"/{len(eval_dataloader)}" if has_length(eval_dataloader) else ""
             self._say(f"evaluated {self._evaluated}{of} batches")
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Begin to count anew."""
+        """Reset the count of batches for the next evaluation."""
         self._evaluated = 0
 
     def _is_overdue(self) -> bool:
@@ -82,7 +82,7 @@ class LogLines(TrainerCallback):
 
 
 def has_length(loader: Any) -> bool:
-    """Return whether it is known how many batches there are; of a stream it is not."""
+    """Return whether the number of batches is known; for a stream it is not."""
     try:
         return len(loader) >= 0
     except TypeError:

@@ -26,19 +26,19 @@ from shared.arguments import RecipeError  # noqa: E402
 
 
 def directives(job: Path) -> dict[str, str]:
-    """Return what a job file asks SLURM for: the ``#SBATCH`` lines by name."""
+    """Return the requests of a job file to SLURM: its ``#SBATCH`` options by name."""
     text = job.read_text(encoding="utf8")
     return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
 
 
 def install(folder: Path) -> None:
-    """Put the stand-ins into a folder, which comes first on PATH; scontrol writes there."""
+    """Copy the stand-ins into a folder that comes first on PATH; scontrol writes there."""
     for path in STAND_INS.iterdir():
         shutil.copy(path, folder)  # with its permissions
 
 
 def variables(folder: Path, nodes: int, gpus: int, **more: str) -> dict[str, str]:
-    """Return the environment of a job on so many machines."""
+    """Return the environment variables of a job on ``nodes`` machines with ``gpus`` GPUs each."""
     return os.environ | {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(ROOT),
@@ -51,10 +51,10 @@ def variables(folder: Path, nodes: int, gpus: int, **more: str) -> dict[str, str
 
 
 def commands(job: Path, options: list[str], folder: Path) -> list[list[str]]:
-    """Return the command that a job would start on each machine, as words.
+    """Return the command that a job would start on each machine, as a list of words.
 
     Raises:
-        RecipeError: the job file leaves something out, or fails.
+        RecipeError: the job file is incomplete, or fails.
     """
     if not job.is_file():
         raise RecipeError(f"There is no job file {str(job)!r}.")
@@ -76,11 +76,11 @@ def commands(job: Path, options: list[str], folder: Path) -> list[list[str]]:
 
 
 def check(job: Path, started: list[list[str]]) -> str:
-    """Return a summary of what would train, after everything that can be checked here.
+    """Check everything that can be checked without SLURM, and summarize what would train.
 
     Raises:
-        RecipeError: a file does not exist, machines and processes do not add up, there is no time
-            to save, or the recipe does not take its options.
+        RecipeError: a file does not exist; machines and processes do not match; the job leaves no
+            time to save; or the recipe does not accept its options.
     """
     asked = directives(job)
     nodes, gpus = int(asked["nodes"]), int(asked["gpus-per-node"])
@@ -123,7 +123,7 @@ def check(job: Path, started: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Check the job file that is named."""
+    """Check the job file that the command line names."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     job = Path(sys.argv[1])

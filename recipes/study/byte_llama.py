@@ -43,7 +43,7 @@ Weights = dict[str, Tensor]
 
 
 def sizes(name: str) -> tuple[int, int]:
-    """Return the tokens of a step and the steps of a cell such as ``128x512``."""
+    """Return tokens per step and number of steps from the name of a cell such as ``128x512``."""
     tokens, _, steps = name.partition("x")
     try:
         found = int(tokens), int(steps)
@@ -74,7 +74,7 @@ def texts(corpus: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sequences(text: np.ndarray, starts: np.ndarray) -> Tensor:
-    """Return sequences with the byte that follows each, (b, LENGTH + 1)."""
+    """Return the sequences at ``starts``, each with the byte that follows it, (b, LENGTH + 1)."""
     return torch.from_numpy(text[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int64))
 
 
@@ -84,7 +84,7 @@ def drawn(text: np.ndarray, rows: int, generator: np.random.Generator) -> Tensor
 
 
 def new_weights(seed: int, width: int = WIDTH) -> Weights:
-    """Draw the weights: normal with a deviation of 0.02, norms of one."""
+    """Draw the weights: normal with a standard deviation of 0.02; weights of norms are one."""
     generator = torch.Generator().manual_seed(seed)
     inner = 8 * width // 3
     shapes = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
@@ -158,7 +158,7 @@ def held_out_loss(weights: Weights, text: np.ndarray) -> float:
 
 
 class Optimizer:
-    """Muon or AdamW on the matrices, AdamW on the rest, at rates that are scaled in each step."""
+    """Muon or AdamW on the matrices, AdamW on the rest; each step scales the peak rates."""
 
     def __init__(self, run: Run, matrices: list[Tensor], others: list[Tensor]) -> None:
         searched = dict(run.point)
@@ -176,7 +176,7 @@ class Optimizer:
         self._rates = ((self.of_matrices, rate), (self.of_others, rate_of_others))
 
     def step(self, factor: float) -> None:
-        """Step both, and drop the gradients."""
+        """Step both optimizers at ``factor`` times their peak rates, and drop the gradients."""
         for optimizer, rate in self._rates:
             for group in optimizer.param_groups:
                 group["lr"] = factor * rate
@@ -204,7 +204,7 @@ def heavy_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[in
 
 
 def white_noise(matrices: list[Tensor], scale: float, seed: int) -> Callable[[int], None]:
-    """Return what adds normal noise to the gradients, of ``scale`` times each one's norm."""
+    """Return a function that adds normal noise of ``scale`` times each gradient's norm."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_: int) -> None:
@@ -229,7 +229,7 @@ ADDED = {"heavy": heavy_noise, "white": white_noise}
 
 
 def disturbance(run: Run, matrices: list[Tensor]) -> Callable[[int], None]:
-    """Return what to do to the gradients before each step of a run."""
+    """Return the function that disturbs the gradients before each step of a run."""
     noise = run.cell["noise"]
     if noise in ADDED:
         return ADDED[noise](matrices, run.cell["noise_scale"], run.seed)
@@ -240,23 +240,22 @@ def train(run: Run) -> dict[str, Any]:
     """Train once.
 
     Args:
-        run: its settings are fields of ``MuonConfig``, and ``optimizer``, of the matrices ``muon``
-            or ``adamw`` (of whose β₁ ``momentum`` is the name); its point has their peak ``rate``
-            and further settings. Its cell has
+        run: its settings are fields of ``MuonConfig``, and ``optimizer``, ``muon`` or ``adamw`` for
+            the matrices; with ``adamw``, ``momentum`` is β₁. Its point has the peak ``rate`` of the
+            matrices and further settings. Its cell has
 
-            * ``tokens`` of a step, a multiple of the sequence length, and ``steps``,
-            * ``width`` of the model, a multiple of 16; 64 if it is not given,
-            * ``adamw_rate``, the peak rate of everything else, unless it stands in the point,
-            * ``noise`` of the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
-              degrees of freedom in every step; ``white``, a normal one; ``spike``, one gradient of
-              1000 times its size,
-            * ``noise_scale`` of ``heavy`` and ``white``, in root mean squares of each gradient,
+            * ``tokens`` per step, a multiple of the sequence length, and ``steps``,
+            * ``width`` of the model, a multiple of 16; 64 by default,
+            * ``adamw_rate``, the peak rate of everything else, unless the point has it,
+            * ``noise`` in the gradients of the matrices: ``none``; ``heavy``, Student's t with 1.5
+              degrees of freedom in every step; ``white``, normal in every step; ``spike``, one step
+              with gradients 1000 times as large,
+            * ``noise_scale`` of ``heavy`` and ``white``, relative to each gradient's RMS,
             * ``corpus``, as the pretraining recipe names it.
 
     Returns:
-        ``loss`` (None if the run diverged), ``seconds`` of the CPU, ``nsr`` and ``readings`` by
-        the share of the run (see :mod:`study.readings`), and ``state_bytes`` for each entry of the
-        matrices.
+        ``loss`` (None if the run diverged); ``seconds`` of CPU time; ``nsr`` and ``readings`` by
+        place in the run (see :mod:`study.readings`); and ``state_bytes`` per entry of the matrices.
     """
     torch.set_num_threads(1)
     text, held_out = texts(run.cell["corpus"])

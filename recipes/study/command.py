@@ -45,7 +45,7 @@ def parsers(description: str, arms: Sequence[str], budget: int) -> list[argparse
 
 
 def check_seeds(arguments: argparse.Namespace) -> None:
-    """Stop if the search uses seeds that must be fresh."""
+    """Stop if the search uses seeds that are reserved for the evaluation."""
     seen = sorted(set(arguments.seeds) & set(arguments.search_seeds))
     if seen:
         listed = ", ".join(map(str, seen))
@@ -63,11 +63,11 @@ def execute(
     """Do what the command line says: train what is missing, or print the tables.
 
     Args:
-        arguments: of the command line.
-        arms: by name, those of the command line and others.
+        arguments: parsed arguments of the command line.
+        arms: arms by name, those that the command line names and others.
         reference: the arm that others are compared with.
         prepare: returns the cells and how to train once; it is called before training only.
-        target: a loss to be reached. Default: none.
+        target: a loss to reach. Default: none.
         figure: as in :func:`report`.
     """
 
@@ -92,14 +92,14 @@ def report(
     target: float | None = None,
     figure: Figure | None = None,
 ) -> str:
-    """Return the tables of all cells in the file, and draw where asked to: one for each by default.
+    """Return the tables of all cells in the file; draw figures if the command line asks for them.
 
     Args:
-        arguments: of the command line.
-        plans_of: the plans in a cell.
+        arguments: parsed arguments of the command line.
+        plans_of: returns the plans in a cell.
         reference: the arm that others are compared with.
-        target: a loss to be reached. Default: none.
-        figure: draws all cells into one file instead.
+        target: a loss to reach. Default: none.
+        figure: draws all cells into one file. Default: one figure per cell.
     """
     records = Records(arguments.out)
     found = [rows(records, plans_of(cell)) for cell in cells_of(records)]
@@ -117,7 +117,7 @@ def report(
 
 
 def heading(cell: Sequence[Row]) -> str:
-    """Return the title of a cell's rows, with their cost."""
+    """Return the title of a cell, with the cost of its rows."""
     return title(cell[0].plan.cell, [line for row in cell for line in row.lines])
 
 

@@ -2,7 +2,7 @@
 
 In: the points to try first, an axis for each coordinate, the losses of earlier points. Out: the
 points to try next; none once no neighbour of the best point is better. With one coordinate and a
-first grid it is a grid search that grows where its best point is at an edge.
+first grid, this is a grid search that extends the grid while the best point is at an edge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FACTOR = 2.0
 
 Point = tuple[float, ...]
 Axis = float | tuple[float, ...] | None
-"""How a coordinate moves: by a factor, along values in their order, or not at all."""
+"""How a coordinate moves: times or over a number, along a list of values, or not at all."""
 
 
 def next_points(
@@ -23,13 +23,13 @@ def next_points(
 ) -> list[Point]:
     """Return the points to try next.
 
-    They are neighbours of the best point along one axis: the axis that is being searched, so that a
-    line is followed to its end, or else the first axis that is not finished.
+    They are neighbours of the best point along one axis: the axis in progress, so that a line is
+    followed to its end, or else the first unfinished axis.
 
     Args:
-        losses: of the points that were tried; infinite if a run diverged.
+        losses: losses of the points tried so far; infinite if a run diverged.
         first: points to try before all others.
-        axes: of the coordinates, in the order in which they are searched.
+        axes: axes of the coordinates, in the order of the search.
     """
     waiting = [point for point in dict.fromkeys(first) if point not in losses]
     if waiting:
@@ -45,22 +45,23 @@ def next_points(
 
 
 def beyond_edge(grid: Mapping[float, float]) -> list[float]:
-    """Return the rates beside the best one that are missing in a grid of loss by rate."""
+    """Return the neighbours of the best rate that are missing from a grid of loss by rate."""
     losses = {(rate,): loss for rate, loss in grid.items()}
     return [rate for (rate,) in next_points(losses, [], [FACTOR])]
 
 
 def best_point(losses: Mapping[Point, float]) -> Point:
-    """Return the point of the lowest loss: the first of equal ones, the smallest of diverged ones.
+    """Return the point with the lowest loss.
 
-    So a coordinate without effect is not followed, and rates fall while nothing trains.
+    Of points with equal losses it is the first, so that the search does not follow a coordinate
+    without effect. If all diverged it is the smallest, so that the search lowers the rates.
     """
     best = min(losses, key=losses.__getitem__)
     return best if math.isfinite(losses[best]) else min(losses)
 
 
 def neighbours(value: float, axis: Axis) -> list[float]:
-    """Return the existing values beside one; on a multiplicative axis without 0."""
+    """Return the neighbours of a value on its axis; 0 has none on a multiplicative axis."""
     if axis is None:
         return []
     if not isinstance(axis, tuple):

@@ -1,6 +1,6 @@
 """The figure of a study: losses of the seeds, and paired differences from the reference.
 
-In: the rows of one cell. Out: a figure. Diverged runs are left out and mentioned in the label.
+In: the rows of one cell. Out: a figure. It leaves out diverged runs; labels give their number.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def draw_difference(axes: plt.Axes, row: Row, base: Row | None, height: int, col
 
 
 def label(row: Row) -> str:
-    """Return the name of an arm, with the number of its seeds, and of those that diverged."""
+    """Return the name of an arm with its number of seeds, and how many of them diverged."""
     lost = sum(not math.isfinite(loss) for loss in row.losses.values())
     seeds = f"{len(row.losses)} seed" + "s" * (len(row.losses) > 1)
     return f"{row.plan.name} ({seeds}{f', {lost} diverged' if lost else ''})"

@@ -1,6 +1,6 @@
-"""A folder that belongs to one study, and a command line with options for every training.
+"""A folder for the runs of one study, and a command line with options for every training.
 
-In: a configuration, and the options after ``--``. Out: a marked folder.
+In: a configuration, and the options after ``--``. Out: a folder that records both.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from shared.arguments import RecipeError
 
 
 def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line at ``--``: our own arguments, and those of every training."""
+    """Split a command line at ``--`` into our own arguments and those of every training."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
 
 def claim_folder(out: Path, config: Path, extra: Sequence[str]) -> None:
-    """Record what the folder's runs belong to, and refuse to mix them with others."""
+    """Record the configuration and options of the folder's runs; stop if it has other ones."""
     mark = out / "settings.txt"
     content = f"{config.read_text(encoding='utf8')}\n# {shlex.join(extra)}\n"
     if mark.is_file() and mark.read_text(encoding="utf8") != content:

@@ -1,8 +1,9 @@
-"""Search each arm, then train paired seeds; what is missing is always read from the records.
+"""Search each arm, then train paired seeds; the records determine which trainings are missing.
 
 In: arms, a cell, a function that trains once. Out: records. The same command continues a study that
-was stopped, and trains only what is new in one that grew. Arms without a search come first, then
-all searches, then the seeds, one seed at a time for all arms, so that a stop leaves whole pairs.
+was stopped, and trains only what is new in a study that was extended. Arms without a search come
+first, then all searches, then the seeds, one seed at a time for all arms, so that a stopped study
+has complete pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from study.descent import Axis, Point, best_point, next_points
 from study.records import Line, Records, Run, run_of
 
 Train = Callable[[Run], dict[str, Any]]
-"""Returns plain values, among them ``loss``, None if the run diverged, and ``seconds``."""
+"""Trains once; returns plain values, including ``loss`` (None if it diverged) and ``seconds``."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Arm:
 
     Attributes:
         settings: its fixed settings.
-        start: where the search begins, by coordinate.
-        axes: how coordinates change, in the order of the search; other coordinates stay.
-        first: further points to try in any case, by coordinate: a starting grid.
+        start: the point where the search begins, by coordinate.
+        axes: how each coordinate changes, in the order of the search; a coordinate whose axis is
+            None stays as it is.
+        first: further points that are always tried, by coordinate: a starting grid.
     """
 
     settings: Mapping[str, Any]
@@ -47,12 +49,12 @@ class Plan:
     """The trainings of an arm in a cell.
 
     Attributes:
-        name: of the arm.
+        name: name of the arm.
         arm: its settings and its search.
         cell: what all arms have in common.
-        seeds: seeds that the search does not use.
+        seeds: seeds of the evaluation; the search does not use them.
         search_seeds: seeds of the search, which averages over them.
-        budget: how many points the search may try; it ends there with the best so far.
+        budget: the most points that the search may try; then it ends with the best so far.
     """
 
     name: str
@@ -73,12 +75,12 @@ class Plan:
         return tuple(self.arm.start[name] for name in self.arm.axes)
 
     def run(self, point: Point, seed: int) -> Run:
-        """Return the run at a point, whose values are in the order of the axes."""
+        """Return the run at a point; its values are in the order of the axes."""
         at = {**self.arm.start, **dict(zip(self.arm.axes, point, strict=True))}
         return Run(self.name, self.cell, self.arm.settings, at, seed)
 
     def tried(self, records: Records) -> dict[Point, float]:
-        """Return the mean loss over the seeds of the search at each point that it has tried."""
+        """Return the mean loss over the search seeds at each point tried so far."""
         found = {}
         for line in filter(self.holds, records):
             point = tuple(line["point"][name] for name in self.arm.axes)
@@ -88,12 +90,12 @@ class Plan:
         return found
 
     def holds(self, line: Line) -> bool:
-        """Return whether a training is one of this arm, in this cell and with these settings."""
+        """Return whether a training belongs to this arm, with this cell and these settings."""
         own = Run(self.name, self.cell, self.arm.settings, line["point"], line["seed"])
         return own.key == run_of(line).key and line["point"].keys() == self.arm.start.keys()
 
     def untried(self, losses: Mapping[Point, float]) -> list[Point]:
-        """Return what the search would try next, ignoring the budget."""
+        """Return the points that the search would try next, ignoring the budget."""
         first = [tuple(point[name] for name in self.arm.axes) for point in self.arm.first]
         return next_points(losses, [self.start, *first], tuple(self.arm.axes.values()))
 
@@ -103,7 +105,7 @@ class Plan:
         return best_point(losses) if losses else None
 
     def missing(self, records: Records) -> list[tuple[int, Run]]:
-        """Return what remains to be trained, each with its place in the order of the study."""
+        """Return the runs still to train, each with its place in the order of the study."""
         losses = self.tried(records)
         room = self.budget - len(losses)
         points = self.untried(losses)[:room] if room > 0 else []
@@ -117,7 +119,7 @@ class Plan:
 
 
 def study(records: Records, plans: Sequence[Plan], train: Train, jobs: int = 1) -> None:
-    """Train what is missing, several at a time; with one job in this process."""
+    """Train what is missing, ``jobs`` runs at a time; a single job runs in this process."""
     with workers(jobs) as pool:
         waiting: dict[Future[dict[str, Any]], Run] = {}
         while True:
@@ -134,7 +136,7 @@ def study(records: Records, plans: Sequence[Plan], train: Train, jobs: int = 1) 
 
 
 def in_order(records: Records, plans: Sequence[Plan]) -> list[Run]:
-    """Return what is missing in all plans, each seed for all arms in turn."""
+    """Return the missing runs of all plans, one seed at a time for all arms."""
     missing = [(number, *one) for number, plan in enumerate(plans) for one in plan.missing(records)]
 
     def place(entry: tuple[int, int, Run]) -> tuple[int, int, int]:
@@ -145,7 +147,7 @@ def in_order(records: Records, plans: Sequence[Plan]) -> list[Run]:
 
 
 class Here(Executor):
-    """Runs work in this process, at once."""
+    """An executor that runs work immediately, in this process."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call a function now."""
@@ -178,7 +180,7 @@ def leave_with_parent() -> None:
 
 
 def told(run: Run, found: Mapping[str, Any]) -> str:
-    """Return a line about a finished training."""
+    """Return a line that describes a finished training."""
     loss = found["loss"]
     shown = "diverged" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
     return f"{run.arm} ({named(run.point)}), seed {run.seed}: {shown} ({found['seconds']:.0f} s)"

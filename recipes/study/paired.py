@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Return mean and standard error; None if there is no value, or one is not finite."""
+    """Return mean and standard error; None if there is no value or one is not finite."""
     if not values or not all(map(math.isfinite, values)):
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -43,13 +43,13 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def difference(losses: Losses, others: Losses) -> Estimate | None:
-    """Return the mean difference over common seeds, with the standard error of the pairs."""
+    """Return the mean paired difference over common seeds, with its standard error."""
     both = sorted(losses.keys() & others.keys())
     return estimate([losses[seed] - others[seed] for seed in both])
 
 
 def verdict(found: Estimate) -> str:
-    """Return the meaning of a difference, decided at two standard errors; lower loss is better."""
+    """Say what a difference means, decided at two standard errors; lower loss is better."""
     if found.error is None or found.count < FEWEST:
         return f"fewer than {FEWEST} pairs"
     if abs(found.mean) <= 2 * found.error:
@@ -60,7 +60,8 @@ def verdict(found: Estimate) -> str:
 def certainty(losses: Losses, target: float) -> float | None:
     """Return how many standard errors the mean is below a target: (target − mean)·√n/σ.
 
-    From ``SURE`` on the target is met. None below ``FEWEST`` seeds, or if a run diverged.
+    The target is met at ``SURE`` or above. None if there are fewer than ``FEWEST`` seeds, or a run
+    diverged.
     """
     found = estimate(list(losses.values()))
     if found is None or found.count < FEWEST or not found.error:

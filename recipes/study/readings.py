@@ -1,8 +1,8 @@
-"""What the gradients of a run say about filtering, read at a few places of the run.
+"""Readings of a run's gradients that bear on filtering, taken at a few places in the run.
 
-In: the gradients of the matrices, step by step, and more of them at the same weights. Out: noise to
-signal, how much of what changes between steps is no noise, and how far the updates of three orders
-point along the gradient that comes next.
+In: the gradients of the matrices, step by step, and further gradients at the same weights. Out: the
+noise-to-signal ratio, the share of the change between steps that is not noise, and how well the
+updates of three orders align with the next gradient.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from hf_muon import polar_factor
 
 SHARES = (0.1, 0.5, 0.9)
-"""Places in the run at which gradients are read."""
+"""Places at which gradients are read, as shares of the run."""
 WINDOWS = (5, 20)
-"""Steps that a filter averages here, all with the same weight."""
+"""Numbers of steps that a filter averages here, with equal weights."""
 READ, MICRO_BATCHES = 16, 16
-"""Steps that are read at each place, and gradients at the same weights."""
+"""Number of steps read at each place, and number of gradients at the same weights."""
 
 Gradients = Sequence[Tensor]
-"""One of each matrix, or one stack."""
+"""One gradient, or one stack of gradients, for each matrix."""
 
 
 class Watch:
-    """Reads the steps from each place on.
+    """Reads ``READ`` steps from each place on.
 
     Attributes:
-        noise_to_signal: by place; None where no signal is left.
+        noise_to_signal: the ratio by place; None where no signal is left.
         found: the readings of :func:`of_steps` by place.
     """
 
@@ -57,9 +57,9 @@ def stacks(gradients: Sequence[Gradients]) -> list[Tensor]:
 
 
 def noise_and_signal(gradients: Gradients) -> tuple[float, float]:
-    """Return tr Σ of gradients (k, m, n) at the same weights, and ‖G‖², both without bias.
+    """Return unbiased estimates of tr Σ and ‖G‖² from gradients (k, m, n) at the same weights.
 
-    ‖Σg‖² − Σ‖g‖² is k(k−1)‖G‖² in the mean.
+    The expectation of ‖Σg‖² − Σ‖g‖² is k(k−1)‖G‖².
     """
     count = len(gradients[0])
     squares = float(dot(gradients, gradients).sum())
@@ -69,14 +69,14 @@ def noise_and_signal(gradients: Gradients) -> tuple[float, float]:
 
 
 def of_steps(gradients: Gradients, noise: float) -> dict[str, float]:
-    """Return the readings of gradients of successive steps, (k, m, n), the last ``READ`` of them.
+    """Return mean readings over the last ``READ`` of the gradients of successive steps, (k, m, n).
 
     * ``oscillation``, 1 − tr Σ/(½‖Gₜ − Gₜ₋₁‖²): the share of the change between two gradients that
-      is no noise of their batches, because the weights have moved.
-    * ``last``, ⟨O(Gₜ₋₁), Gₜ⟩/‖Gₜ‖_*: how far a step along the polar factor of the last gradient
-      descends on the next one, as a share of the most that is possible.
-    * ``pre_T``: the same along the polar factor of the mean of the last T gradients.
-    * ``post_T``: along the mean of their polar factors, at its own size.
+      comes from the moved weights and not from the noise of the batches.
+    * ``last``, ⟨O(Gₜ₋₁), Gₜ⟩/‖Gₜ‖_*: the descent on the next gradient of a step along the polar
+      factor of the last one, as a share of the largest possible descent.
+    * ``pre_T``: the same for a step along the polar factor of the mean of the last T gradients.
+    * ``post_T``: the same for a step along the mean of their polar factors, not rescaled.
     """
     count = min(READ, len(gradients[0]) - 1)
     read = [of_matrix[-count:] for of_matrix in gradients]
@@ -95,7 +95,7 @@ def of_steps(gradients: Gradients, noise: float) -> dict[str, float]:
 
 
 def means(x: Tensor, window: int, count: int) -> Tensor:
-    """Return the mean of the entries before each of the last ``count``, (count, m, n)."""
+    """Return means over ``window`` entries, before each of the last ``count``, (count, m, n)."""
     ends = range(len(x) - count, len(x))
     return torch.stack([x[max(0, end - window) : end].mean(0) for end in ends])
 

@@ -1,7 +1,7 @@
-"""Trainings that are recorded as they finish, one line of JSON each.
+"""Records of trainings, one line of JSON each, written as each training finishes.
 
-In: runs, and their results. Out: the same, also after an interruption: what is in the file is not
-trained again. A line is written in one piece; a line that was cut off by a kill is skipped.
+In: runs, and their results. Out: the same, also after an interruption: runs in the file are not
+trained again. Each line is written at once; a line that a kill cut off is skipped.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training, as plain values: everything that its result depends on.
+    """One training as plain values: everything that its result depends on.
 
     Attributes:
-        arm: the competitor.
+        arm: name of the competitor.
         cell: what all arms have in common, such as text and steps.
         settings: the arm's fixed settings.
         point: the coordinates of its search, by name.
-        seed: of the weights and of the order of the data.
+        seed: seed of the weights and of the order of the data.
     """
 
     arm: str
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Identifies a run; the same after JSON has turned tuples into lists."""
+        """A string that identifies the run, also after JSON has turned tuples into lists."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
@@ -45,8 +45,8 @@ class Records:
     """The trainings in a file, or in given lines.
 
     Args:
-        path: JSONL file, which need not exist; without one nothing is written.
-        lines: lines to start with.
+        path: JSONL file, which need not exist. Default: none, so nothing is written.
+        lines: lines to start with. Default: none.
     """
 
     def __init__(self, path: Path | None = None, lines: Iterable[Line] = ()) -> None:
@@ -59,7 +59,7 @@ class Records:
         return run.key in self._lines
 
     def __getitem__(self, run: Run) -> Line:
-        """Return the line of a training."""
+        """Return the recorded line of a training."""
         return self._lines[run.key]
 
     def __iter__(self) -> Iterator[Line]:
@@ -72,7 +72,7 @@ class Records:
         return math.inf if loss is None else float(loss)
 
     def add(self, run: Run, found: Mapping[str, Any]) -> None:
-        """Add a training, to the file first."""
+        """Record a training, in the file first."""
         line = {**asdict(run), "found": dict(found)}
         if self.path is not None:
             append(self.path, line)
@@ -80,7 +80,7 @@ class Records:
 
 
 def run_of(line: Line) -> Run:
-    """Return the run of a line."""
+    """Return the run that a line records."""
     return Run(**{name: line[name] for name in Run.__dataclass_fields__})
 
 

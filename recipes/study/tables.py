@@ -1,8 +1,8 @@
 """The tables of a study, as Markdown.
 
-In: records, and the plans. Out: a row for each arm in a cell: where its search ended; mean and
-standard deviation over fresh seeds, and the standard error; the paired difference from the
-reference and its meaning; the cost. Recipes add columns of their own.
+In: records, and the plans. Out: a row for each arm in a cell: where its search ended; mean,
+standard deviation and standard error over fresh seeds; the paired difference from the reference and
+its meaning; the cost. Recipes add their own columns.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Row:
     Attributes:
         plan: its plan.
         best: the best point of the search so far.
-        searched: loss by point.
-        losses: at the best point, by fresh seed.
+        searched: loss in the search, by point.
+        losses: losses at the best point, by fresh seed.
         lines: all trainings of the arm in the cell.
-        is_settled: whether no neighbour of the best point is left to try.
+        is_settled: whether the search has tried all neighbours of the best point.
     """
 
     plan: Plan
@@ -85,7 +85,7 @@ def cells_of(records: Iterable[Line]) -> list[dict[str, Any]]:
 
 
 def columns(reference: str, target: float | None = None) -> list[Column]:
-    """Return the columns of every study; ``target`` is a loss to reach."""
+    """Return the columns that every study has; ``target`` is a loss to reach."""
     made: list[Column] = [
         ("arm", lambda row, base: row.plan.name),
         ("best point", lambda row, base: point_text(row)),
@@ -102,7 +102,7 @@ def columns(reference: str, target: float | None = None) -> list[Column]:
 
 
 def table(found: Sequence[Row], reference: str, shown: Sequence[Column]) -> list[str]:
-    """Return the lines of a table of rows in one cell."""
+    """Return the lines of a table with the rows of one cell."""
     base = next((row for row in found if row.plan.name == reference), None)
     body = [cells([text(row, base) for _, text in shown]) for row in found]
     return [cells([head for head, _ in shown]), cells(["---"] * len(shown)), *body]
@@ -130,7 +130,7 @@ def point_text(row: Row) -> str:
 
 
 def search_text(row: Row) -> str:
-    """Return how many of the allowed points were tried, and whether the search is finished."""
+    """Return how many points of the budget were tried, and whether the search is finished."""
     if not row.plan.is_searched:
         return "–"
     spent = f"{len(row.searched)} of at most {row.plan.budget}"
@@ -157,7 +157,7 @@ def error_text(losses: Losses) -> str:
 
 
 def compared(row: Row, base: Row | None) -> Estimate | None:
-    """Return the paired difference to the reference; None for itself, and without two pairs."""
+    """Return the paired difference from the reference; None for itself, or with under two pairs."""
     if base is None or row is base:
         return None
     found = difference(row.losses, base.losses)
@@ -170,7 +170,7 @@ def difference_text(found: Estimate | None) -> str:
 
 
 def verdict_text(row: Row, base: Row | None) -> str:
-    """Return the meaning of the difference from the reference."""
+    """Say what the difference from the reference means."""
     if base is None or row is base:
         return ""
     found = compared(row, base)
@@ -178,7 +178,7 @@ def verdict_text(row: Row, base: Row | None) -> str:
 
 
 def target_text(losses: Losses, target: float) -> str:
-    """Return whether a target is met with certainty, and by how many standard errors."""
+    """Say whether a target is met with certainty, and by how many standard errors."""
     found = certainty(losses, target)
     if found is None:
         return f"fewer than {FEWEST} seeds"
