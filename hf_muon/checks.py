@@ -163,8 +163,8 @@ def _check_schedule(config: Any, bound: str, steps: str) -> None:
     value, momentum = getattr(config, bound), config.momentum
     if (value is None) != (getattr(config, steps) == 0):
         raise ValueError(
-            f"{bound}={value!r} and {steps}={getattr(config, steps)!r} go together: set both, or "
-            "neither."
+            f"{bound}={shown(value)} and {steps}={getattr(config, steps)!r} go together: set both, "
+            "or neither."
         )
     if value is None:
         return

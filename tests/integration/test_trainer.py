@@ -192,7 +192,7 @@ def test_resume_with_other_routes_names_the_parameters(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trained(tmp_path, **settings)
     other = trainer_of(tmp_path, optim_args="adamw_params=down_proj", **settings)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: muon .*adamw here"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: Muon .*AdamW here"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

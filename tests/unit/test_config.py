@@ -333,3 +333,11 @@ def test_values_of_other_libraries_become_plain():
     assert config == MuonConfig(**{**plain, "lr": 0.25, "adamw_betas": (0.5, 0.75)})
     flat = [*config.to_dict().values(), *config.adamw_betas]
     assert {type(value) for value in flat} <= {str, float, int, bool, tuple, type(None)}
+
+
+def test_a_schedule_without_steps_is_one_short_sentence():
+    with pytest.raises(
+        ValueError, match="momentum_cooldown_steps=0 go together: set both"
+    ) as found:
+        MuonConfig(lr=1e-3, momentum=(0.5,) * 9999, momentum_end=(0.5,) * 9999)
+    assert len(str(found.value)) < 500

@@ -167,7 +167,7 @@ def test_the_table_names_every_parameter_and_reason(llama):
 def test_unknown_parameters_are_named_prominently():
     table = route(ZOO["mamba"].build()).table()
     tail = table[table.index("UNKNOWN: 2 parameter(s)") :]
-    assert "backbone.layers.*.mixer.A_log (64, 4)" in tail
+    assert "backbone.layers.*.mixer.A_log 64 × 4" in tail
     assert "UNKNOWN" not in route(ZOO["llama"].build()).table()
 
 
