@@ -1,7 +1,7 @@
 """Hooks of the documentation site (mkdocs.yml).
 
-In: the pages in docs/, the README of each recipe, and two pages at the root of the repository. Out:
-the pages of one site. Links between them work as they do in the repository; links to other files
+In: the pages in docs/, the README of each recipe and of the examples, and two pages at the root of
+the repository. Out: the pages of one site. Links between them work as they do in the repository; links to other files
 become links into the repository if pyproject.toml names one, and plain names otherwise. In
 docstrings, roles become links, and examples become code.
 """
@@ -37,6 +37,7 @@ def pages() -> dict[str, str]:
         found[f"recipes/{path.parent.name}/README.md"] = f"recipes/{path.parent.name}.md"
     return found | {
         "README.md": "index.md",
+        "examples/README.md": "examples.md",
         "CHANGELOG.md": "changelog.md",
         "CONTRIBUTING.md": "contributing.md",
     }
@@ -54,8 +55,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     for source, target in pages().items():
         if not source.startswith("docs/") and files.get_file_from_path(target) is None:
-            files.append(File.generated(config, target, content=(ROOT / source).read_text()))
+            files.append(File.generated(config, target, content=_content(ROOT / source)))
     return files
+
+
+def _content(path: Path) -> str:
+    """Return the text of a page; that of the examples shows their code."""
+    scripts = sorted(path.parent.glob("*.py")) if path.parent.name == "examples" else []
+    code = [f"\n## {script.stem}\n\n```python\n{script.read_text()}```\n" for script in scripts]
+    return "".join([path.read_text(), *code])
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
