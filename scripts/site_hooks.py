@@ -1,9 +1,9 @@
 """Hooks of the documentation site (mkdocs.yml).
 
 In: the pages in docs/, the README of each recipe and of the examples, and two pages at the root of
-the repository. Out: the pages of one site. Links between them work as they do in the repository; links to other files
-become links into the repository if pyproject.toml names one, and plain names otherwise. In
-docstrings, roles become links, and examples become code.
+the repository. Out: the pages of one site. Links between them work as they do in the repository;
+links to other files become links into the repository if pyproject.toml names one, and plain names
+otherwise. In docstrings, roles become links, and examples become code.
 """
 
 from __future__ import annotations

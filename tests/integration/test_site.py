@@ -134,7 +134,8 @@ def test_every_page_is_in_the_navigation():
     navigation = entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     recipes = {path.parent.name for path in (ROOT / "recipes").glob("*/README.md")}
-    more = {f"recipes/{name}.md" for name in recipes} | {"changelog.md", "contributing.md"}
+    more = {f"recipes/{name}.md" for name in recipes}
+    more |= {"examples.md", "changelog.md", "contributing.md"}
     assert sorted(navigation) == sorted(pages | more)
     index = (ROOT / "docs" / "index.md").read_text()
     assert all(f"]({page}" in index for page in pages - {"index.md"})
