@@ -21,7 +21,7 @@ args = TrainingArguments(
     output_dir="out/lora",
     optim="muon",
     optim_args="lora_update=tangent",  # update A and B together, as the product BA
-    learning_rate=3e-2,
+    learning_rate=3e-2,  # for this toy; start from 4e-3
     max_steps=30,
     logging_steps=5,
     save_strategy="no",

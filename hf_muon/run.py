@@ -1,7 +1,8 @@
 """Run an unmodified script with ``optim="muon"`` registered.
 
 ``python -m hf_muon.run script.py …`` or ``python -m hf_muon.run -m package.module …``; also behind
-``accelerate launch -m`` and ``torchrun -m``. In: the command line of the script. Out: its exit.
+``accelerate launch -m`` and ``torchrun -m``. In: the command line of the script. Out: its exit, and
+a line if the script was told to use Muon and did not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hf_muon.integrations.names import NAMES
 from hf_muon.integrations.transformers import register
+from hf_muon.optimizer import Muon
 
 USAGE = "usage: python -m hf_muon.run [-m] SCRIPT_OR_MODULE [ARGUMENTS …]"
 
@@ -29,11 +34,33 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"hf_muon.run: no module {target!r}.\n{USAGE}")
     register()
     sys.argv = [target, *rest]
+    trained: list[bool] = []
+
+    def notice(optimizer: object, *_: object) -> None:
+        if isinstance(optimizer, Muon) and not trained:
+            trained.append(True)
+            hook.remove()
+
+    hook = register_optimizer_step_pre_hook(notice)
     if as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(target).resolve().parent)
         runpy.run_path(target, run_name="__main__")
+    if not trained and _asked(rest):
+        print(
+            "hf_muon.run: the arguments ask for Muon, and Muon trained nothing. A script that sets "
+            'TrainingArguments in its code ignores them: set optim="muon" there.',
+            file=sys.stderr,
+        )
+
+
+def _asked(arguments: list[str]) -> bool:
+    """Return whether ``--optim`` names one of the family."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    given = [value for name, value in pairs if name == "--optim"]
+    given += [one.partition("=")[2] for one in arguments if one.startswith("--optim=")]
+    return any(value in NAMES for value in given)
 
 
 def _module_exists(name: str) -> bool:

@@ -148,7 +148,10 @@ def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Mod
     except Exception as error:  # an unreadable file and a wrong field raise different errors
         raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
     if not config.base_model_name_or_path:
-        raise ValueError(f"{str(path)!r} names no base model (base_model_name_or_path).")
+        raise ValueError(
+            f"{str(path)!r} names no base model (base_model_name_or_path): the model was made in "
+            "memory. The routes of a run are in its muon_report.json."
+        )
     base = build(config.base_model_name_or_path, auto)
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):

@@ -17,7 +17,7 @@ from hf_muon.commands.runs import FILES, Run, is_run, read_run
 from hf_muon.shown import count, megabytes
 
 UNKNOWN = "not recorded"
-RESULTS = ("run", "last loss", "tokens", "tokens to target", "steps to target")
+RESULTS = ("tokens", "tokens to target", "steps to target")
 SETTINGS = ("run", "optimizer", "order", "β", "rate of matrices", "rate of the rest")
 COSTS = ("run", "time", "optimizer's share", "optimizer's state", "energy")
 
@@ -71,7 +71,9 @@ def write_board(
         page.facts(_common(runs)),
         page.section("Losses", page.figures([(drawn, "")]), _nothing(runs)),
         page.section(
-            "Results", page.table(RESULTS, results) + page.note(_legend(kind, goal, target))
+            "Results",
+            page.table(("run", f"last {what}", *RESULTS), results)
+            + page.note(_legend(kind, goal, target)),
         ),
         page.section("Settings", page.table(SETTINGS, settings)),
         page.section("Costs", page.table(COSTS, costs) + page.note(_ENERGY)),
@@ -167,7 +169,9 @@ def _common(runs: Sequence[Run]) -> list[tuple[str, str]]:
         known = [value for value in values if value]
         longest = max(known, key=len, default=UNKNOWN)  # some runs describe it in more detail
         alike = all(longest.startswith(value) for value in known)
-        rows.append((name, longest if alike else "not the same in all runs"))
+        shown = longest if alike else "not the same in all runs"
+        unsaid = bool(known) and len(known) < len(values)
+        rows.append((name, f"{shown} (some runs do not say)" if unsaid else shown))
     return rows
 
 
@@ -186,7 +190,7 @@ def _legend(kind: str, goal: float | None, target: float | None) -> str:
         )
     return (
         f"{text} Schedules decay over the whole run: a run that was planned to end at the target "
-        "would reach it sooner. Last loss: on all held-out data where a run measured that."
+        "would reach it sooner. Last validation loss: on all held-out data where a run measured it."
     )
 
 

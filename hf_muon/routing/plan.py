@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import get_node_local_rank
 
 from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
@@ -178,11 +179,13 @@ class RoutePlan:
         """
         self.require_matrices()
         _log_fallbacks(self.muon, config.lora_update)
-        if self.headless:
+        last = max(n for n, one in enumerate(self.routes) if one.algorithm == "muon")
+        is_named = any("adamw_params" in one.reason for one in self.routes[last:])
+        if self.headless and not is_named and get_node_local_rank(fallback_rank=0) == 0:
             logger.warning(
-                "No output head was recognised, so every matrix of a linear layer goes to Muon; "
+                "No output head was recognized, so every matrix of a linear layer goes to Muon; "
                 "the last one is %s. A head belongs to AdamW: name it in adamw_params.",
-                next(r.name for r in reversed(self.muon)),
+                self.routes[last].name,
             )
         return param_groups(list(zip(self.routes, self.parameters, strict=True)), config, given)
 

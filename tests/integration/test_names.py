@@ -137,6 +137,21 @@ def test_unmodified_script(script, tmp_path):
     assert "muon" in without.stderr
 
 
+def test_a_script_that_ignores_its_arguments_is_told(tmp_path):
+    ignores = tmp_path / "ignores.py"
+    ignores.write_text(
+        "import sys, torch\nfrom hf_muon import Muon\n"
+        "w = torch.nn.Parameter(torch.ones(2, 2))\n"
+        "kind = Muon if 'really' in sys.argv else torch.optim.AdamW\n"
+        "optimizer = kind([w], lr=0.1)\nw.grad = torch.ones(2, 2)\noptimizer.step()\n"
+    )
+    said = "the arguments ask for Muon, and Muon trained nothing"
+    assert said in run("-m", "hf_muon.run", ignores, "--optim", "muon").stderr
+    assert said in run("-m", "hf_muon.run", ignores, "--optim=normuon").stderr
+    assert said not in run("-m", "hf_muon.run", ignores, "--optim", "muon", "really").stderr
+    assert said not in run("-m", "hf_muon.run", ignores, "--optim", "adamw_torch").stderr
+
+
 def test_unmodified_module(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(script.parent))
     done = run("-m", "hf_muon.run", "-m", "train", *script_arguments(tmp_path))

@@ -47,7 +47,7 @@ ALLOWED = {
         "stages",
         "values",
     },
-    "run": {"integrations"},
+    "run": {"integrations", "optimizer"},
     "auto": {"integrations"},
 }
 # Entry points inside a room, and the rooms that they know in addition.

@@ -139,8 +139,18 @@ def test_a_head_that_is_not_recognised_is_said(model, caplog):
     plan = route(model)
     with caplog.at_level(logging.WARNING):
         plan.param_groups(MuonConfig(lr=1.0))
-    assert "No output head was recognised" in caplog.text
+    assert "No output head was recognized" in caplog.text
     assert f"the last one is {plan.muon[-1].name}." in caplog.text
+
+
+def test_a_head_that_is_named_is_not_asked_for(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    for pattern, said in ((r"4\.weight", False), (r"0\.weight", True)):  # the last layer; the first
+        config = MuonConfig(lr=1.0, adamw_params=(pattern,))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            route(model, config).param_groups(config)
+        assert ("No output head was recognized" in caplog.text) == said
 
 
 def test_models_of_transformers_and_tied_heads_are_not_suspected(caplog):
