@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from torch.distributed import get_node_local_rank
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_muon.integrations.names import NAMES
@@ -34,20 +35,26 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"hf_muon.run: no module {target!r}.\n{USAGE}")
     register()
     sys.argv = [target, *rest]
-    trained: list[bool] = []
+    stepped: set[type] = set()
+    # It stays: torch iterates over these hooks, so that none may remove itself.
+    register_optimizer_step_pre_hook(lambda optimizer, *_: stepped.add(type(optimizer)))
+    try:
+        if as_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(target).resolve().parent)
+            runpy.run_path(target, run_name="__main__")
+    except SystemExit as end:  # sys.exit(main()) of a script that ended well
+        if not end.code:
+            _say_if_ignored(rest, stepped)
+        raise
+    _say_if_ignored(rest, stepped)
 
-    def notice(optimizer: object, *_: object) -> None:
-        if isinstance(optimizer, Muon) and not trained:
-            trained.append(True)
-            hook.remove()
 
-    hook = register_optimizer_step_pre_hook(notice)
-    if as_module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(target).resolve().parent)
-        runpy.run_path(target, run_name="__main__")
-    if not trained and _asked(rest):
+def _say_if_ignored(arguments: list[str], stepped: set[type]) -> None:
+    """Print a line, on the first rank of each machine, if Muon was asked for and took no step."""
+    is_first = get_node_local_rank(fallback_rank=0) == 0
+    if is_first and _asked(arguments) and not any(issubclass(one, Muon) for one in stepped):
         print(
             "hf_muon.run: the arguments ask for Muon, and Muon trained nothing. A script that sets "
             'TrainingArguments in its code ignores them: set optim="muon" there.',

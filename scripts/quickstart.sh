@@ -7,6 +7,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' scripts/quickstart.sh
+    exit
+fi
+
 if [[ ! -x .venv/bin/hf-muon ]]; then
     cat << 'TEXT'
 First everything is installed into .venv: torch (200 MB for a CPU; the build for NVIDIA GPUs, which

@@ -1,4 +1,4 @@
-"""Muon and AdamW beyond language: images, speech, recommendation. Minutes each.
+"""Muon and AdamW beyond language: images, speech, recommendation.
 
 In: ``python compare.py run --out FILE.jsonl [--domains mnist vowels …] [--arms ARM …]``. Out: the
 file, with a line for each training; with ``report``, a table for each domain and a figure. A

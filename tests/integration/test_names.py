@@ -141,14 +141,24 @@ def test_a_script_that_ignores_its_arguments_is_told(tmp_path):
     ignores = tmp_path / "ignores.py"
     ignores.write_text(
         "import sys, torch\nfrom hf_muon import Muon\n"
+        "from torch.optim.optimizer import register_optimizer_step_pre_hook\n"
+        "register_optimizer_step_pre_hook(lambda *_: print('another hook'))\n"
         "w = torch.nn.Parameter(torch.ones(2, 2))\n"
         "kind = Muon if 'really' in sys.argv else torch.optim.AdamW\n"
         "optimizer = kind([w], lr=0.1)\nw.grad = torch.ones(2, 2)\noptimizer.step()\n"
+        "sys.exit(3 if 'fails' in sys.argv else None) if 'exits' in sys.argv else None\n"
     )
     said = "the arguments ask for Muon, and Muon trained nothing"
     assert said in run("-m", "hf_muon.run", ignores, "--optim", "muon").stderr
     assert said in run("-m", "hf_muon.run", ignores, "--optim=normuon").stderr
-    assert said not in run("-m", "hf_muon.run", ignores, "--optim", "muon", "really").stderr
+    assert said in run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits").stderr
+    failed = run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits", "fails")
+    assert failed.returncode == 3
+    assert said not in failed.stderr
+    trained = run("-m", "hf_muon.run", ignores, "--optim", "muon", "really")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("another hook") == 1
+    assert said not in trained.stderr
     assert said not in run("-m", "hf_muon.run", ignores, "--optim", "adamw_torch").stderr
 
 
