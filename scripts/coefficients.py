@@ -44,10 +44,10 @@ def greedy_composition(steps: int, lowest: float = LOWEST_SINGULAR_VALUE) -> tup
     triples: list[Triple] = []
     for _ in range(steps):
         a, b, c = best_quintic(max(low, CUSHION * high), high)
-        # A cushioned fit is centred on one over the wrong interval: recentre it over [low, high],
+        # A cushioned fit is centered on one over the wrong interval: recenter it over [low, high],
         # so that its smallest and largest values lie at equal distance from one.
-        centre = 2 / (_evaluate((a, b, c), low) + _evaluate((a, b, c), high))
-        triple = (a * centre, b * centre, c * centre)
+        center = 2 / (_evaluate((a, b, c), low) + _evaluate((a, b, c), high))
+        triple = (a * center, b * center, c * center)
         triples.append(triple)
         low = _evaluate(triple, low)
         high = 2 - low

@@ -28,7 +28,7 @@ class PipAsset:
     requirement: str
     package: str
     probe: str
-    licence: str
+    license: str
 
     def file(self) -> Path | None:
         """Return the first of the files, or None if they are not installed."""
@@ -53,7 +53,7 @@ class NpmAsset:
     requirement: str
     member: str
     folder: str
-    licence: str
+    license: str
 
     def target(self) -> Path:
         """Return the folder in the cache; the recipes look for it there."""
@@ -92,9 +92,9 @@ class GgufModel:
         return f"{self.weights.requirement} and {self.reader}"
 
     @property
-    def licence(self) -> str:
-        """Return the licence of the weights."""
-        return self.weights.licence
+    def license(self) -> str:
+        """Return the license of the weights."""
+        return self.weights.license
 
     def target(self) -> Path:
         """Return the folder in the cache; the recipes look for it there."""
@@ -201,7 +201,7 @@ def main() -> None:
         if asset.present():
             print(f"{name}: present")
             continue
-        print(f"{name}: installing {asset.requirement} ({asset.licence})", flush=True)
+        print(f"{name}: installing {asset.requirement} ({asset.license})", flush=True)
         asset.install()
         if not asset.present():
             raise SystemExit(

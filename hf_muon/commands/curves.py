@@ -1,6 +1,6 @@
 """Curves that stay distinguishable in print, in dark mode and where they coincide.
 
-In: points by name. Out: an SVG to put inside a page. Each line has its own colour, style and width;
+In: points by name. Out: an SVG to put inside a page. Each line has its own color, style and width;
 later ones are thinner and dashed, so that a line below another remains visible. The name of a line
 stands beside its end, outside the axes.
 """
@@ -14,7 +14,7 @@ from html import escape
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from hf_muon.diagnostics.plots import COLOURS, new_figure
+from hf_muon.diagnostics.plots import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _WIDTHS = (3.0, 2.2, 1.8, 1.4)
-# Stand-ins for the page's colours, which follow the reader's light or dark mode.
+# Stand-ins for the page's colors, which follow the reader's light or dark mode.
 _INK, _LINE = "#010203", "#040506"
 _OF_PAGE = {_INK: "currentColor", _LINE: "var(--line)"}
 _SKIPPED = 0.1
@@ -53,13 +53,13 @@ def curves(
 
     axes = figure.subplots()
     lines = []
-    for (name, points), colour, style, width in zip(
-        there.items(), cycle(COLOURS), cycle(_STYLES), cycle(_WIDTHS), strict=False
+    for (name, points), color, style, width in zip(
+        there.items(), cycle(COLORS), cycle(_STYLES), cycle(_WIDTHS), strict=False
     ):
         few = "o" if len(points) < 4 else ""
         x, y = zip(*points, strict=True)
         lines += axes.plot(
-            x, y, label=name, color=colour, linestyle=style, linewidth=width, marker=few, ms=5
+            x, y, label=name, color=color, linestyle=style, linewidth=width, marker=few, ms=5
         )
     if cut_begin:
         _frame(axes, list(there.values()))
@@ -106,10 +106,10 @@ def _label_ends(axes: Axes, lines: Sequence[tuple[Line2D, float]]) -> None:
 
 
 def svg(figure: Figure, description: str) -> str:
-    """Return a figure as SVG to put inside a page, with text and axes in the page's colours."""
+    """Return a figure as SVG to put inside a page, with text and axes in the page's colors."""
     import matplotlib as mpl
 
-    _use_page_colours(figure)
+    _use_page_colors(figure)
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
@@ -117,14 +117,14 @@ def svg(figure: Figure, description: str) -> str:
     found = text.getvalue()
     found = found[found.index("<svg") :]
     found = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", found)  # HTML does not need them
-    for stand_in, colour in _OF_PAGE.items():
-        found = found.replace(stand_in, colour)
+    for stand_in, color in _OF_PAGE.items():
+        found = found.replace(stand_in, color)
     name = f'<svg role="img" aria-label="{escape(description)}"'
     # Drop the size of the image, in points: the page sets its size.
     return re.sub(r'<svg( height="[^"]*")?( width="[^"]*")?', lambda _: name, found, count=1)
 
 
-def _use_page_colours(figure: Figure) -> None:
+def _use_page_colors(figure: Figure) -> None:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

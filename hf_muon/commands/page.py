@@ -1,6 +1,6 @@
 """Parts of a self-contained HTML page: text, tables, folded tables, figures.
 
-In: text, rows, figures as SVG. Out: HTML. Text that is not HTML yet is escaped here; colours follow
+In: text, rows, figures as SVG. Out: HTML. Text that is not HTML yet is escaped here; colors follow
 the reader's light or dark mode.
 """
 

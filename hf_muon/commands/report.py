@@ -203,7 +203,7 @@ def _routes(routes: Sequence[dict[str, Any]]) -> str:
             key = (found["stack"], int(found["number"]))
             layers[key].append({**route, "name": found["rest"]})
     rows = {key: [_row(route) for route in inside] for key, inside in layers.items()}
-    # The layers of a stack are sorted by number, so that identical ones are neighbours.
+    # The layers of a stack are sorted by number, so that identical ones are neighbors.
     stacks = list(dict.fromkeys(stack for stack, _ in layers))
     ordered = sorted(layers, key=lambda key: (stacks.index(key[0]), key[1]))
     folds = []

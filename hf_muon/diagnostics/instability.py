@@ -23,7 +23,7 @@ _LARGEST_FACTOR = 1.5
 _IN_A_ROW = 3
 # The number of losses to average, because single batches vary.
 _MEAN_OF = 3
-# How many typical differences between neighbours a rise must exceed; over how many losses the
+# How many typical differences between neighbors a rise must exceed; over how many losses the
 # typical difference is taken.
 _TIMES_SCATTER, _SCATTER_OF = 5, 100
 # A loss this many times the first one is a problem, unless the first was near zero, as losses in

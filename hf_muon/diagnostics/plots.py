@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies; the wine of
+# Okabe and Ito's palette, distinguishable with the common color-vision deficiencies; the wine of
 # Paul Tol's palette replaces its black, which a dark page hides.
-COLOURS = (
+COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4466", "#999999",
 )  # fmt: skip
 
@@ -65,14 +65,14 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
     figure = new_figure(10.5, 6.6)
     (sigma, rank), (size, quality) = figure.subplots(2, 2, sharex=True)
     layers = _by_layer(samples)
-    for number, (colour, (label, series)) in enumerate(zip(_cycle(samples), layers, strict=False)):
+    for number, (color, (label, series)) in enumerate(zip(_cycle(samples), layers, strict=False)):
         # Later lines are thinner, so that one on top of another leaves its rim visible.
         width = 3.2 - 2.2 * number / len(layers)
-        _draw(sigma, series, "average_sigma_1", colour=colour, label=label, linewidth=width)
-        _draw(sigma, series, "noise_edge", colour=colour, linestyle=":", marker="")
-        _draw(rank, series, "visible_rank", colour=colour, linewidth=width)
-        _draw(size, series, "update_rms", colour=colour, linewidth=width)
-        _draw(quality, series, "orthogonality_error", colour=colour, linewidth=width)
+        _draw(sigma, series, "average_sigma_1", color=color, label=label, linewidth=width)
+        _draw(sigma, series, "noise_edge", color=color, linestyle=":", marker="")
+        _draw(rank, series, "visible_rank", color=color, linewidth=width)
+        _draw(size, series, "update_rms", color=color, linewidth=width)
+        _draw(quality, series, "orthogonality_error", color=color, linewidth=width)
     _titled(sigma, "largest singular value of M, and noise edge (dotted)", log=True)
     _titled(rank, "visible rank: singular values of M above the edge")
     _titled(size, "RMS of the update")
@@ -114,14 +114,14 @@ def _shared(parts: list[list[str]]) -> int:
 
 
 def _cycle(samples: Sequence[Record]) -> list[str]:
-    return list(COLOURS) * (1 + len(samples) // len(COLOURS))
+    return list(COLORS) * (1 + len(samples) // len(COLORS))
 
 
-def _draw(axes: Axes, series: list[Record], name: str, *, colour: str, **style: Any) -> None:
+def _draw(axes: Axes, series: list[Record], name: str, *, color: str, **style: Any) -> None:
     """Draw one quantity over the steps at which it was recorded."""
     there = [sample for sample in series if name in sample]
     steps, values = [s["step"] for s in there], [s[name] for s in there]
-    axes.plot(steps, values, **{"color": colour, "marker": ".", "linewidth": 1.2, **style})
+    axes.plot(steps, values, **{"color": color, "marker": ".", "linewidth": 1.2, **style})
 
 
 def _titled(axes: Axes, title: str, *, log: bool = False) -> None:

@@ -39,9 +39,9 @@ def assign_owners(
     load = [0] * slots
     enough = max([SLACK * sum(costs) / slots, *costs[:1]])
     owners = []
-    for cost, allowed, favourite in zip(costs, candidates, preferred, strict=True):
-        if favourite is not None and load[favourite] + cost <= enough:
-            owner = favourite
+    for cost, allowed, favorite in zip(costs, candidates, preferred, strict=True):
+        if favorite is not None and load[favorite] + cost <= enough:
+            owner = favorite
         else:
             owner = min(allowed, key=lambda slot: (load[slot], slot))
         load[owner] += cost

@@ -3,7 +3,7 @@
 In: ``python run.py configs/minilm.yaml [--dataset owner/name] [--optim adamw_torch] ...``. Out: in
 ``--output_dir`` the encoder, ``results.json`` with the share of held-out triplets whose similar
 texts are nearest, before and after, and ``muon_report.json``; on the screen both shares and the
-neighbours of three texts.
+neighbors of three texts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     return compared.train(
         trainer,
         lambda: {"accuracy": accuracy(model, held_out)},
-        lambda: neighbours(model, held_out),
+        lambda: neighbors(model, held_out),
         settings=vars(settings),
         train_rows=len(train),
         validation_rows=len(held_out),
@@ -102,7 +102,7 @@ def accuracy(model: SentenceTransformer, rows: datasets.Dataset) -> float:
     return told(model)["cosine_accuracy"]
 
 
-def neighbours(model: SentenceTransformer, rows: datasets.Dataset) -> list[str]:
+def neighbors(model: SentenceTransformer, rows: datasets.Dataset) -> list[str]:
     """Return, for each of three texts, the nearest of 100 others."""
     asked, known = rows["anchor"][:3], [*rows["positive"][:50], *rows["negative"][:50]]
     nearest = model.similarity(model.encode(asked), model.encode(known)).argmax(-1).tolist()

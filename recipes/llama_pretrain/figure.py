@@ -1,4 +1,4 @@
-"""The loss curve: validation loss over tokens, one line per run, labelled at its end.
+"""The loss curve: validation loss over tokens, one line per run, labeled at its end.
 
 In: the contents of ``results.json`` files. Out: a PNG. The validation curve is measured on a fixed
 subset of the held-out text, so its end differs a little from the loss on all of it.
@@ -13,24 +13,24 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
-from shared.style import COLOURS, MUTED, tidy
+from shared.style import COLORS, MUTED, tidy
 
 
 @dataclass(frozen=True)
 class Line:
-    """One labelled curve."""
+    """One labeled curve."""
 
     label: str
     tokens: Sequence[float]
     losses: Sequence[float]
-    colour: str
+    color: str
     width: float = 2.0
 
 
 def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the validation loss of every run over the tokens it was trained on.
 
-    A run that is drawn alone gets its training loss as well, thin and grey.
+    A run that is drawn alone gets its training loss as well, thin and gray.
 
     Args:
         runs: label of each run and the content of its ``results.json``.
@@ -40,8 +40,8 @@ def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -
     lines = lines_of(runs)
     figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=160)
     for line in lines:
-        axes.plot(line.tokens, line.losses, color=line.colour, linewidth=line.width)
-        axes.plot(line.tokens[-1:], line.losses[-1:], "o", color=line.colour, ms=2.4 * line.width)
+        axes.plot(line.tokens, line.losses, color=line.color, linewidth=line.width)
+        axes.plot(line.tokens[-1:], line.losses[-1:], "o", color=line.color, ms=2.4 * line.width)
     set_limits(axes, lines)
     label_ends(axes, lines)
     what = "validation loss" if len(runs) > 1 else "loss"
@@ -53,10 +53,10 @@ def loss_figure(runs: Mapping[str, Mapping[str, Any]], path: Path, title: str) -
 
 def lines_of(runs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
     """Return the curves to draw."""
-    colours = COLOURS * len(runs)
+    colors = COLORS * len(runs)
     lines = [
-        Line(label, *points(validation_curve(run)), colour)
-        for (label, run), colour in zip(runs.items(), colours, strict=False)
+        Line(label, *points(validation_curve(run)), color)
+        for (label, run), color in zip(runs.items(), colors, strict=False)
     ]
     alone = next(iter(runs.values())) if len(runs) == 1 else None
     if alone is not None and alone["train_curve"]:
@@ -105,7 +105,7 @@ def label_ends(axes: plt.Axes, lines: Sequence[Line]) -> None:
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
-            color=line.colour,
+            color=line.color,
             fontweight="bold" if line.width > 1 else "normal",
             annotation_clip=False,
         )

@@ -120,7 +120,7 @@ def shown(loss: float) -> str:
 
 
 def draw(losses: Losses, path: Path, order: str) -> None:
-    """Draw one panel per batch, each with its own colour scale; its best point is framed."""
+    """Draw one panel per batch, each with its own color scale; its best point is framed."""
     batches, momenta, rates = (list(dict.fromkeys(values)) for values in zip(*losses, strict=True))
     figure, panels = plt.subplots(
         1, len(batches), figsize=(3.4 * len(batches), 0.75 * len(momenta) + 1.4),
@@ -128,7 +128,7 @@ def draw(losses: Losses, path: Path, order: str) -> None:
     )  # fmt: skip
     for axes, batch in zip(panels[0], batches, strict=True):
         grid = np.array([[losses[Point(batch, m, r)] for r in rates] for m in momenta])
-        # Diverged runs have no colour; a grid on which nothing trained is empty.
+        # Diverged runs have no color; a grid on which nothing trained is empty.
         axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", aspect="auto")
         write_cells(axes, grid)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])

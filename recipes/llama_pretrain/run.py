@@ -27,7 +27,7 @@ from shared.arguments import RecipeError, checkpoint
 from shared.measure import StepClock, write_json
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
-from shared.rates import adamw_of_two_rates
+from shared.rates import adamw_at_rates
 from speed import LogSpeed, Rates, flops_per_token, peak_tflops
 from stream import keep_place
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=packing.evenly_spread(data.validation, data_settings.eval_blocks),
         data_collator=packing.collate,
         callbacks=[clock],
-        optimizer_cls_and_kwargs=adamw_of_two_rates(args, rate_settings),
+        optimizer_cls_and_kwargs=adamw_at_rates(args, rate_settings),
     )
     check_sharding(trainer)
     use_quiet_progress(trainer)

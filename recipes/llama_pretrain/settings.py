@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.arguments import RecipeError, read
 from shared.processes import check_world_size, launched_processes
-from shared.rates import RateSettings, set_other_rate
+from shared.rates import RateSettings, pass_rates
 from transformers import TrainingArguments
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     # Every parameter of a LLaMA gets a gradient, so DDP need not search for unused ones.
     given = read(argv, SETTINGS, HERE, ddp_find_unused_parameters=False)
     set_step_counts(given.values)
-    set_other_rate(given.values)
+    pass_rates(given.values)
     model, data, training, rates = given.made()
     check_world_size(training, data.expected_world_size)
     return model, data, training, rates

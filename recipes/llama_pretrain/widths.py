@@ -21,7 +21,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
 
 import matplotlib.pyplot as plt
-from shared.style import COLOURS, tidy
+from shared.style import COLORS, tidy
 from study import command
 from study.byte_llama import sizes, train
 from study.harness import Arm
@@ -56,14 +56,14 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
     )
     ordered = sorted(found, key=lambda cell: cell[0].plan.cell["width"])
     for axes, rule in zip(panels, ARMS, strict=True):
-        for colour, cell in zip(COLOURS, ordered, strict=False):
+        for color, cell in zip(COLORS, ordered, strict=False):
             row = next((row for row in cell if row.plan.name == rule), None)
             if row is None or not row.searched:
                 continue
             rates, losses = curve(row)
             width = row.plan.cell["width"]
-            axes.plot(rates, losses, "o-", color=colour, ms=3.5, lw=1.4, label=f"{width} wide")
-            axes.plot(row.best[0], row.searched[row.best], "o", color=colour, ms=9, mfc="none")
+            axes.plot(rates, losses, "o-", color=color, ms=3.5, lw=1.4, label=f"{width} wide")
+            axes.plot(row.best[0], row.searched[row.best], "o", color=color, ms=9, mfc="none")
         axes.set_xscale("log", base=2)
         tidy(axes, "learning rate of the matrices", "", rule)
     lowest = [min(row.searched.values()) for cell in found for row in cell if row.searched]

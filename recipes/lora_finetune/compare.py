@@ -4,8 +4,9 @@ In: ``python compare.py configs/minilm_sentiment.yaml [--methods adamw factor] [
 [--seeds 3 1] [--budget 12] [-- RUN OPTIONS]``. Out: ``study.jsonl`` with every run, ``study.json``,
 tables in ``study.md`` and ``study.png``.
 
-Each method has one rate for the adapters and one for the head; LoRA+ ties them. Both are searched
-by coordinate descent on seed 0; ranks after the first start at the first one's best rates. The
+Each method has a rate for the adapters, one for the head, and the ratio of B's rate to A's where a
+step moves them separately; LoRA+ has one rate and a fixed ratio. All are searched by coordinate
+descent on seed 0; ranks after the first start at the first one's best rates. The
 comparison uses seeds that the search has not seen. All runs take the same number of steps. Finished
 runs are kept, so a study can be interrupted and extended.
 """
@@ -42,8 +43,13 @@ METHODS: dict[str, dict[str, str]] = {
     "factor": {"optim": "muon", "optim_args": "lora_update=factor"},
     "product": {"optim": "muon", "optim_args": "lora_update=product"},
     "tangent": {"optim": "muon", "optim_args": "lora_update=tangent"},
+    "muon_on_b": {"optim": "muon", "optim_args": "adamw_params=lora_A"},
 }
 """Options of each method; 16 is the ratio that the LoRA+ paper (arXiv 2402.12354) recommends."""
+
+FACTOR_OF = {"adamw": "lora_B", "factor": "lora_B", "muon_on_b": "lora_A"}
+"""Whose rate a method multiplies by a factor of its own: with ``muon_on_b``, A learns with the rate
+of the head times the factor; else B learns with the rate of the adapters times it."""
 
 FIRST_RATES: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3),
@@ -51,8 +57,9 @@ FIRST_RATES: dict[str, tuple[float, ...]] = {
     "factor": (2e-3, 4e-3, 8e-3),
     "product": (2e-3, 4e-3, 8e-3),
     "tangent": (2e-3, 4e-3, 8e-3),
+    "muon_on_b": (2e-3, 4e-3, 8e-3),
 }
-BUDGET = 12
+BUDGET = 16
 REFERENCE = "adamw"
 
 
@@ -78,13 +85,16 @@ class Trainings:
         """Return a run's results, training only when there are none yet."""
         rank, rate = one.cell["rank"], one.point["learning_rate"]
         other = one.point.get("other_learning_rate", rate)
-        second = "" if other == rate else f"_other{other:g}"
+        ratio = one.point.get("ratio", 1.0)
+        second = ("" if other == rate else f"_other{other:g}") + f"_ratio{ratio:g}" * (ratio != 1)
         folder = self.out / f"{one.arm}_r{rank}_lr{rate:g}{second}_seed{one.seed}"
         path = folder / "results.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf8"))
         options = {**one.settings, "r": rank, "learning_rate": f"{rate:g}", "seed": one.seed}
         options |= {"other_learning_rate": f"{other:g}"} if other != rate else {}
+        if ratio != 1:
+            options["lr_multipliers"] = f"{FACTOR_OF[one.arm]}:{ratio:g}"
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         output = ["--output_dir", str(folder), "--disable_tqdm", "true", "--logging_steps", "0.5"]
         try:
@@ -161,22 +171,23 @@ def plans_at(
     """Return how each method is searched at a rank, from a grid or from its starting point."""
     plans = []
     for name in arguments.methods:
-        grid = [starts[name]] if name in starts else [both_at(name, r) for r in FIRST_RATES[name]]
+        grid = [starts[name]] if name in starts else [at_rate(name, r) for r in FIRST_RATES[name]]
         arm = Arm(METHODS[name], grid[0], dict.fromkeys(grid[0], 2.0), grid[1:])
         cell = {"config": config.name, "rank": rank}
         plans.append(Plan(name, arm, cell, range(1, seeds + 1), budget=arguments.budget))
     return plans
 
 
-def both_at(method: str, rate: float) -> dict[str, float]:
-    """Return the point with one rate for adapters and head; LoRA+ has only one."""
+def at_rate(method: str, rate: float) -> dict[str, float]:
+    """Return the point with one rate for A, B and the head; LoRA+ has only one."""
     if "loraplus_ratio" in METHODS[method]:
         return {"learning_rate": rate}
-    return {"learning_rate": rate, "other_learning_rate": rate}
+    ratio = {"ratio": 1.0} if method in FACTOR_OF else {}
+    return {"learning_rate": rate, "other_learning_rate": rate, **ratio}
 
 
 def at_rates(row: tables.Row) -> Results:
-    """Return loss and accuracy for each rate of the adapters, at the best rate of the head.
+    """Return loss and accuracy for each rate of the adapters, with the best of everything else.
 
     At the best rate they come from the fresh seeds, at other rates from the search.
     """

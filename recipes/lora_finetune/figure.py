@@ -14,18 +14,19 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from shared.style import COLOURS, tidy
+from shared.style import COLORS, tidy
 
-MARKERS = "osD^v"
+MARKERS = "osD^vP"
 LABELS = {
     "adamw": "AdamW",
     "loraplus": "LoRA+ (AdamW)",
     "factor": "Muon, factor",
     "product": "Muon, product",
     "tangent": "Muon, tangent",
+    "muon_on_b": "Muon on B, AdamW on A",
 }
 ASIDE = 1.03
-"""Points of neighbouring methods stand so much apart, as a ratio, that their ranges can be read."""
+"""Points of neighboring methods stand so much apart, as a ratio, that their ranges can be read."""
 
 
 def study_figure(report: Mapping[str, Any], path: Path) -> None:
@@ -40,7 +41,7 @@ def study_figure(report: Mapping[str, Any], path: Path) -> None:
     first = next(iter(ranks))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), dpi=130, sharey=True)
     for number, (method, part) in enumerate(ranks[first].items()):
-        look = {"color": COLOURS[number], "marker": MARKERS[number]}
+        look = {"color": COLORS[number], "marker": MARKERS[number]}
         aside = ASIDE ** (number - (len(ranks[first]) - 1) / 2)
         at_rates = {rate * aside: at["loss"] for rate, at in part["rates"].items()}
         bests = {rank: methods[method] for rank, methods in ranks.items()}
@@ -53,7 +54,7 @@ def study_figure(report: Mapping[str, Any], path: Path) -> None:
     tidy(left, "learning rate", "validation loss", f"rank {first}")
     tidy(right, "rank", "", "at the best rate of each rank")
     labels = left.get_legend_handles_labels()
-    figure.legend(*labels, loc="upper center", ncols=5, frameon=False, bbox_to_anchor=(0.5, 1.06))
+    figure.legend(*labels, loc="upper center", ncols=6, frameon=False, bbox_to_anchor=(0.5, 1.06))
     figure.tight_layout()
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)

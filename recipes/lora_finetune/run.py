@@ -21,7 +21,7 @@ from shared import measure, preemption
 from shared.arguments import RecipeError, checkpoint
 from shared.processes import check_sharding, leave_together
 from shared.progress import quiet_libraries, use_quiet_progress
-from shared.rates import adamw_of_two_rates
+from shared.rates import adamw_at_rates
 from transformers import Trainer, TrainingArguments, set_seed
 
 import examples
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     quiet_libraries()
     set_seed(args.seed)  # a new head and LoRA's A are random
     trainer, facts = TASKS[model.task].build(model, data, args)
-    trainer.optimizer_cls_and_kwargs = adamw_of_two_rates(args, rates)
+    trainer.optimizer_cls_and_kwargs = adamw_at_rates(args, rates)
     check_sharding(trainer)
     clock = measure.StepClock()
     trainer.add_callback(clock)

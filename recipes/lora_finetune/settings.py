@@ -13,7 +13,7 @@ from pathlib import Path
 from shared import tweets
 from shared.arguments import RecipeError, read
 from shared.processes import check_world_size
-from shared.rates import RateSettings, set_other_rate
+from shared.rates import RateSettings, pass_rates
 from transformers import TrainingArguments
 
 from hf_muon.values import near
@@ -88,11 +88,14 @@ def parse(argv: Sequence[str]) -> Parsed:
         RecipeError: a name that does not exist, or values that make no sense.
     """
     given = read(argv, (ModelSettings, DataSettings, TrainingArguments, RateSettings), HERE)
-    set_other_rate(given.values)
+    pass_rates(given.values)
     model, data, training, rates = given.made()
     check(model, training)
-    if model.loraplus_ratio is not None and rates.other_learning_rate is not None:
-        raise RecipeError("loraplus_ratio and other_learning_rate do not go together: give one.")
+    if model.loraplus_ratio is not None and rates != RateSettings():
+        raise RecipeError(
+            "loraplus_ratio makes PEFT's own optimizer, without other_learning_rate and "
+            "lr_multipliers: give one or the other. lr_multipliers=lora_B:16 is a ratio of 16."
+        )
     check_world_size(training)
     return model, data, training, rates
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from charts import COLOURS, MARKERS, grid, label, logarithmic, save
+from charts import COLORS, MARKERS, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import averages, mean_and_error, stream_of
 from theory import seen, window_of
@@ -122,18 +122,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def draw_cases(panel: plt.Axes, cases: dict[str, Any]) -> None:
     """Draw the alignment over the window, with closed forms where they exist."""
-    for (name, case), colour, marker in zip(cases.items(), COLOURS, MARKERS, strict=False):
+    for (name, case), color, marker in zip(cases.items(), COLORS, MARKERS, strict=False):
         windows = [row["window"] for row in case["rows"]]
         values = [row["alignment"] for row in case["rows"]]
         means, errors = ([value[key] for value in values] for key in ("mean", "error"))
         has_theory = bool(case["rows"][0]["theory"])
         line = "none" if has_theory else ":"
         panel.errorbar(
-            windows, means, errors, color=colour, marker=marker, ms=5, lw=1.2, ls=line, label=name
+            windows, means, errors, color=color, marker=marker, ms=5, lw=1.2, ls=line, label=name
         )
         if has_theory:
             forms = [row["theory"]["alignment"] for row in case["rows"]]
-            panel.plot(windows, forms, color=colour, lw=1)
+            panel.plot(windows, forms, color=color, lw=1)
     logarithmic(panel.xaxis, windows)
     panel.set_ylim(-0.05, 1.05)
     panel.legend(frameon=False, fontsize=8)

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from charts import COLOURS, INK, MARKERS, MUTED, grid, label, logarithmic, save
+from charts import COLORS, INK, MARKERS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from theory import window_of
 from training import trainer_of
@@ -193,17 +193,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def draw_kind(axes: Sequence[plt.Axes], rows: Sequence[dict[str, Any]], title: str) -> None:
     """Draw the panels of one kind of probe."""
     steps = sorted({row["step"] for row in rows})
-    for step, colour, marker in zip(steps, COLOURS, MARKERS, strict=False):
+    for step, color, marker in zip(steps, COLORS, MARKERS, strict=False):
         at = curve(rows, "pre_polar", "held_out", step)
-        look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3, "label": f"step {step}"}
+        look = {"color": color, "marker": marker, "ms": 5, "lw": 1.3, "label": f"step {step}"}
         axes[0].plot(*points(at, "sin_left"), **look)
         axes[1].plot(*points(at, "alignment"), **look)
-        axes[1].plot(*points(at, "null"), color=colour, lw=0.8, ls=":")
-    for order, colour, marker in zip(("pre_polar", "post_polar"), COLOURS, MARKERS, strict=False):
+        axes[1].plot(*points(at, "null"), color=color, lw=0.8, ls=":")
+    for order, color, marker in zip(("pre_polar", "post_polar"), COLORS, MARKERS, strict=False):
         at = curve(rows, order, "held_out", steps[-1])
-        axes[2].plot(*points(at, "alignment"), color=colour, marker=marker, ms=5, label=order)
+        axes[2].plot(*points(at, "alignment"), color=color, marker=marker, ms=5, label=order)
     (alone,) = curve(rows, "polar_only", "held_out", steps[-1])
-    axes[2].axhline(alone["alignment"], color=COLOURS[2], lw=1.3, label="polar_only")
+    axes[2].axhline(alone["alignment"], color=COLORS[2], lw=1.3, label="polar_only")
     buffer = curve(rows, "pre_polar", "in_buffer", steps[-1])
     axes[2].plot(*points(buffer, "alignment"), color=MUTED, lw=1.3, label="pre_polar, in buffer")
     axes[2].plot(*points(buffer, "null"), color=INK, lw=1, ls=":", label="… its null")

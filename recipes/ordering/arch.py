@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, INK, grid, label, logarithmic, save
+from charts import COLORS, INK, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import averages, stream_of
 from theory import noise_edge, seen, window_of
@@ -59,12 +59,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, axes = grid(1, 1)
     rows = results["rows"]
     lengths = [2 * window_of(row["momentum"]) - 1 for row in rows]
-    for index, colour in zip(range(4), COLOURS, strict=False):
+    for index, color in zip(range(4), COLORS, strict=False):
         values = [row["sigma"][index] for row in rows]
         spreads = [row["spread"][index] for row in rows]
         name = f"σ{'₁₂₃₄'[index]}"
-        axes.errorbar(lengths, values, spreads, fmt="o", ms=5, lw=1.2, color=colour, label=name)
-        axes.plot(lengths, [row["theory"][index] for row in rows], lw=1, color=colour)
+        axes.errorbar(lengths, values, spreads, fmt="o", ms=5, lw=1.2, color=color, label=name)
+        axes.plot(lengths, [row["theory"][index] for row in rows], lw=1, color=color)
     for momentum, values in results["published"].items():
         length = 2 * window_of(float(momentum)) - 1
         axes.plot([length] * 4, values, "x", color=INK, ms=8, label="published", zorder=3)

@@ -1,6 +1,6 @@
 """Figures of this recipe: a row of panels in the style of all recipes.
 
-In: the number of panels, and axes. Out: labelled matplotlib axes, and PNG files.
+In: the number of panels, and axes. Out: labeled matplotlib axes, and PNG files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
-from shared.style import COLOURS, INK, MUTED, tidy
+from shared.style import COLORS, INK, MUTED, tidy
 
-__all__ = ["COLOURS", "INK", "MARKERS", "MUTED", "grid", "label", "logarithmic", "save"]
+__all__ = ["COLORS", "INK", "MARKERS", "MUTED", "grid", "label", "logarithmic", "save"]
 
 MARKERS = "osD^vP"
 
@@ -43,7 +43,7 @@ def logarithmic(axis: Any, ticks: Sequence[float]) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write a figure with few colours, which makes the file a third of the size."""
+    """Write a figure with few colors, which makes the file a third of the size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)

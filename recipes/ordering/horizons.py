@@ -22,9 +22,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipes/study
 
 import matplotlib.pyplot as plt
-from shared.style import COLOURS, MUTED, tidy
+from shared.style import COLORS, MUTED, tidy
 from study import command
-from study.byte_llama import sizes, train
+from study.byte_llama import WIDTH, sizes, train
 from study.descent import Axis
 from study.harness import Arm
 from study.paired import Estimate, difference
@@ -62,6 +62,8 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the cells: what all arms have in common."""
     noise, corpus = "white" if arguments.noise_scale else "none", arguments.corpus
     kept = {"noise": noise, "noise_scale": arguments.noise_scale, "corpus": corpus}
+    if arguments.width != WIDTH:
+        kept["width"] = arguments.width
     return [
         {"tokens": tokens, "steps": steps, **kept} for tokens, steps in map(sizes, arguments.cells)
     ]
@@ -108,8 +110,8 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
             if x is None:
                 continue
             bar = 2 * estimate.error if estimate.error else None
-            colour = COLOURS[steps.index(at["steps"]) % len(COLOURS)]
-            axes.errorbar(x, estimate.mean, yerr=bar, fmt="o", color=colour, capsize=3)
+            color = COLORS[steps.index(at["steps"]) % len(COLORS)]
+            axes.errorbar(x, estimate.mean, yerr=bar, fmt="o", color=color, capsize=3)
             text = f"{at['tokens']}×{at['steps']}" + f", noise {at['noise_scale']:g}" * bool(
                 at["noise_scale"]
             )
@@ -128,6 +130,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument(
         "--noise-scale", type=float, default=0.0, help="normal noise, in norms of each gradient"
     )
+    running.add_argument("--width", type=int, default=WIDTH, help="of the model; a multiple of 16")
     running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
     return parser.parse_args(argv)
 

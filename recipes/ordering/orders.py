@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, MARKERS, MUTED, grid, label, logarithmic, save
+from charts import COLORS, MARKERS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import mean_and_error, stream_of
 from theory import seen, window_of
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "post_polar, matched RMS": {"order": "post_polar", "match_update_rms": True},
     "polar_only": {"order": "polar_only"},
 }
-LOOKS = dict(zip(VARIANTS, zip(COLOURS, MARKERS, strict=True), strict=False))
+LOOKS = dict(zip(VARIANTS, zip(COLORS, MARKERS, strict=True), strict=False))
 
 
 def run(parts: Parts, quick: bool) -> dict[str, Any]:
@@ -82,11 +82,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     rows = results["rows"]
     windows = [row["window"] for row in rows]
     for panel, quantity in zip(axes, ("alignment", "direction", "rms"), strict=True):
-        for name, (colour, marker) in LOOKS.items():
+        for name, (color, marker) in LOOKS.items():
             values = [row["orders"][name][quantity] for row in rows]
             means, errors = ([value[key] for value in values] for key in ("mean", "error"))
             panel.errorbar(
-                windows, means, errors, color=colour, marker=marker, ms=5, lw=1.2, label=name
+                windows, means, errors, color=color, marker=marker, ms=5, lw=1.2, label=name
             )
         logarithmic(panel.xaxis, windows)
     axes[0].plot(

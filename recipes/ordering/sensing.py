@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, MARKERS, MUTED, grid, label, save
+from charts import COLORS, MARKERS, MUTED, grid, label, save
 from parts import Parts, Task
 from torch import Tensor
 
@@ -182,28 +182,28 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Draw effective ranks over steps, predicted and actual changes, and the one-step claim."""
     figure, (left, middle, right) = grid(1, 3)
     shown = [one for one in results["problems"] if one["measurements"] == 128]
-    for one, colour in zip(shown, COLOURS, strict=False):
+    for one, color in zip(shown, COLORS, strict=False):
         for rule, style in zip(RULES, ("-", "--"), strict=True):
             name = f"rank {one['rank']}, {LABELS[rule]}"
             ranks = one[rule]["effective_rank"]
-            left.plot(range(1, len(ranks) + 1), ranks, style, color=colour, lw=1.4, label=name)
+            left.plot(range(1, len(ranks) + 1), ranks, style, color=color, lw=1.4, label=name)
     left.set_ylim(0, 23)  # up to 16, plus space for the labels
     left.legend(frameon=False, fontsize=7.5, loc="upper right", ncols=2)
     label(left, "step", "effective rank of W", "128 measurements of 256 entries")
     one = shown[1]
-    for rule, colour, marker in zip(RULES, COLOURS, MARKERS, strict=False):
+    for rule, color, marker in zip(RULES, COLORS, MARKERS, strict=False):
         foretold, happened = one[rule]["shown"]
-        middle.plot(foretold, happened, marker, ms=3, color=colour, alpha=0.6, label=LABELS[rule])
+        middle.plot(foretold, happened, marker, ms=3, color=color, alpha=0.6, label=LABELS[rule])
     middle.axline((0, 0), slope=1, color=MUTED, lw=0.8)
     middle.set_xscale("symlog", linthresh=1e-4)
     middle.set_yscale("symlog", linthresh=1e-4)
     middle.legend(frameon=False, fontsize=8)
     label(middle, "−2 Cov(d/σ, ln p)", "change of the entropy", "foretold and actual, a step each")
-    for (name, case), colour, marker in zip(
-        results["one_step"].items(), COLOURS, MARKERS, strict=False
+    for (name, case), color, marker in zip(
+        results["one_step"].items(), COLORS, MARKERS, strict=False
     ):
         powers = [float(q) for q in case["added"]]
-        right.plot(powers, list(case["added"].values()), color=colour, marker=marker, label=name)
+        right.plot(powers, list(case["added"].values()), color=color, marker=marker, label=name)
     right.axhline(0, color=MUTED, lw=0.8)
     right.legend(frameon=False, fontsize=8)
     power = "power q of the update (g/g₁)^q; 0: polar factor, 1: gradient"

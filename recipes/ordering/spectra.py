@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import COLOURS, MUTED, grid, label, logarithmic, save
+from charts import COLORS, MUTED, grid, label, logarithmic, save
 from parts import Parts, Task
 from streams import averages, log_slope, mean_and_error, stream_of
 from theory import noise_edge, seen, window_of
@@ -84,13 +84,13 @@ def strongest(signal: torch.Tensor) -> torch.Tensor:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the spectra by index, and noise and angles over the window."""
     figure, (left, right) = grid(1, 2)
-    for colour, row in zip(COLOURS, results["rows"], strict=True):
+    for color, row in zip(COLORS, results["rows"], strict=True):
         shown = row["sigma"][:24]
-        left.plot(range(1, len(shown) + 1), shown, "o-", ms=3, lw=1, color=colour)
-        left.axhline(row["theory"]["edge"], color=colour, lw=0.7, ls=":")
+        left.plot(range(1, len(shown) + 1), shown, "o-", ms=3, lw=1, color=color)
+        left.axhline(row["theory"]["edge"], color=color, lw=0.7, ls=":")
         left.annotate(
             f"β = {row['momentum']:g}", (24, shown[-1]), (4, 0), textcoords="offset points",
-            va="center", color=colour, fontsize=9,
+            va="center", color=color, fontsize=9,
         )  # fmt: skip
     logarithmic(left.yaxis, (0.1, 0.2, 0.5, 1, 2))
     label(left, "index k", "σₖ of the average", "spectra behind the filter (dotted: noise edge)")
@@ -105,9 +105,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             [row["theory"]["sin_right"] for row in rows],
         ),
     }
-    for colour, (name, (measured, theory)) in zip(COLOURS, curves.items(), strict=False):
-        right.plot(lengths, measured, "o", ms=5, color=colour, label=name)
-        right.plot(lengths, theory, lw=1, color=colour)
+    for color, (name, (measured, theory)) in zip(COLORS, curves.items(), strict=False):
+        right.plot(lengths, measured, "o", ms=5, color=color, label=name)
+        right.plot(lengths, theory, lw=1, color=color)
     bound = [curves["σ₄ (noise)"][1][0] * length**-0.25 for length in lengths]
     right.plot(lengths, bound, ls="--", lw=1, color=MUTED, label="slope −1/4 (bound)")
     logarithmic(right.xaxis, lengths)

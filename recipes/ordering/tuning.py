@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
-from charts import COLOURS, MARKERS, MUTED, label, logarithmic
+from charts import COLORS, MARKERS, MUTED, label, logarithmic
 from parts import Parts, Task
 from shared.arguments import RecipeError
 from study.descent import FACTOR, Point, best_point, next_points
@@ -32,7 +32,7 @@ LABELS = {
     "post_polar_matched": "post_polar, matched RMS",
     "polar_only": "polar_only",
 }
-LOOKS = dict(zip(LABELS, zip(COLOURS, MARKERS, strict=False), strict=False))
+LOOKS = dict(zip(LABELS, zip(COLORS, MARKERS, strict=False), strict=False))
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def draw_row(
     at_rest_name = f"matrices untrained: {at_rest_loss:.2f}"
     rates_axis.axhline(at_rest_loss, color=MUTED, lw=1, ls="--", label=at_rest_name)
     for name, part in tuned.items():
-        colour, marker = LOOKS[name]
-        look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
+        color, marker = LOOKS[name]
+        look = {"color": color, "marker": marker, "ms": 5, "lw": 1.3}
         finite = [at for at in part["rates"] if math.isfinite(at["loss"]["mean"])]
         for axis, value in ((rates_axis, "loss"), (rank_axis, "stable_rank")):
             means_at = [at[value]["mean"] for at in finite]
@@ -214,9 +214,9 @@ def draw_best(axes: plt.Axes, tuned: Tuned) -> None:
     """Draw the fresh seeds at the best rates; AdamW is written at the edge if it is far off."""
     names = list(tuned)
     for height, name in enumerate(names):
-        colour, marker = LOOKS[name]
+        color, marker = LOOKS[name]
         values = tuned[name]["fresh"]["loss"]["values"]
-        axes.plot(values, [height] * len(values), marker, color=colour, ms=6, alpha=0.8)
+        axes.plot(values, [height] * len(values), marker, color=color, ms=6, alpha=0.8)
     orders = [
         v for name in names if name != "adamw" for v in tuned[name]["fresh"]["loss"]["values"]
     ]

@@ -1,7 +1,7 @@
 """Optimizers with separate rates for matrices, for embeddings and head, and for the rest.
 
-In: a model, three rates, settings; in a recipe, a second rate beside the Trainer's. Out: AdamW or
-Muon. Both have the groups of Muon's routing, and differ only in what trains the matrices.
+In: a model, three rates, settings; in a recipe, rates beside the Trainer's. Out: AdamW or Muon.
+Both have the groups of Muon's routing, and differ only in what trains the matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 @dataclass
 class RateSettings:
-    """A second learning rate, besides that of the stock arguments."""
+    """Learning rates besides that of the stock arguments."""
 
     other_learning_rate: float | None = field(
         default=None,
@@ -31,40 +31,56 @@ class RateSettings:
             "then is that of the hidden matrices. By default there is one rate."
         },
     )
+    lr_multipliers: str | None = field(
+        default=None,
+        metadata={
+            "help": "PATTERN:FACTOR, separated by |: multiplies the rates of parameters by name, "
+            "under Muon and AdamW; lora_B:4 trains B at four times the rate of A."
+        },
+    )
 
 
-def set_other_rate(values: dict[str, Any]) -> None:
-    """Pass the second rate to Muon; raise if it would have no effect."""
-    rate, optim = values["other_learning_rate"], values["optim"]
-    optim = getattr(optim, "value", optim)
-    if rate is None or optim in ADAMW:
+MEANT_BY = {"other_learning_rate": "adamw_lr", "lr_multipliers": "lr_multipliers"}
+"""The setting of Muon that each field of :class:`RateSettings` becomes."""
+
+
+def pass_rates(values: dict[str, Any]) -> None:
+    """Pass the rates to Muon; raise if they would have no effect."""
+    optim = getattr(values["optim"], "value", values["optim"])
+    if optim in ADAMW:
         return
-    if optim not in FAMILY:
-        raise RecipeError(
-            f"other_learning_rate={rate:g} needs Muon or AdamW, but optim={optim!r} was asked for."
-        )
-    given = values["optim_args"] or ""
-    if "adamw_lr" in given:
-        raise RecipeError(
-            f"other_learning_rate={rate:g} and optim_args={given!r} both say what AdamW's rate is: "
-            "give one of them."
-        )
-    values["optim_args"] = ",".join(filter(None, (given, f"adamw_lr={rate!r}")))
+    for field_name, setting in MEANT_BY.items():
+        value, given = values[field_name], values["optim_args"] or ""
+        if value is None:
+            continue
+        if optim not in FAMILY:
+            raise RecipeError(
+                f"{field_name}={value} needs Muon or AdamW, but optim={optim!r} was asked for."
+            )
+        if setting in given:
+            raise RecipeError(
+                f"{field_name}={value} and optim_args={given!r} both say what {setting} is: give "
+                "one of them."
+            )
+        values["optim_args"] = ",".join(filter(None, (given, f"{setting}={value}")))
 
 
-def adamw_of_two_rates(
+def adamw_at_rates(
     args: TrainingArguments, settings: RateSettings
 ) -> tuple[type, dict[str, Any]] | None:
     """Return the argument for ``Trainer(optimizer_cls_and_kwargs=…)``; None if one rate serves."""
-    other = settings.other_learning_rate
-    if other is None or args.optim not in ADAMW:
+    if args.optim not in ADAMW or settings == RateSettings():
         return None
-    config = MuonConfig(
+    factors = settings.lr_multipliers
+    config = MuonConfig.from_optim_args(
+        f"lr_multipliers={factors}" if factors else None,
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
         adamw_betas=(args.adam_beta1, args.adam_beta2),
         adamw_eps=args.adam_epsilon,
     )
+    other = settings.other_learning_rate
+    other = args.learning_rate if other is None else other
     return AdamWAtRates, {"rates": Rates(args.learning_rate, other, other), "config": config}
 
 
@@ -107,15 +123,16 @@ def muon_at(model: nn.Module, rates: Rates, config: MuonConfig) -> torch.optim.O
 
 
 def groups_at(model: nn.Module, rates: Rates, config: MuonConfig) -> list[dict[str, Any]]:
-    """Return the groups of Muon's routing, split by the three rates."""
+    """Return the groups of Muon's routing at the three rates, times ``lr_multipliers``."""
     groups = []
     for group in route(model, config).param_groups(config):
+        factor = group.get("lr_multiplier", 1)
         if group["algorithm"] == "muon":
-            groups.append({**group, "lr": rates.matrices})
+            groups.append({**group, "lr": rates.matrices * factor})
             continue
         large = [(name, p) for name, p in group["params"] if p.dim() >= 2]
         small = [(name, p) for name, p in group["params"] if p.dim() < 2]
         for params, rate in ((large, rates.embeddings), (small, rates.rest)):
             if params:
-                groups.append({**group, "params": params, "lr": rate})
+                groups.append({**group, "params": params, "lr": rate * factor})
     return groups

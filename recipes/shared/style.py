@@ -1,6 +1,6 @@
 """The style of all recipes' figures.
 
-In: axes. Out: the same axes without frame and with a faint grid; colours to draw with.
+In: axes. Out: the same axes without frame and with a faint grid; colors to draw with.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's palette, distinguishable with the common colour-vision deficiencies.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette, distinguishable with the common color-vision deficiencies.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED = "#222222", "#8a8a8a"
 
 

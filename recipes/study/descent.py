@@ -1,7 +1,7 @@
 """Coordinate descent on a grid: what a search tries next, given only the results so far.
 
 In: the points to try first, an axis for each coordinate, the losses of earlier points. Out: the
-points to try next; none once no neighbour of the best point is better. With one coordinate and a
+points to try next; none once no neighbor of the best point is better. With one coordinate and a
 first grid, this is a grid search that extends the grid while the best point is at an edge.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 FACTOR = 2.0
-"""Ratio of neighbouring learning rates."""
+"""Ratio of neighboring learning rates."""
 
 Point = tuple[float, ...]
 Axis = float | tuple[float, ...] | None
@@ -23,7 +23,7 @@ def next_points(
 ) -> list[Point]:
     """Return the points to try next.
 
-    They are neighbours of the best point along one axis: the axis in progress, so that a line is
+    They are neighbors of the best point along one axis: the axis in progress, so that a line is
     followed to its end, or else the first unfinished axis.
 
     Args:
@@ -36,7 +36,7 @@ def next_points(
         return waiting
     best = best_point(losses)
     lines = [
-        [(*best[:number], value, *best[number + 1 :]) for value in neighbours(best[number], axis)]
+        [(*best[:number], value, *best[number + 1 :]) for value in neighbors(best[number], axis)]
         for number, axis in enumerate(axes)
     ]
     untried = [[point for point in line if point not in losses] for line in lines]
@@ -45,7 +45,7 @@ def next_points(
 
 
 def beyond_edge(grid: Mapping[float, float]) -> list[float]:
-    """Return the neighbours of the best rate that are missing from a grid of loss by rate."""
+    """Return the neighbors of the best rate that are missing from a grid of loss by rate."""
     losses = {(rate,): loss for rate, loss in grid.items()}
     return [rate for (rate,) in next_points(losses, [], [FACTOR])]
 
@@ -60,8 +60,8 @@ def best_point(losses: Mapping[Point, float]) -> Point:
     return best if math.isfinite(losses[best]) else min(losses)
 
 
-def neighbours(value: float, axis: Axis) -> list[float]:
-    """Return the neighbours of a value on its axis; 0 has none on a multiplicative axis."""
+def neighbors(value: float, axis: Axis) -> list[float]:
+    """Return the neighbors of a value on its axis; 0 has none on a multiplicative axis."""
     if axis is None:
         return []
     if not isinstance(axis, tuple):

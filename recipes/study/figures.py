@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from shared.style import COLOURS, INK, MUTED, tidy
+from shared.style import COLORS, INK, MUTED, tidy
 
 from study.paired import estimate
 from study.tables import Row, compared
@@ -31,9 +31,9 @@ def draw(found: Sequence[Row], reference: str, path: Path, title: str) -> None:
         1, 2, figsize=(10.5, 0.42 * len(shown) + 1.7), dpi=130, sharey=True, layout="constrained"
     )
     for height, row in enumerate(shown):
-        colour = COLOURS[height % len(COLOURS)]
-        draw_losses(left, row, height, colour)
-        draw_difference(right, row, base, height, colour)
+        color = COLORS[height % len(COLORS)]
+        draw_losses(left, row, height, color)
+        draw_difference(right, row, base, height, color)
     left.set_yticks(range(len(shown)), [label(row) for row in shown])
     left.set_ylim(len(shown) - 0.5, -0.5)
     right.axvline(0, color=MUTED, lw=1, ls="--")
@@ -47,20 +47,20 @@ def draw(found: Sequence[Row], reference: str, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def draw_losses(axes: plt.Axes, row: Row, height: int, colour: str) -> None:
+def draw_losses(axes: plt.Axes, row: Row, height: int, color: str) -> None:
     """Draw every seed as a dot, and the mean as a line."""
     finite = [loss for loss in row.losses.values() if math.isfinite(loss)]
-    axes.plot(finite, [height] * len(finite), "o", color=colour, ms=5, alpha=0.6)
+    axes.plot(finite, [height] * len(finite), "o", color=color, ms=5, alpha=0.6)
     found = estimate(finite)
     if found is not None:
         axes.plot([found.mean], [height], "|", color=INK, ms=16, mew=1.5)
 
 
-def draw_difference(axes: plt.Axes, row: Row, base: Row | None, height: int, colour: str) -> None:
+def draw_difference(axes: plt.Axes, row: Row, base: Row | None, height: int, color: str) -> None:
     """Draw the mean difference with a bar of two standard errors to each side."""
     found = compared(row, base)
     if found is not None and found.error is not None:
-        axes.errorbar(found.mean, height, xerr=2 * found.error, fmt="o", color=colour, capsize=3)
+        axes.errorbar(found.mean, height, xerr=2 * found.error, fmt="o", color=color, capsize=3)
 
 
 def label(row: Row) -> str:

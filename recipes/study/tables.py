@@ -39,7 +39,7 @@ class Row:
         searched: loss in the search, by point.
         losses: losses at the best point, by fresh seed.
         lines: all trainings of the arm in the cell.
-        is_settled: whether the search has tried all neighbours of the best point.
+        is_settled: whether the search has tried all neighbors of the best point.
     """
 
     plan: Plan

@@ -26,7 +26,7 @@ from hf_muon.diagnostics.synthetic import spiked_stream
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-from shared.style import COLOURS, INK, MUTED, plt, tidy
+from shared.style import COLORS, INK, MUTED, plt, tidy
 
 SHAPE, STRENGTHS = (96, 128), (1.0, 0.6, 0.35, 0.2)
 SIGMA = 1 / math.sqrt(SHAPE[0])
@@ -41,16 +41,16 @@ class Kernel:
     betas: tuple[float, ...]
     weights: tuple[float, ...]
     nesterov: bool
-    colour: str
+    color: str
     marker: str
     line: str | tuple[int, tuple[float, ...]]
 
 
 KERNELS = (
-    Kernel("EMA 0.95", (0.95,), (1.0,), False, COLOURS[1], "o", "-"),
+    Kernel("EMA 0.95", (0.95,), (1.0,), False, COLORS[1], "o", "-"),
     Kernel("EMA 0.95, Nesterov (default)", (0.95,), (1.0,), True, INK, "D", "--"),
-    Kernel("two terms: 0.9, 0.98", (0.9, 0.98), (0.44, 0.56), False, COLOURS[0], "s", "-."),
-    Kernel("four terms: 0.8 … 0.98", (0.8, 0.9, 0.95, 0.98), (0.25,) * 4, False, COLOURS[2], "^",
+    Kernel("two terms: 0.9, 0.98", (0.9, 0.98), (0.44, 0.56), False, COLORS[0], "s", "-."),
+    Kernel("four terms: 0.8 … 0.98", (0.8, 0.9, 0.95, 0.98), (0.25,) * 4, False, COLORS[2], "^",
            (0, (1, 1.2))),
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ def draw_responses(axes: plt.Axes) -> None:
     for kernel in KERNELS:
         of = kernel.betas, kernel.weights, kernel.nesterov
         response, age = impulse_response(*of, SHOWN_LAGS), mean_age(*of)
-        axes.plot(response, color=kernel.colour, ls=kernel.line, lw=1.8,
+        axes.plot(response, color=kernel.color, ls=kernel.line, lw=1.8,
                   label=f"{kernel.name}: mean age {age:.1f}")  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(3e-3, 0.13)
@@ -99,9 +99,9 @@ def draw_spectra(axes: plt.Axes) -> None:
     axes.axhline(edge(1), color=MUTED, lw=0.8, ls=":")
     for kernel, output in zip(KERNELS, outputs(gradients), strict=True):
         end = edge(noise_factor(kernel.betas, kernel.weights, kernel.nesterov))
-        axes.plot(numbers, values(output), color=kernel.colour, marker=kernel.marker, ms=4, lw=1,
+        axes.plot(numbers, values(output), color=kernel.color, marker=kernel.marker, ms=4, lw=1,
                   label=f"{kernel.name}: edge {end:.2f}")  # fmt: skip
-        axes.axhline(end, color=kernel.colour, lw=0.8, ls=":")
+        axes.axhline(end, color=kernel.color, lw=0.8, ls=":")
     axes.plot(
         numbers[: len(STRENGTHS)],
         STRENGTHS,
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = io.BytesIO()
     figure().savefig(image, format="png", dpi=110)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Few colours make the file a third of the size.
+    # Few colors make the file a third of the size.
     few = Image.open(image).convert("RGB").quantize(96, dither=Image.Dither.NONE)
     few.save(out, optimize=True)
 

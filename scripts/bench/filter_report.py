@@ -87,7 +87,7 @@ def table(found: Sequence[Row], reference: str) -> list[str]:
 
 
 def rate_text(row: Row) -> str:
-    """Return the best rate, how many were tried, and whether its neighbours were all tried."""
+    """Return the best rate, how many were tried, and whether its neighbors were all tried."""
     (rate,) = row.best
     return f"{rate:g} (of {len(row.searched)}{'' if row.is_settled else ', at the edge'})"
 

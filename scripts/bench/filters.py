@@ -2,7 +2,7 @@
 
 In: names of arms and cells. Out: a JSONL file with a line for each finished training, and a
 Markdown table of it. Each arm has its own learning rate of the matrices, found on seed 0 on a grid
-of factor 2 until both neighbours of the best are worse. The table reports seeds that the search has
+of factor 2 until both neighbors of the best are worse. The table reports seeds that the search has
 not seen, paired with those of the default. A training that is in the file is not repeated, so the
 study may be stopped at any time, and the same command continues it.
 

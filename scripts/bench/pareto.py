@@ -31,7 +31,7 @@ from hf_muon.polar import Workspace, apply_together, compute_dtype, orthogonaliz
 
 STEPS = {"quintic": range(3, 8), "polar_express": range(3, 8), "tight": range(3, 7)}
 BASELINE = ("quintic", 5)
-COLOURS = {"quintic": "#8a8a8a", "polar_express": "#0072B2", "tight": "#D55E00"}
+COLORS = {"quintic": "#8a8a8a", "polar_express": "#0072B2", "tight": "#D55E00"}
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         layout="constrained",
     )  # fmt: skip
     for axes, kind in zip(panels[0], kinds, strict=True):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             line = [one for one in rows if (one.kind, one.coefficients) == (kind, name)]
             times, errors = [1 / one.speed for one in line], [one.error for one in line]
-            axes.plot(times, errors, "o-", color=colour, label=name, markersize=4)
+            axes.plot(times, errors, "o-", color=color, label=name, markersize=4)
             for one, x, y in zip(line, times, errors, strict=True):
                 axes.annotate(str(one.steps), (x, y), (4, 4), textcoords="offset points",
-                              fontsize=8, color=colour)  # fmt: skip
+                              fontsize=8, color=color)  # fmt: skip
         axes.set_title(f"{kind} matrices", loc="left", fontsize=10)
         axes.set_xlabel("time / five steps of the quintic")
         axes.set_yscale("log")

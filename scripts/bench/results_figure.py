@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-from shared.style import COLOURS, INK, MUTED, plt, tidy
+from shared.style import COLORS, INK, MUTED, plt, tidy
 
 PAGE = Path(__file__).parents[2] / "docs" / "filters.md"
 ROW = re.compile(
     r"^\| (.+?) \| [\d.–]+ \| \**[\d.]+ ± [\d.]+\** \| ([+−][\d.]+) ± ([\d.]+) \|", re.M
 )
 HORIZONS = {"512 steps": "## Comparison of settings", "2,048 steps": "2,048 steps of 128 tokens:"}
-COLOUR = {"better": COLOURS[2], "not told apart": MUTED, "worse": COLOURS[0]}
+COLOR = {"better": COLORS[2], "not told apart": MUTED, "worse": COLORS[0]}
 
 
 def differences(text, heading):
@@ -46,8 +46,8 @@ def draw(path):
     )
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
         for place, (_, value, error) in enumerate(rows):
-            colour = COLOUR[verdict(value, error)]
-            axis.errorbar(value, place, xerr=2 * error, color=colour, fmt="o", ms=4, capsize=2)
+            color = COLOR[verdict(value, error)]
+            axis.errorbar(value, place, xerr=2 * error, color=color, fmt="o", ms=4, capsize=2)
         axis.set_yticks(range(len(rows)), [setting for setting, *_ in rows], fontsize=8)
         axis.invert_yaxis()
         axis.axvline(0, color=INK, lw=0.8)

@@ -14,8 +14,8 @@ LAUNCHES = [
     pytest.param(("ddp", 3), marks=FULL),
     pytest.param(("fsdp", 3), marks=FULL),
     pytest.param(("fsdp", 4), marks=FULL),
-    ("hsdp", 4),
-    ("tp", 4),
+    pytest.param(("hsdp", 4), marks=FULL),
+    pytest.param(("tp", 4), marks=FULL),
 ]
 # A few float32 roundings of entries of size one.
 ROUNDING = 2e-6

@@ -80,7 +80,7 @@ def test_the_comparison_can_fail(run):
 @pytest.mark.parametrize("case", counted.CASES)
 def test_memory_is_foretold_roughly(run, case):
     """The estimate takes all outputs to be there in the last iteration, and leaves out temporaries
-    of single pieces: a third either way. gloo may hold or copy what travelled."""
+    of single pieces: a third either way. gloo may hold or copy what traveled."""
     world, results = run
     expected = foretold("large", world, **counted.CASES[case])
     for cost, counts in zip(expected, results["large", case], strict=True):

@@ -43,7 +43,8 @@ def run(folder, words, preempt=None):
     return status, output
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c == "ddp" else FULL) for c in CASES])
+@FULL
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_stop_together_and_go_on_exactly(case, stream, tmp_path):
     config, shard, how = CASES[case]
     whom, number = how.split(":")

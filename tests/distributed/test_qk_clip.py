@@ -9,10 +9,9 @@ from tests.integration.test_qk_clip import TAU
 from tests.integration.tiny import largest_difference
 
 KINDS = [
-    "ddp",
     "fsdp",
     "zero2",
-    *(pytest.param(k, marks=pytest.mark.full) for k in ("zero1", "zero3", "zero3-small")),
+    *(pytest.param(k, marks=pytest.mark.full) for k in ("ddp", "zero1", "zero3", "zero3-small")),
 ]
 CASES = [(model, optim) for model in MODELS for optim in ("muon", "adamw_torch")]
 

@@ -91,7 +91,7 @@ preferences = Dataset.from_dict({"prompt": texts, "chosen": texts[::-1], "reject
 prompts = Dataset.from_dict({"prompt": texts})
 scored = Dataset.from_dict(rows(8))
 pairs = scored.remove_columns("label")
-labelled = Dataset.from_dict({"text": texts, "label": [0, 1] * 4})
+labeled = Dataset.from_dict({"text": texts, "label": [0, 1] * 4})
 """
 SMALLER = {
     "docs/preference_tuning.md": [('Config("out",', 'Config("out", use_cpu=True,')],

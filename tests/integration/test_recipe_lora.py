@@ -248,6 +248,7 @@ def test_base_rates_are_those_of_a_constant_answer():
     assert facts["base_loss"] == pytest.approx(-shares.log().mean().item(), abs=1e-4)
 
 
+@pytest.mark.full
 @needs_assets
 def test_a_study_keeps_its_runs_and_grows(short_minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "FIRST_RATES", dict.fromkeys(compare.METHODS, (1e-3, 2e-3)))

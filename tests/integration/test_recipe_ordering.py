@@ -330,6 +330,7 @@ def test_the_digits_study_draws_what_it_found(tmp_path, monkeypatch):
     assert "accuracy" in said[0]
 
 
+@pytest.mark.full
 @needs_text
 def test_the_pretraining_study_draws_what_it_found(tmp_path, monkeypatch):
     miniature(monkeypatch, pretraining, steps=3)

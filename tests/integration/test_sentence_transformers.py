@@ -61,7 +61,7 @@ def similar():
     return rows.filter(lambda row: row["label"] == 1).remove_columns("label")
 
 
-def labelled():
+def labeled():
     """Whether the second sentence is about something to eat: a question for few steps."""
     rows, food = pairs(96), set(TOPICS["food"])
     label = [float(text.split()[0] in food) for text in rows["sentence2"]]
@@ -78,7 +78,7 @@ CLIENTS = {
     "SentenceTransformer": (encoder, ranking, similar, 13),
     "SentenceTransformer, classifier": (encoder, classifying, numbered, 13),
     "SparseEncoder": (sparse, splade, similar, 12),
-    "CrossEncoder": (cross, cross_losses.BinaryCrossEntropyLoss, labelled, 13),
+    "CrossEncoder": (cross, cross_losses.BinaryCrossEntropyLoss, labeled, 13),
     "MultiVectorEncoder": (
         tokens, token_losses.MultiVectorMultipleNegativesRankingLoss, similar, 13,
     ),

@@ -1,4 +1,4 @@
-"""The study harness: searches end between worse neighbours, trainings are kept, seeds paired."""
+"""The study harness: searches end between worse neighbors, trainings are kept, seeds paired."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tests.integration.recipes import RECIPES
 sys.path.append(str(RECIPES))
 
 from study import command, figures, paired, tables
-from study.descent import best_point, neighbours, next_points
+from study.descent import best_point, neighbors, next_points
 from study.harness import Arm, Plan, study
 from study.records import Records, Run, append, read
 
@@ -40,12 +40,12 @@ def descended(loss, start, axes, most=1000):
 # --- the search -----------------------------------------------------------------------------------
 
 
-def test_the_search_ends_where_no_neighbour_is_better():
+def test_the_search_ends_where_no_neighbor_is_better():
     losses = descended(valley, (1.0, 1.0, 0.9), tuple(AXES.values()))
     assert best_point(losses) == (4.0, 8.0, 0.95)
     best = losses[4.0, 8.0, 0.95]
     for number, axis in enumerate(AXES.values()):
-        for value in neighbours(best_point(losses)[number], axis):
+        for value in neighbors(best_point(losses)[number], axis):
             beside = list(best_point(losses))
             beside[number] = value
             assert losses[tuple(beside)] >= best
@@ -83,10 +83,10 @@ def test_a_grid_is_tried_before_the_search_begins():
     assert train == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 16.0]
 
 
-def test_values_that_are_listed_have_two_neighbours_and_ends():
-    assert neighbours(0.9, (0.0, 0.9, 0.95)) == [0.0, 0.95]
-    assert neighbours(0.95, (0.0, 0.9, 0.95)) == [0.9]
-    assert neighbours(0.95, None) == []
+def test_values_that_are_listed_have_two_neighbors_and_ends():
+    assert neighbors(0.9, (0.0, 0.9, 0.95)) == [0.0, 0.95]
+    assert neighbors(0.95, (0.0, 0.9, 0.95)) == [0.9]
+    assert neighbors(0.95, None) == []
 
 
 # --- trainings that are kept ----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 
 TOPICS = {
     "animals": ["cat", "dog", "bird", "fish", "horse", "mouse"],
-    "colours": ["red", "blue", "green", "white", "black", "yellow"],
+    "colors": ["red", "blue", "green", "white", "black", "yellow"],
     "food": ["bread", "rice", "soup", "cheese", "apple", "salad"],
     "places": ["river", "forest", "city", "hill", "harbour", "road"],
 }

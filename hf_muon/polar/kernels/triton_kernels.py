@@ -30,7 +30,7 @@ def product(
         row = tl.where(is_first, half + line, half - 1 - line)
         col = tl.where(is_first, place, place - half - line - 1)
     else:
-        # Neighbours share rows and columns: they go down GROUP tiles, then one to the right.
+        # Neighbors share rows and columns: they go down GROUP tiles, then one to the right.
         cols = tl.cdiv(N, BN)
         first = tile // (GROUP * cols) * GROUP
         height = tl.minimum(rows - first, GROUP)

@@ -44,7 +44,7 @@ def test_a_zero_factor_moves_and_leaves_the_other_alone(update, polar, zero):
 
 
 @UPDATES
-def test_a_dead_expert_does_not_touch_its_neighbours(update):
+def test_a_dead_expert_does_not_touch_its_neighbors(update):
     weights, G = factors(lead=(3,))
     weights.b[1] = 0
     change = update(weights, gradients_of(weights, G), decay=0.1)

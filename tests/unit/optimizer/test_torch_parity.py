@@ -49,7 +49,7 @@ def plain(dtype):
 
 
 def test_bfloat16_weights_without_nesterov_agree_until_torch_overwrites_its_buffer():
-    # torch 2.13 normalises ``grad.bfloat16()`` in place; where the input is bfloat16 already and
+    # torch 2.13 normalizes ``grad.bfloat16()`` in place; where the input is bfloat16 already and
     # Nesterov makes no copy, that is the momentum buffer. Ours is left alone.
     start = torch.randn(16, 24).bfloat16()
     gradients = [torch.randn(16, 24).bfloat16() for _ in range(2)]

@@ -85,7 +85,7 @@ def test_gram_in_half_precision_gets_more_safety_on_every_step():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.02407327, 1.0), (0.1, 1.9), (0.5, 1.5), (0.9, 1.1)])
-def test_best_quintic_alternates_and_beats_its_neighbours(low, high):
+def test_best_quintic_alternates_and_beats_its_neighbors(low, high):
     x = torch.linspace(low, high, 20001, dtype=torch.float64)
     triple = script.best_quintic(low, high)
     deviation = apply([triple], x) - 1

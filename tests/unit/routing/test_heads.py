@@ -135,7 +135,7 @@ def test_a_resnet_has_no_matrix_but_its_head_and_the_error_says_what_to_do():
 
 
 @pytest.mark.parametrize("model", [Gpt("unembed"), nn.Sequential(Mlp())])
-def test_a_head_that_is_not_recognised_is_said(model, caplog):
+def test_a_head_that_is_not_recognized_is_said(model, caplog):
     plan = route(model)
     with caplog.at_level(logging.WARNING):
         plan.param_groups(MuonConfig(lr=1.0))
