@@ -8,6 +8,7 @@ of scalars, so that they survive command lines, JSON and checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,6 +227,12 @@ class MuonConfig:
                     f"optim_args has {shown(item.strip())} where key=value is expected, in "
                     f"{shown(text)}. Separate pairs by commas, without one at the end; put values "
                     "that hold a comma into a JSON file and pass config=FILE."
+                )
+            inside = re.search(r"[\s;]\s*(\w+)\s*=", value)
+            if inside is not None and inside[1] in get_type_hints(cls):
+                raise ValueError(
+                    f"optim_args has {shown(item.strip())}, two settings in one pair: separate "
+                    f"pairs by commas, as in {shown(name)[1:-1]}=…,{inside[1]}=…."
                 )
             if name in pairs:
                 raise ValueError(f"optim_args gives {shown(name)} twice, in {shown(text)}.")

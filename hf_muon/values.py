@@ -26,6 +26,8 @@ from torch import Tensor
 
 LONGEST_SHOWN = 160
 LONGEST_PATTERN, MOST_REPETITIONS = 1000, 20
+_MOST_LISTED = 12
+"""Above so many names, an error that can suggest one does not list them all."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -68,11 +70,12 @@ def sentence(error: BaseException) -> str:
 
 
 def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
-    """Raise for a name that is not in ``allowed``; the message suggests the nearest one."""
+    """Raise for a name that is not in ``allowed``; the message suggests the nearest or lists all."""
     names = sorted(allowed)
     if not (isinstance(name, str) and name in names):
         hint = near(name, names) if isinstance(name, str) else ""
-        raise ValueError(f"Unknown {kind}: {shown(name)}.{hint} Allowed: {', '.join(names)}.")
+        listed = "" if hint and len(names) > _MOST_LISTED else f" Allowed: {', '.join(names)}."
+        raise ValueError(f"Unknown {kind}: {shown(name)}.{hint}{listed}")
 
 
 def read_json(path: str | Path, field: str = "") -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Gradients that a few bad ranks cannot spoil: a median or a trimmed mean over DDP's ranks.
+"""Gradients that a few bad ranks cannot spoil, in place of the mean over DDP's ranks.
 
 In: the gradient buckets of a DistributedDataParallel. Out: entry by entry, the median of the ranks'
-values, or their mean without the lowest and the highest, in place of the mean of all. Each entry is
-computed on one rank and sent to the others, so that all ranks have the same bits.
+values, or their mean without the lowest and the highest; or the mean of the ranks that are closest
+to others. Each entry is computed on one rank and sent to the others, so that all ranks have the
+same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-METHODS = ("median", "trimmed_mean")
+METHODS = ("median", "trimmed_mean", "multi_krum")
 # Up to this many ranks, pairwise comparisons of whole rows beat torch.sort along them: on one CPU
 # core 5 times at 4 ranks, 3 times at 16.
 _MOST_COMPARED = 16
@@ -28,8 +29,9 @@ class Robust:
     """What replaces the mean over ranks; the state of :func:`robust_hook`.
 
     Args:
-        method: ``median``, or ``trimmed_mean``.
-        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
+        method: ``median``, ``trimmed_mean``, or ``multi_krum``.
+        trim: How many to leave out: for a trimmed mean, of the lowest and of the highest values of
+            an entry; for Multi-Krum, whole ranks. The median does not use it.
         group: The ranks; None is all.
 
     Attributes:
@@ -53,10 +55,10 @@ class Robust:
             raise ValueError(f"trim={self.trim!r}: a whole number ≥ 1 is expected.")
 
     def left_out(self, ranks: int) -> int:
-        """Return how many ranks are left out at either end.
+        """Return how many ranks are left out: at either end, or with Multi-Krum altogether.
 
         Raises:
-            ValueError: There is only one rank, or none would be left.
+            ValueError: There is only one rank, or too few would be left.
         """
         if ranks < 2:
             raise ValueError(
@@ -65,6 +67,14 @@ class Robust:
             )
         if self.method == "median":
             return (ranks - 1) // 2
+        if self.method == "multi_krum":
+            if self.trim + 3 > ranks:
+                raise ValueError(
+                    f"method='multi_krum' with trim={self.trim} needs {self.trim + 3} ranks or "
+                    f"more, not {ranks}: a rank is judged by its distance from others. Lower trim, "
+                    "or use method='median'."
+                )
+            return self.trim
         if 2 * self.trim >= ranks:
             raise ValueError(
                 f"trim={self.trim} leaves none of {ranks} ranks: less than half of them can be "
@@ -74,28 +84,37 @@ class Robust:
 
 
 def robust_mean(values: Tensor, method: str = "median", trim: int = 1) -> Tensor:
-    """Return the median or the trimmed mean over the first dimension, entry by entry.
+    """Return one value per entry from those of all ranks, which a few bad ranks cannot spoil.
 
-    NaN counts as +∞. Let k ranks be left out at either end (for the median, all but the middle one
-    or two). Then up to k arbitrary ranks cannot move the result beyond the values of the others. If
-    more than k are NaN or infinite on one side, the result is infinite or NaN.
+    ``median`` and ``trimmed_mean`` go entry by entry. NaN counts as +∞. Let k ranks be left out at
+    either end (for the median, all but the middle one or two). Then up to k arbitrary ranks cannot
+    move the result beyond the values of the others. If more than k are NaN or infinite on one side,
+    the result is infinite or NaN.
+
+    ``multi_krum`` leaves out k = ``trim`` whole ranks, those with the largest sum of squared
+    distances to their n − k − 2 nearest others, and returns the mean of the rest. Ranks with NaN or
+    infinity are the first to go.
 
     Args:
         values: The ranks' values, (ranks, …), floating point.
-        method: ``median`` (for an even number, the mean of the two middle ones), or
-            ``trimmed_mean``.
-        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
+        method: ``median`` (for an even number, the mean of the two middle ones), ``trimmed_mean``,
+            or ``multi_krum``.
+        trim: How many to leave out; the median does not use it.
 
     Returns:
         One value per entry, (…), in the dtype of ``values``; summed in float32 or better.
 
     Raises:
-        ValueError: An unknown method, only one rank, or ``trim`` leaves nothing.
+        ValueError: An unknown method, only one rank, or ``trim`` leaves too few.
 
     References:
-        arXiv 1803.01498: both tolerate a share of arbitrary ranks below one half.
+        arXiv 1803.01498: median and trimmed mean tolerate a share of arbitrary ranks below one
+        half. arXiv 1703.02757: Multi-Krum tolerates k of n > 2k + 2.
     """
-    return _mean_of_middle(values.clone(), Robust(method, trim).left_out(len(values)))
+    left_out = Robust(method, trim).left_out(len(values))
+    if method == "multi_krum":
+        return _mean_of_closest(values, _squared_distances(values.flatten(1)), left_out)
+    return _mean_of_middle(values.clone(), left_out)
 
 
 def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
@@ -103,7 +122,8 @@ def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
 
     An all-to-all brings each rank a share of the entries from all ranks; an all-gather returns the
     results. Together they send as much as a ring all-reduce, and need memory for one to two
-    buckets, however many ranks there are. The backward pass does not continue meanwhile.
+    buckets, however many ranks there are. Multi-Krum also gathers the distances between ranks, and
+    chooses for each bucket. The backward pass does not continue meanwhile.
 
     Args:
         state: What to compute.
@@ -174,20 +194,54 @@ def _aggregate(flat: Tensor, state: Robust) -> Tensor:
     dist.all_to_all_single(received.view(-1), padded, group=state.group)
     bad = ~received.isfinite().all(1)
     state.not_finite = bad if state.not_finite is None else state.not_finite | bad
-    result = _mean_of_middle(received, state.left_out(ranks))
-    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
-    all_gather(padded, result, group=state.group)
+    left_out = state.left_out(ranks)
+    if state.method == "multi_krum":
+        shares = torch.empty(ranks * ranks, ranks, dtype=torch.float64, device=flat.device)
+        _all_gather(shares, _squared_distances(received), state.group)
+        distances = shares.view(ranks, ranks, ranks).sum(0)  # in the same order on every rank
+        result = _mean_of_closest(received, distances, left_out)
+    else:
+        result = _mean_of_middle(received, left_out)
+    _all_gather(padded, result, state.group)
     return flat if padded is flat else flat.copy_(padded[: flat.numel()])
+
+
+def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
+    all_gather(out, own, group=group)
 
 
 def _mean_of_middle(values: Tensor, left_out: int) -> Tensor:
     """Return the mean over the first dimension without both ends; overwrites ``values``."""
     values.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    middle = _sorted(values)[left_out : len(values) - left_out]
-    if len(middle) == 1:
-        return middle[0]
+    return _mean(_sorted(values)[left_out : len(values) - left_out])
+
+
+def _mean_of_closest(values: Tensor, distances: Tensor, left_out: int) -> Tensor:
+    """Return the mean of the ranks that are closest to others, given their squared distances."""
+    sorted_rows = distances.nan_to_num(nan=torch.inf).sort(1).values  # its own first
+    scores = sorted_rows[:, 1 : len(values) - left_out - 1].sum(1)
+    kept = scores.argsort(stable=True)[: len(values) - left_out].sort().values
+    return _mean(values[kept])
+
+
+def _squared_distances(values: Tensor) -> Tensor:
+    """Return ‖vᵢ − vⱼ‖² between the rows, (ranks, ranks), in float64."""
+    found = values.new_zeros(len(values), len(values), dtype=torch.float64)
     wide = torch.promote_types(values.dtype, torch.float32)
-    return middle.mean(0, dtype=wide).to(values.dtype)
+    for i, one in enumerate(values):
+        for j, other in enumerate(values[: i + 1]):
+            difference = one.to(wide) - other.to(wide)
+            found[i, j] = found[j, i] = difference.square_().sum(dtype=torch.float64)
+    return found
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Return the mean over the first dimension, summed in float32 or better."""
+    if len(values) == 1:
+        return values[0]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return values.mean(0, dtype=wide).to(values.dtype)
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ class RobustAggregation(TrainerCallback):
     its micro-batches; the hook runs once per step. It keeps no state between steps.
 
     Args:
-        method: ``median``, entry by entry, or ``trimmed_mean``.
-        trim: For a trimmed mean: how many of the lowest, and of the highest, to leave out.
+        method: ``median`` or ``trimmed_mean``, entry by entry, or ``multi_krum``, which leaves out
+            whole ranks.
+        trim: How many to leave out: for a trimmed mean, of the lowest and of the highest values;
+            for Multi-Krum, of the ranks. The median does not use it.
 
     Raises:
         ValueError: An unknown method or number; or, when training begins, there is only one

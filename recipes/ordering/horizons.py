@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipe
 
 import matplotlib.pyplot as plt
 from shared.style import COLORS, MUTED, tidy
-from study import command
+from study import command, tables
 from study.byte_llama import WIDTH, sizes, train
 from study.descent import Axis
 from study.harness import Arm
@@ -95,6 +95,29 @@ def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> flo
     return statistics.median(values) if values else None
 
 
+def overview(found: Sequence[Sequence[Row]]) -> list[str]:
+    """Return a table with a line for each cell that has all orders: losses, gain, readings."""
+    heads = ["tokens × steps", "noise added", "noise to signal", REFERENCE, *OTHERS, "gain"]
+    lines = [tables.cells(heads), tables.cells(["---"] * len(heads))]
+    for cell in found:
+        if (gained := gap(cell)) is None:
+            continue
+        at, by_name = cell[0].plan.cell, {row.plan.name: row for row in cell}
+        noise = reading(cell, REFERENCE, "nsr")
+        losses = [loss_and_momentum(by_name[name]) for name in (REFERENCE, *OTHERS)]
+        size = f"{at['tokens']} × {at['steps']}"
+        measured = "–" if noise is None else f"{noise:.3g}"
+        gain = tables.difference_text(gained)
+        lines.append(tables.cells([size, f"{at['noise_scale']:g}", measured, *losses, gain]))
+    return lines
+
+
+def loss_and_momentum(row: Row) -> str:
+    """Return the loss over fresh seeds and, where it was searched, the best β."""
+    beta = row.plan.run(row.best, 0).point.get("momentum")
+    return tables.loss_text(row.losses) + (f", β {beta:g}" if beta is not None else "")
+
+
 def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
     """Draw the gap of each cell against two readings."""
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), dpi=130, layout="constrained")
@@ -138,7 +161,14 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or print the tables."""
     arguments = parsed(argv)
-    command.execute(arguments, ARMS, REFERENCE, lambda: (cells(arguments), train), figure=draw)
+    command.execute(
+        arguments,
+        ARMS,
+        REFERENCE,
+        lambda: (cells(arguments), train),
+        figure=draw,
+        overview=overview,
+    )
 
 
 if __name__ == "__main__":

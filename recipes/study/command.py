@@ -19,6 +19,8 @@ PlansOf = Callable[[Mapping[str, Any]], list[Plan]]
 """Returns the plans of the arms in a cell."""
 Figure = Callable[[Sequence[Sequence[Row]], Path], None]
 """Draws the rows of all cells into a file."""
+Overview = Callable[[Sequence[Sequence[Row]]], list[str]]
+"""Returns the lines of a table that compares the cells."""
 
 
 def parsers(description: str, arms: Sequence[str], budget: int) -> list[argparse.ArgumentParser]:
@@ -59,6 +61,7 @@ def execute(
     prepare: Callable[[], tuple[Sequence[Mapping[str, Any]], Train]],
     target: float | None = None,
     figure: Figure | None = None,
+    overview: Overview | None = None,
 ) -> None:
     """Do what the command line says: train what is missing, or print the tables.
 
@@ -69,6 +72,7 @@ def execute(
         prepare: returns the cells and how to train once; it is called before training only.
         target: a loss to reach. Default: none.
         figure: as in :func:`report`.
+        overview: as in :func:`report`.
     """
 
     def plans_of(cell: Mapping[str, Any]) -> list[Plan]:
@@ -77,7 +81,7 @@ def execute(
         return [Plan(name, arms[name], cell, fresh, search, budget) for name in arguments.arms]
 
     if arguments.command == "report":
-        print(report(arguments, plans_of, reference, target, figure))
+        print(report(arguments, plans_of, reference, target, figure, overview))
         return
     check_seeds(arguments)
     cells, train = prepare()
@@ -91,6 +95,7 @@ def report(
     reference: str,
     target: float | None = None,
     figure: Figure | None = None,
+    overview: Overview | None = None,
 ) -> str:
     """Return the tables of all cells in the file; draw figures if the command line asks for them.
 
@@ -100,6 +105,7 @@ def report(
         reference: the arm that others are compared with.
         target: a loss to reach. Default: none.
         figure: draws all cells into one file. Default: one figure per cell.
+        overview: compares the cells, in a table at the end. Default: none.
     """
     records = Records(arguments.out)
     found = [rows(records, plans_of(cell)) for cell in cells_of(records)]
@@ -108,6 +114,8 @@ def report(
         for cell in found
         if cell
     ]
+    if overview is not None and tables:
+        tables.append("\n".join(overview(found)))
     if figure is None:
         draw(arguments.figure, found, reference)
     elif arguments.figure:

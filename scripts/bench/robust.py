@@ -121,7 +121,7 @@ def losses(steps: int, seeds: int, batch: int) -> dict[str, list[float]]:
     """Return held-out losses by aggregation and attack, one per seed."""
     found: dict[str, list[float]] = {}
     for attacked in (False, True):
-        for method in ("mean", "median"):  # on four ranks, trim=1 is the median
+        for method in ("mean", "median", "multi_krum"):  # on four ranks, trim=1 is the median
             name = f"{method}, {'attacked' if attacked else 'clean'}"
             found[name] = [
                 final_loss(seed, method, steps, attacked=attacked, batch=batch)

@@ -16,13 +16,14 @@ from transformers import Trainer, TrainerCallback
 import hf_muon.auto  # noqa: F401
 import tests.distributed.fsdp_on_cpu  # noqa: F401
 from hf_muon import Muon, RobustAggregation
+from hf_muon.distributed.robust import METHODS as ROBUST
 from hf_muon.distributed.robust import Robust, make_robust
 from tests.distributed.layouts import leave_together
 from tests.distributed.train import launcher, lora
 from tests.integration.tiny import arguments, tiny_data, tiny_llama
 
 ATTACK = -10.0
-METHODS = {"median": Robust("median"), "trimmed_mean": Robust("trimmed_mean"), "mean": None}
+METHODS = {name: Robust(name) for name in ROBUST} | {"mean": None}
 
 
 def is_last():
@@ -162,6 +163,7 @@ def on_ddp(folder):
         ("clean median", "median", 1.0),
         ("median", "median", ATTACK),
         ("trimmed_mean", "trimmed_mean", ATTACK),
+        ("multi_krum", "multi_krum", ATTACK),
         ("mean", "mean", ATTACK),
     ):
         saved["regression", name] = [regression(seed, method, factor) for seed in range(3)]

@@ -12,7 +12,7 @@ from hf_muon.distributed.robust import METHODS
 from tests.distributed.launch import ON_CPU, ON_LOOPBACK, ROOT, launch
 
 RANKS = 4
-REGRESSIONS = ("clean", "clean median", "median", "trimmed_mean", "mean")
+REGRESSIONS = ("clean", "clean median", "median", "trimmed_mean", "multi_krum", "mean")
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,24 @@ def stacked(ranks, case):
 
 
 def middle(values):
-    """The two in the middle of four, in float64: what both methods keep of four ranks."""
+    """The two in the middle of four, in float64: what two methods keep of four ranks."""
     return values.double().sort(0).values[1:3].mean(0)
 
 
-@pytest.mark.parametrize("name", ["clean", "attacked", "accumulated", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+def kept(values, method):
+    """What a method keeps of four ranks, the last of which is bad, in float64."""
+    return values[:-1].double().mean(0) if method == "multi_krum" else middle(values)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (method, name)
+        for method in METHODS
+        for name in ("clean", "attacked", "accumulated", "bfloat16")
+        if (method, name) != ("multi_krum", "clean")  # below: it chooses for each bucket
+    ],
+)
 def test_gradients_are_the_aggregate_of_what_the_ranks_have(ranks, method, name):
     found = ranks[0][method, name]["found"]
     given = stacked(ranks, (method, name))
@@ -42,8 +54,15 @@ def test_gradients_are_the_aggregate_of_what_the_ranks_have(ranks, method, name)
     assert "2.bias" not in found  # frozen
     for key, values in given.items():
         eps = torch.finfo(values.dtype).eps
-        expected = middle(values)
+        expected = kept(values, method)
         torch.testing.assert_close(found[key].double(), expected, rtol=2 * eps, atol=eps * 0.1)
+
+
+def test_multi_krum_keeps_three_honest_ranks_of_four(ranks):
+    given = stacked(ranks, ("multi_krum", "clean"))
+    for key, found in ranks[0]["multi_krum", "clean"]["found"].items():
+        others = (given[key].double().sum(0) - given[key].double()) / (RANKS - 1)
+        assert min((found - other).abs().max() for other in others) < 1e-7, key
 
 
 @pytest.mark.parametrize("case", ["clean", "attacked", "accumulated", "NaN"])
@@ -72,7 +91,7 @@ def test_an_attack_cannot_move_it_beyond_the_honest_ranks_and_moves_the_mean(ran
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_of_one_rank_counts_as_an_extreme_and_is_seen(ranks, method):
     for key, values in stacked(ranks, (method, "NaN")).items():
-        expected = middle(values.nan_to_num(torch.inf))
+        expected = kept(values.nan_to_num(torch.inf), method)
         torch.testing.assert_close(ranks[0][method, "NaN"]["found"][key].double(), expected)
     for rank in ranks:
         assert rank[method, "NaN"]["not_finite"] == [False, False, False, True]
@@ -116,7 +135,7 @@ def test_sharded_gradients_are_refused_with_the_reason(tmp_path, kind, message):
 def test_training_under_attack_ends_where_the_clean_one_does_and_the_mean_does_not(ranks):
     losses = {name: torch.tensor(ranks[0]["regression", name]) for name in REGRESSIONS}
     clean = losses["clean"]
-    for name in ("clean median", "median", "trimmed_mean"):
+    for name in ("clean median", "median", "trimmed_mean", "multi_krum"):
         assert abs(losses[name].mean() - clean.mean()) < 2 * clean.std(), (name, losses)
     assert losses["mean"].min() > 100 * clean.max()
 

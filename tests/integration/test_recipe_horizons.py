@@ -1,5 +1,6 @@
 """The study of orders over batch, length and noise: small runs, and what it reads off them."""
 
+import re
 import sys
 
 import numpy as np
@@ -33,6 +34,7 @@ def test_a_small_study_ends_with_a_table_and_a_figure(tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(f"| {arm} |" in table for arm in arms)
     assert "noise white, noise_scale 1" in table
+    assert re.search(r"\| 64 × 20 \| 1 \| .* \| [+-]\d\.\d+ ± \d\.\d+ \|$", table.splitlines()[-1])
     assert figure.stat().st_size > 10_000
 
 

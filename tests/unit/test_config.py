@@ -121,6 +121,8 @@ WRONG_STRINGS = [
     ("momentum=", ["'momentum='", "key=value"]),
     ("momentum=0.9,momentum=0.8", ["'momentum'", "twice"]),
     ("momentun=0.9", ["'momentun'", "Did you mean 'momentum'"]),
+    ("order=pre_polar nesterov=true", ["two settings", "order=…,nesterov=…"]),
+    ("order=pre_polar;lr=0.1", ["two settings", "order=…,lr=…"]),
     ("momentum=high", ["momentum='high'", "a number"]),
     ("polar_steps=2.5", ["polar_steps='2.5'", "whole number"]),
     ("nesterov=maybe", ["nesterov='maybe'", "true or false"]),
@@ -179,6 +181,8 @@ def test_empty_optim_args_leave_the_defaults(empty):
 
 
 def test_escaped_brackets_do_not_count():
+    config = MuonConfig.from_optim_args(r"adamw_params=a b=\(c")
+    assert config.adamw_params == (r"a b=\(c",)  # b is no setting
     config = MuonConfig.from_optim_args(r"adamw_params=a\(b|c")
     assert config.adamw_params == (r"a\(b", "c")
 

@@ -1,4 +1,4 @@
-"""The median and the trimmed mean over ranks, against NumPy in float64, and what they withstand."""
+"""Robust means over ranks, against NumPy in float64, and what they withstand."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,23 @@ def oracle(values, method, trim):
     values = values.double().numpy()
     if method == "median":
         return np.median(values, axis=0)
+    if method == "multi_krum":
+        return values[closest(values, trim)].mean(0)
     return np.sort(values, axis=0)[trim : len(values) - trim].mean(0)
+
+
+def closest(values, trim):
+    """The ranks that Multi-Krum keeps, as its authors define it."""
+    scores = []
+    for one in values:
+        to_others = sorted(float(((one - other) ** 2).sum()) for other in values)[1:]
+        scores.append(sum(to_others[: len(values) - trim - 2]))
+    return sorted(sorted(range(len(values)), key=scores.__getitem__)[: len(values) - trim])
+
+
+def most(method, ranks):
+    """How many bad ranks a method withstands, for ``trim``."""
+    return (ranks - 3) // 2 if method == "multi_krum" else (ranks - 1) // 2
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -27,7 +43,7 @@ def oracle(values, method, trim):
 def test_equals_numpy(ranks, method, dtype):
     torch.manual_seed(0)
     values = torch.randn(ranks, 7, 5).to(dtype)
-    for trim in range(1, (ranks + 1) // 2):
+    for trim in range(1, most(method, ranks) + 1):
         found = robust_mean(values, method, trim)
         assert found.dtype == dtype
         eps = torch.finfo(dtype).eps
@@ -44,11 +60,11 @@ def test_the_input_is_left_as_it_was():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(3, 9), st.integers(0, 2**31), st.sampled_from(METHODS), st.data())
+@given(st.integers(5, 9), st.integers(0, 2**31), st.sampled_from(METHODS), st.data())
 def test_bad_ranks_cannot_move_it_beyond_the_honest_ones(ranks, seed, method, data):
     generator = torch.Generator().manual_seed(seed)
     honest = torch.randn(ranks, 20, generator=generator)
-    trim = data.draw(st.integers(1, (ranks - 1) // 2))
+    trim = data.draw(st.integers(1, most(method, ranks)))
     bad = Robust(method, trim).left_out(ranks)
     values = honest.clone()
     poison = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30]
@@ -63,8 +79,20 @@ def test_bad_ranks_cannot_move_it_beyond_the_honest_ones(ranks, seed, method, da
 def test_order_of_ranks_does_not_matter():
     values = torch.randn(5, 40)
     shuffled = values[torch.tensor([3, 0, 4, 1, 2])]
-    for method in METHODS:
-        assert torch.equal(robust_mean(values, method), robust_mean(shuffled, method))
+    for method in METHODS:  # Multi-Krum adds the same ranks, in the order of their numbers
+        found, other = robust_mean(values, method), robust_mean(shuffled, method)
+        torch.testing.assert_close(found, other, rtol=0, atol=5e-7 * (method == "multi_krum"))
+
+
+def test_multi_krum_keeps_what_one_honest_rank_alone_has_to_say():
+    """Negative control: the median forgets it."""
+    torch.manual_seed(0)
+    values = 0.1 * torch.randn(5, 40)
+    values[2, 7] = 3.0
+    values[4] *= -10
+    honest = values[:4, 7].mean()
+    assert robust_mean(values, "multi_krum")[7].item() == pytest.approx(honest.item(), abs=1e-6)
+    assert robust_mean(values, "median")[7] < 0.3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,6 +113,7 @@ def test_more_bad_ranks_than_are_left_out_show(method):
         ({"trim": 1.5}, 4, "a whole number ≥ 1"),
         ({"method": "trimmed_mean", "trim": 2}, 4, "trim=2 leaves none of 4 ranks"),
         ({"method": "trimmed_mean"}, 2, "trim=1 leaves none of 2 ranks"),
+        ({"method": "multi_krum"}, 3, "multi_krum' with trim=1 needs 4 ranks or more, not 3"),
         ({}, 1, "There is one process"),
     ],
 )
