@@ -70,7 +70,7 @@ def sentence(error: BaseException) -> str:
 
 
 def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
-    """Raise for a name that is not in ``allowed``; the message suggests the nearest or lists all."""
+    """Raise for a name that is not in ``allowed``; the message suggests one or lists all."""
     names = sorted(allowed)
     if not (isinstance(name, str) and name in names):
         hint = near(name, names) if isinstance(name, str) else ""
