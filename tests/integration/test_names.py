@@ -137,9 +137,11 @@ def test_unmodified_script(script, tmp_path):
     assert "muon" in without.stderr
 
 
-def test_a_script_that_ignores_its_arguments_is_told(tmp_path):
-    ignores = tmp_path / "ignores.py"
-    ignores.write_text(
+@pytest.fixture
+def ignores(tmp_path):
+    """A script that trains with AdamW whatever its arguments say, except `really`."""
+    path = tmp_path / "ignores.py"
+    path.write_text(
         "import sys, torch\nfrom hf_muon import Muon\n"
         "from torch.optim.optimizer import register_optimizer_step_pre_hook\n"
         "register_optimizer_step_pre_hook(lambda *_: print('another hook'))\n"
@@ -148,18 +150,28 @@ def test_a_script_that_ignores_its_arguments_is_told(tmp_path):
         "optimizer = kind([w], lr=0.1)\nw.grad = torch.ones(2, 2)\noptimizer.step()\n"
         "sys.exit(3 if 'fails' in sys.argv else None) if 'exits' in sys.argv else None\n"
     )
-    said = "the arguments ask for Muon, and Muon trained nothing"
-    assert said in run("-m", "hf_muon.run", ignores, "--optim", "muon").stderr
-    assert said in run("-m", "hf_muon.run", ignores, "--optim=normuon").stderr
-    assert said in run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits").stderr
-    failed = run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits", "fails")
-    assert failed.returncode == 3
-    assert said not in failed.stderr
+    return path
+
+
+TOLD = "the arguments ask for Muon, and Muon trained nothing"
+
+
+def test_a_script_that_ignores_its_arguments_is_told(ignores):
+    assert TOLD in run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits").stderr
     trained = run("-m", "hf_muon.run", ignores, "--optim", "muon", "really")
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.count("another hook") == 1
-    assert said not in trained.stderr
-    assert said not in run("-m", "hf_muon.run", ignores, "--optim", "adamw_torch").stderr
+    assert TOLD not in trained.stderr
+
+
+@pytest.mark.full
+def test_it_is_told_by_any_name_unless_it_failed_or_did_not_ask(ignores):
+    assert TOLD in run("-m", "hf_muon.run", ignores, "--optim", "muon").stderr
+    assert TOLD in run("-m", "hf_muon.run", ignores, "--optim=normuon").stderr
+    failed = run("-m", "hf_muon.run", ignores, "--optim", "muon", "exits", "fails")
+    assert failed.returncode == 3
+    assert TOLD not in failed.stderr
+    assert TOLD not in run("-m", "hf_muon.run", ignores, "--optim", "adamw_torch").stderr
 
 
 def test_unmodified_module(script, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 from tests.integration.recipes import import_recipe
@@ -13,6 +14,7 @@ compare, recommendation, speech, training, vision = (
 domain_of, Run = training.domain_of, sys.modules["study.records"].Run
 
 
+@pytest.mark.full
 def test_a_quick_study_trains_every_domain_and_tells_what_is_counted(tmp_path, capsys):
     out = str(tmp_path / "runs.jsonl")
     few = ["--out", out, "--arms", "adamw", "muon"]

@@ -194,6 +194,7 @@ def test_a_training_is_repeatable_and_seeds_pair_the_arms(corpus):
     assert losses["adamw", 1] == losses["muon", 1] != losses["muon", 2]  # the same first weights
 
 
+@pytest.mark.full
 def test_the_quick_study_trains_reports_and_goes_on(corpus, tmp_path, capsys):
     out = ["--out", str(tmp_path / "runs.jsonl"), "--arms", "adamw_published", "muon"]
     options = ["run", "--quick", "--corpus", corpus, "--seeds", "1", "2", *out]

@@ -342,6 +342,7 @@ def test_the_pretraining_study_draws_what_it_found(tmp_path, monkeypatch):
         assert tuned["pre_polar"]["fresh"]["loss"]["mean"] < math.log(worlds.VOCABULARY) + 0.5
 
 
+@pytest.mark.full
 @needs_text
 def test_probes_of_a_training_are_drawn_over_the_window(tmp_path, monkeypatch):
     small = {"steps": 8, "checkpoints": [0, 8], "replayed": 4, "held_out": 4, "ahead": 2}

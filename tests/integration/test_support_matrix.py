@@ -131,6 +131,7 @@ def test_what_is_not_tested_is_called_so(table):
         assert (said == "not tested") == (not tests)
 
 
+@pytest.mark.full
 def test_the_tests_are_collected():
     named = {f"tests/{test}" for tests in ROWS.values() for test in tests}
     files = sorted({test.partition("::")[0] for test in named})
