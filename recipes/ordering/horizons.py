@@ -42,12 +42,12 @@ def muon(rate: float, axes: Mapping[str, Axis] = ALL, **settings: Any) -> Arm:
     return Arm({"optimizer": "muon", "nesterov": False, **settings}, start, axes)
 
 
-REFERENCE, OTHERS = "pre_polar", ("post_polar", "polar_only")
+REFERENCE, FIXED, OTHERS = "pre_polar", "pre_0.95", ("post_polar", "polar_only")
 ARMS = {
     REFERENCE: muon(4e-3),
     "post_polar": muon(3.2e-2, order="post_polar"),
     "polar_only": muon(1.6e-2, RATES, order="polar_only"),
-    "pre_0.95": muon(4e-3, RATES, momentum=0.95),
+    FIXED: muon(4e-3, RATES, momentum=0.95),
     "nesterov": muon(4e-3, nesterov=True),
     # Whether other defaults would be better: only the rates are searched.
     "default": muon(4e-3, RATES, nesterov=True, momentum=0.95),
@@ -72,17 +72,17 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def gap(cell: Sequence[Row]) -> Estimate | None:
+def gap(cell: Sequence[Row], arm: str = REFERENCE) -> Estimate | None:
     """Return how much filtering first gains over the better of the other orders, paired by seed.
 
     The search decides which order is better, on other seeds.
     """
     by_name = {row.plan.name: row for row in cell}
     others = [by_name[name] for name in OTHERS if name in by_name]
-    if REFERENCE not in by_name or len(others) < len(OTHERS):
+    if arm not in by_name or len(others) < len(OTHERS):
         return None
     best = min(others, key=lambda row: min(row.searched.values()))
-    return difference(best.losses, by_name[REFERENCE].losses)
+    return difference(best.losses, by_name[arm].losses)
 
 
 def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> float | None:
@@ -100,7 +100,8 @@ def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> flo
 
 def overview(found: Sequence[Sequence[Row]]) -> list[str]:
     """Return a table with a line for each cell that has all orders: losses, gain, readings."""
-    heads = ["tokens × steps", "noise added", "noise to signal", REFERENCE, *OTHERS, "gain"]
+    heads = ["tokens × steps", "noise added", "noise to signal", REFERENCE, *OTHERS]
+    heads += ["gain", f"gain of {FIXED}"]
     lines = [tables.cells(heads), tables.cells(["---"] * len(heads))]
     for cell in found:
         if (gained := gap(cell)) is None:
@@ -110,8 +111,8 @@ def overview(found: Sequence[Sequence[Row]]) -> list[str]:
         losses = [loss_and_momentum(by_name[name]) for name in (REFERENCE, *OTHERS)]
         size = f"{at['tokens']} × {at['steps']}"
         measured = "–" if noise is None else f"{noise:.3g}"
-        gain = tables.difference_text(gained)
-        lines.append(tables.cells([size, f"{at['noise_scale']:g}", measured, *losses, gain]))
+        gains = [tables.difference_text(one) for one in (gained, gap(cell, FIXED))]
+        lines.append(tables.cells([size, f"{at['noise_scale']:g}", measured, *losses, *gains]))
     return lines
 
 
