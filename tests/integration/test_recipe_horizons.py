@@ -34,7 +34,9 @@ def test_a_small_study_ends_with_a_table_and_a_figure(tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(f"| {arm} |" in table for arm in arms)
     assert "noise white, noise_scale 1" in table
-    assert re.search(r"\| 64 × 20 \| 1 \| .* \| [+-]\d\.\d+ ± \d\.\d+ \|$", table.splitlines()[-1])
+    assert re.search(
+        r"\| 64 × 20 \| 1 \| .* \| [+-]\d\.\d+ ± \d\.\d+ \| – \|$", table.splitlines()[-1]
+    )
     assert figure.stat().st_size > 10_000
 
 
