@@ -228,11 +228,11 @@ class MuonConfig:
                     f"{shown(text)}. Separate pairs by commas, without one at the end; put values "
                     "that hold a comma into a JSON file and pass config=FILE."
                 )
-            inside = re.search(r"[\s;]\s*(\w+)\s*=", value)
-            if inside is not None and inside[1] in get_type_hints(cls):
+            inside = re.findall(r"[\s;](\w+)\s*=", value) if name != "config" else []
+            if second := next((one for one in inside if one in get_type_hints(cls)), None):
                 raise ValueError(
                     f"optim_args has {shown(item.strip())}, two settings in one pair: separate "
-                    f"pairs by commas, as in {shown(name)[1:-1]}=…,{inside[1]}=…."
+                    f"pairs by commas, as in {shown(name)[1:-1]}=…,{second}=…."
                 )
             if name in pairs:
                 raise ValueError(f"optim_args gives {shown(name)} twice, in {shown(text)}.")

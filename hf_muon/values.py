@@ -26,8 +26,6 @@ from torch import Tensor
 
 LONGEST_SHOWN = 160
 LONGEST_PATTERN, MOST_REPETITIONS = 1000, 20
-_MOST_LISTED = 12
-"""Above so many names, an error that can suggest one does not list them all."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -69,12 +67,15 @@ def sentence(error: BaseException) -> str:
     return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
-def require_known(name: object, allowed: Iterable[str], kind: str) -> None:
-    """Raise for a name that is not in ``allowed``; the message suggests one or lists all."""
+def require_known(name: object, allowed: Iterable[str], kind: str, page: str = "") -> None:
+    """Raise for a name that is not in ``allowed``.
+
+    The message suggests the nearest one; it lists all unless a page of the documentation does.
+    """
     names = sorted(allowed)
     if not (isinstance(name, str) and name in names):
         hint = near(name, names) if isinstance(name, str) else ""
-        listed = "" if hint and len(names) > _MOST_LISTED else f" Allowed: {', '.join(names)}."
+        listed = f" {page} lists all." if hint and page else f" Allowed: {', '.join(names)}."
         raise ValueError(f"Unknown {kind}: {shown(name)}.{hint}{listed}")
 
 
@@ -109,7 +110,7 @@ def parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
     """Convert strings to the declared types of the fields they name."""
     hints = get_type_hints(cls)
     for name in pairs:
-        require_known(name, hints, "setting")
+        require_known(name, hints, "setting", page="docs/settings.md")
     return {name: _from_string(name, text, hints[name]) for name, text in pairs.items()}
 
 

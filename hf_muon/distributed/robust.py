@@ -68,11 +68,11 @@ class Robust:
         if self.method == "median":
             return (ranks - 1) // 2
         if self.method == "multi_krum":
-            if self.trim + 3 > ranks:
+            if ranks < (needed := 2 * self.trim + 2):
                 raise ValueError(
-                    f"method='multi_krum' with trim={self.trim} needs {self.trim + 3} ranks or "
-                    f"more, not {ranks}: a rank is judged by its distance from others. Lower trim, "
-                    "or use method='median'."
+                    f"method='multi_krum' with trim={self.trim} needs {needed} ranks or more, not "
+                    f"{ranks}: among fewer, bad ranks that agree would look like the honest ones. "
+                    "Lower trim, or use method='median'."
                 )
             return self.trim
         if 2 * self.trim >= ranks:
@@ -93,7 +93,7 @@ def robust_mean(values: Tensor, method: str = "median", trim: int = 1) -> Tensor
 
     ``multi_krum`` leaves out k = ``trim`` whole ranks, those with the largest sum of squared
     distances to their n − k − 2 nearest others, and returns the mean of the rest. Ranks with NaN or
-    infinity are the first to go.
+    infinity are the first to go. The number of distances grows with the square of the ranks.
 
     Args:
         values: The ranks' values, (ranks, …), floating point.
@@ -109,11 +109,12 @@ def robust_mean(values: Tensor, method: str = "median", trim: int = 1) -> Tensor
 
     References:
         arXiv 1803.01498: median and trimmed mean tolerate a share of arbitrary ranks below one
-        half. arXiv 1703.02757: Multi-Krum tolerates k of n > 2k + 2.
+        half. arXiv 1703.02757: Multi-Krum tolerates k of n ≥ 2k + 3 arbitrary ranks.
     """
     left_out = Robust(method, trim).left_out(len(values))
     if method == "multi_krum":
-        return _mean_of_closest(values, _squared_distances(values.flatten(1)), left_out)
+        rows = values.reshape(len(values), values[0].numel())
+        return _mean_of_closest(values, _squared_distances(rows), left_out)
     return _mean_of_middle(values.clone(), left_out)
 
 
@@ -122,8 +123,9 @@ def robust_hook(state: Robust, bucket: Any) -> Future[Tensor]:
 
     An all-to-all brings each rank a share of the entries from all ranks; an all-gather returns the
     results. Together they send as much as a ring all-reduce, and need memory for one to two
-    buckets, however many ranks there are. Multi-Krum also gathers the distances between ranks, and
-    chooses for each bucket. The backward pass does not continue meanwhile.
+    buckets, however many ranks there are (more in half precision, where sums are in float32).
+    Multi-Krum also gathers the distances between ranks, and chooses for each bucket. The backward
+    pass does not continue meanwhile.
 
     Args:
         state: What to compute.
@@ -155,7 +157,7 @@ def make_robust(model: DistributedDataParallel, state: Robust) -> Robust:
 
     Raises:
         TypeError: The model is not wrapped by DDP.
-        ValueError: There is only one rank, or ``trim`` leaves none.
+        ValueError: There is only one rank, or ``trim`` leaves too few.
         RuntimeError: The model has another communication hook.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -214,34 +216,40 @@ def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> No
 def _mean_of_middle(values: Tensor, left_out: int) -> Tensor:
     """Return the mean over the first dimension without both ends; overwrites ``values``."""
     values.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return _mean(_sorted(values)[left_out : len(values) - left_out])
+    middle = _sorted(values)[left_out : len(values) - left_out]
+    if len(middle) == 1:
+        return middle[0]
+    return middle.mean(0, dtype=_wide(values)).to(values.dtype)
 
 
 def _mean_of_closest(values: Tensor, distances: Tensor, left_out: int) -> Tensor:
     """Return the mean of the ranks that are closest to others, given their squared distances."""
-    sorted_rows = distances.nan_to_num(nan=torch.inf).sort(1).values  # its own first
-    scores = sorted_rows[:, 1 : len(values) - left_out - 1].sum(1)
-    kept = scores.argsort(stable=True)[: len(values) - left_out].sort().values
-    return _mean(values[kept])
+    is_bad = distances.diagonal().isnan()  # x − x is NaN for NaN and infinity alone
+    to_others = distances.nan_to_num(nan=torch.inf, posinf=torch.inf).fill_diagonal_(-torch.inf)
+    scores = to_others.sort(1).values[:, 1 : len(values) - left_out - 1].sum(1)
+    order = scores.argsort(stable=True)
+    order = order[is_bad[order].to(torch.uint8).argsort(stable=True)]
+    kept = order[: len(values) - left_out].sort().values
+    total = torch.zeros_like(values[0], dtype=_wide(values))
+    for rank in kept[:, None]:  # one at a time, and without waiting for the device
+        total += values.index_select(0, rank)[0]
+    return total.div_(len(kept)).to(values.dtype)
 
 
 def _squared_distances(values: Tensor) -> Tensor:
-    """Return ‖vᵢ − vⱼ‖² between the rows, (ranks, ranks), in float64."""
+    """Return ‖vᵢ − vⱼ‖² between the rows, (ranks, ranks), in float64, where squares have room."""
     found = values.new_zeros(len(values), len(values), dtype=torch.float64)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    for i, one in enumerate(values):
+    wide = _wide(values)
+    for i, row in enumerate(values):
+        one = row.to(wide)
         for j, other in enumerate(values[: i + 1]):
-            difference = one.to(wide) - other.to(wide)
-            found[i, j] = found[j, i] = difference.square_().sum(dtype=torch.float64)
+            found[i, j] = found[j, i] = (one - other.to(wide)).double().square_().sum()
     return found
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Return the mean over the first dimension, summed in float32 or better."""
-    if len(values) == 1:
-        return values[0]
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return values.mean(0, dtype=wide).to(values.dtype)
+def _wide(values: Tensor) -> torch.dtype:
+    """Return the dtype of sums: float32 or better."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The median over ranks, or a trimmed mean, instead of the mean: for a Trainer under DDP.
+"""A median, a trimmed mean or Multi-Krum over ranks, instead of the mean: for a Trainer under DDP.
 
 In: the events of a Trainer. Out: a communication hook on the Trainer's DDP model, or an error that
 says why the gradients of single ranks are not available; warnings that name ranks with gradients
@@ -37,7 +37,7 @@ class RobustAggregation(TrainerCallback):
 
     Raises:
         ValueError: An unknown method or number; or, when training begins, there is only one
-            process, FSDP or DeepSpeed is used, or ``trim`` leaves no rank.
+            process, FSDP or DeepSpeed is used, or ``trim`` leaves too few ranks.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[RobustAggregation()])
@@ -91,12 +91,16 @@ class RobustAggregation(TrainerCallback):
         if self._state is None or self._state.not_finite is None:
             return
         bad = self._state.not_finite.nonzero().flatten().tolist()
+        leaves_out = self.settings.method == "multi_krum"
+        effect = (
+            "it is the first to be left out" if leaves_out else "these entries count as extremes"
+        )
         for rank in sorted({*bad} - self._said):
             logger.warning(
-                "Up to step %d rank %d has sent gradients with NaN or infinity; these entries "
-                "count as extremes.",
+                "Up to step %d rank %d has sent gradients with NaN or infinity; %s.",
                 state.global_step,
                 rank,
+                effect,
             )
         self._said.update(bad)
 

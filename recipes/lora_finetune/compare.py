@@ -191,17 +191,17 @@ def at_rates(row: tables.Row) -> Results:
 
     At the best rate they come from the fresh seeds, at other rates from the search.
     """
-    best, *other = row.best
+    best, *others = row.best
     lines = {(*line["point"].values(), line["seed"]): line["found"] for line in row.lines}
     rates = {}
-    for point in sorted(point for point in row.searched if [*point[1:]] == other):
+    for point in sorted(point for point in row.searched if [*point[1:]] == others):
         seeds = sorted(row.losses) if point == row.best and row.losses else [0]
         found = [lines[*point, seed] for seed in seeds]
         rates[point[0]] = {
             "loss": mean_and_spread([lost_is_infinite(each["loss"]) for each in found]),
             "accuracy": mean_and_spread([each["accuracy"] for each in found]),
         }
-    return {"rates": rates, "best": best, "other": other[0] if other else best}
+    return {"rates": rates, "best": best, **row.plan.run(row.best, 0).point}
 
 
 def lost_is_infinite(loss: float | None) -> float:

@@ -93,8 +93,10 @@ def parse(argv: Sequence[str]) -> Parsed:
     check(model, training)
     if model.loraplus_ratio is not None and rates != RateSettings():
         raise RecipeError(
-            "loraplus_ratio makes PEFT's own optimizer, without other_learning_rate and "
-            "lr_multipliers: give one or the other. lr_multipliers=lora_B:16 is a ratio of 16."
+            f"loraplus_ratio={model.loraplus_ratio:g} makes PEFT's own optimizer, which does not "
+            f"take other_learning_rate={rates.other_learning_rate} or "
+            f"lr_multipliers={rates.lr_multipliers}: give one or the other. "
+            "lr_multipliers=lora_B:16 is a ratio of 16."
         )
     check_world_size(training)
     return model, data, training, rates

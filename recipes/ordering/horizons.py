@@ -57,8 +57,8 @@ ARMS = {
 }
 CELLS = ("128x128", "128x512", "512x128", "512x512", "2048x128", "128x2048", "2048x512")
 """Tokens of a step x steps."""
-BUDGET = 24
-"""Points that the search of an arm may try."""
+CORPUS, BUDGET = "shakespeare+sotu", 24
+"""BUDGET: points that the search of an arm may try."""
 
 
 def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -98,6 +98,14 @@ def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> flo
     return statistics.median(values) if values else None
 
 
+def named(cell: Mapping[str, Any]) -> str:
+    """Return a cell's size, and what else is not as usual."""
+    text = f"{cell['tokens']} × {cell['steps']}"
+    if "width" in cell:
+        text += f", {cell['width']} wide"
+    return text + f", {cell['corpus']}" * (cell["corpus"] != CORPUS)
+
+
 def overview(found: Sequence[Sequence[Row]]) -> list[str]:
     """Return a table with a line for each cell that has all orders: losses, gain, readings."""
     heads = ["tokens × steps", "noise added", "noise to signal", REFERENCE, *OTHERS]
@@ -109,11 +117,10 @@ def overview(found: Sequence[Sequence[Row]]) -> list[str]:
         at, by_name = cell[0].plan.cell, {row.plan.name: row for row in cell}
         noise = reading(cell, REFERENCE, "nsr")
         losses = [loss_and_momentum(by_name[name]) for name in (REFERENCE, *OTHERS)]
-        size = f"{at['tokens']} × {at['steps']}"
         measured = "–" if noise is None else f"{noise:.3g}"
         gains = [tables.difference_text(one) for one in (gained, gap(cell, FIXED))]
-        lines.append(tables.cells([size, f"{at['noise_scale']:g}", measured, *losses, *gains]))
-    return lines
+        lines.append(tables.cells([named(at), f"{at['noise_scale']:g}", measured, *losses, *gains]))
+    return lines if len(lines) > 2 else []
 
 
 def loss_and_momentum(row: Row) -> str:
@@ -139,9 +146,7 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
             bar = 2 * estimate.error if estimate.error else None
             color = COLORS[steps.index(at["steps"]) % len(COLORS)]
             axes.errorbar(x, estimate.mean, yerr=bar, fmt="o", color=color, capsize=3)
-            text = f"{at['tokens']}×{at['steps']}" + f", noise {at['noise_scale']:g}" * bool(
-                at["noise_scale"]
-            )
+            text = named(at) + f", noise {at['noise_scale']:g}" * bool(at["noise_scale"])
             axes.annotate(text, (x, estimate.mean), (5, 4), textcoords="offset points", fontsize=7)
         axes.axhline(0, color=MUTED, lw=1, ls="--")
         tidy(axes, label, "", "what pre_polar gains, nats ± 2 standard errors")
@@ -158,7 +163,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--noise-scale", type=float, default=0.0, help="normal noise, in norms of each gradient"
     )
     running.add_argument("--width", type=int, default=WIDTH, help="of the model; a multiple of 16")
-    running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
+    running.add_argument("--corpus", default=CORPUS, help="as the recipes name them")
     return parser.parse_args(argv)
 
 

@@ -47,6 +47,12 @@ MEANT_BY = {"other_learning_rate": "adamw_lr", "lr_multipliers": "lr_multipliers
 def pass_rates(values: dict[str, Any]) -> None:
     """Pass the rates to Muon; raise if they would have no effect."""
     optim = getattr(values["optim"], "value", values["optim"])
+    factors = values["lr_multipliers"]
+    if factors is not None and ("," in factors or not factors.strip()):
+        raise RecipeError(
+            f"lr_multipliers={factors!r}: PATTERN:FACTOR is expected, separated by |, without "
+            "commas."
+        )
     if optim in ADAMW:
         return
     for field_name, setting in MEANT_BY.items():

@@ -114,8 +114,8 @@ def report(
         for cell in found
         if cell
     ]
-    if overview is not None and tables:
-        tables.append("\n".join(overview(found)))
+    if overview is not None and (lines := overview(found)):
+        tables.append("\n".join(lines))
     if figure is None:
         draw(arguments.figure, found, reference)
     elif arguments.figure:

@@ -165,10 +165,10 @@ def compared(row: Row, base: Row | None) -> Estimate | None:
 
 
 def difference_text(found: Estimate | None) -> str:
-    """Return a paired difference ± its standard error; nothing for a single pair."""
-    if found is None or found.error is None:
+    """Return a paired difference ± its standard error, which a single pair does not have."""
+    if found is None:
         return "–"
-    return f"{found.mean:+.4f} ± {found.error:.4f}"
+    return f"{found.mean:+.4f}" + ("" if found.error is None else f" ± {found.error:.4f}")
 
 
 def verdict_text(row: Row, base: Row | None) -> str:

@@ -15,7 +15,7 @@ LAUNCHES = [
     pytest.param(("fsdp", 3), marks=FULL),
     pytest.param(("fsdp", 4), marks=FULL),
     pytest.param(("hsdp", 4), marks=FULL),
-    pytest.param(("tp", 4), marks=FULL),
+    ("tp", 4),
 ]
 # A few float32 roundings of entries of size one.
 ROUNDING = 2e-6

@@ -292,6 +292,24 @@ def test_a_run_that_diverges_is_lost_but_not_the_study(tmp_path, monkeypatch):
     assert compare.lost_is_infinite(train(one)["loss"]) == float("inf")
 
 
+@pytest.mark.parametrize(("method", "name"), compare.FACTOR_OF.items())
+def test_a_method_multiplies_the_rate_of_one_factor(method, name, tmp_path, monkeypatch):
+    given = []
+    done = {"validation_loss": 1.0, "validation_accuracy": 0.5}
+    monkeypatch.setattr(compare.run, "main", lambda argv: given.extend(argv) or done)
+    train = compare.Trainings(RECIPE / "configs" / "minilm_sentiment.yaml", tmp_path, [])
+    point = {"learning_rate": 0.001, "other_learning_rate": 0.002, "ratio": 4.0}
+    arm = compare.METHODS[method]
+    assert train(compare.records.Run(method, {"rank": 8}, arm, point, 0))["loss"] == 1.0
+    options = dict(zip(given[1::2], given[2::2], strict=True))
+    assert options["--lr_multipliers"] == f"{name}:4"
+    assert options["--other_learning_rate"] == "0.002"
+    assert options["--output_dir"].endswith(f"{method}_r8_lr0.001_other0.002_ratio4_seed0")
+    values = {"optim": options["--optim"], "optim_args": options.get("--optim_args")}
+    values |= {"other_learning_rate": 0.002, "lr_multipliers": options["--lr_multipliers"]}
+    sys.modules["shared.rates"].pass_rates(values)  # together they are no contradiction
+
+
 @needs_assets
 def test_a_second_rate_is_that_of_the_head(short_minilm, tmp_path):
     """Negative control of the first: at another rate another head is trained."""

@@ -57,6 +57,14 @@ def test_one_rate_leaves_the_optimizer_to_the_trainer():
     assert rates.adamw_at_rates(args, rates.RateSettings()) is None
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon"])
+@pytest.mark.parametrize("factors", ["", " ", "a{1,2}:4"])
+def test_factors_that_cannot_be_passed_on_are_refused(optim, factors):
+    values = GIVEN | {"optim": optim, "other_learning_rate": None, "lr_multipliers": factors}
+    with pytest.raises(RecipeError, match=r"lr_multipliers='.*PATTERN:FACTOR is expected"):
+        rates.pass_rates(values)
+
+
 def test_rates_without_effect_are_refused():
     values = GIVEN | {"other_learning_rate": None, "lr_multipliers": "lora_B:4"}
     rates.pass_rates(values)

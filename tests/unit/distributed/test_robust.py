@@ -34,7 +34,7 @@ def closest(values, trim):
 
 def most(method, ranks):
     """How many bad ranks a method withstands, for ``trim``."""
-    return (ranks - 3) // 2 if method == "multi_krum" else (ranks - 1) // 2
+    return (ranks - 2) // 2 if method == "multi_krum" else (ranks - 1) // 2
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -43,7 +43,7 @@ def most(method, ranks):
 def test_equals_numpy(ranks, method, dtype):
     torch.manual_seed(0)
     values = torch.randn(ranks, 7, 5).to(dtype)
-    for trim in range(1, most(method, ranks) + 1):
+    for trim in range(1, most(method, ranks) + 1):  # none of too few ranks: refused below
         found = robust_mean(values, method, trim)
         assert found.dtype == dtype
         eps = torch.finfo(dtype).eps
@@ -60,7 +60,7 @@ def test_the_input_is_left_as_it_was():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(5, 9), st.integers(0, 2**31), st.sampled_from(METHODS), st.data())
+@given(st.integers(4, 9), st.integers(0, 2**31), st.sampled_from(METHODS), st.data())
 def test_bad_ranks_cannot_move_it_beyond_the_honest_ones(ranks, seed, method, data):
     generator = torch.Generator().manual_seed(seed)
     honest = torch.randn(ranks, 20, generator=generator)
@@ -82,6 +82,35 @@ def test_order_of_ranks_does_not_matter():
     for method in METHODS:  # Multi-Krum adds the same ranks, in the order of their numbers
         found, other = robust_mean(values, method), robust_mean(shuffled, method)
         torch.testing.assert_close(found, other, rtol=0, atol=5e-7 * (method == "multi_krum"))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25, 1e-25])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf, 1e6, -10.0])
+def test_multi_krum_leaves_out_the_first_rank_at_any_size(size, bad):
+    torch.manual_seed(0)
+    values = size * torch.randn(5, 40)
+    values[0] *= bad
+    found, expected = robust_mean(values, "multi_krum"), values[1:].double().mean(0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 * size)
+
+
+def test_multi_krum_leaves_out_what_is_not_finite_before_what_is_far():
+    values = torch.randn(7, 40)
+    values[1, 3], values[6] = torch.nan, 1e20
+    assert robust_mean(values, "multi_krum", trim=2).abs().max() < 10
+    assert robust_mean(values, "multi_krum").isfinite().all()  # one too many: the far one stays
+
+
+def test_multi_krum_takes_single_values():
+    assert robust_mean(torch.tensor([1.0, 2.0, 3.0, 100.0]), "multi_krum") == 2.0
+
+
+def test_bad_ranks_that_agree_do_not_win():
+    """With fewer ranks they would, which is refused."""
+    torch.manual_seed(0)
+    values = torch.randn(6, 40)
+    values[:2] = 1e6
+    assert robust_mean(values, "multi_krum", trim=2).abs().max() < 10
 
 
 def test_multi_krum_keeps_what_one_honest_rank_alone_has_to_say():
@@ -114,6 +143,7 @@ def test_more_bad_ranks_than_are_left_out_show(method):
         ({"method": "trimmed_mean", "trim": 2}, 4, "trim=2 leaves none of 4 ranks"),
         ({"method": "trimmed_mean"}, 2, "trim=1 leaves none of 2 ranks"),
         ({"method": "multi_krum"}, 3, "multi_krum' with trim=1 needs 4 ranks or more, not 3"),
+        ({"method": "multi_krum", "trim": 2}, 5, "trim=2 needs 6 ranks or more, not 5"),
         ({}, 1, "There is one process"),
     ],
 )
