@@ -87,7 +87,7 @@ def gap(cell: Sequence[Row], arm: str = REFERENCE) -> Estimate | None:
 
 def reading(cell: Sequence[Row], arm: str, name: str, place: str = "0.5") -> float | None:
     """Return the median of a reading over an arm's fresh seeds at its best point."""
-    row = next(row for row in cell if row.plan.name == arm)
+    row = {row.plan.name: row for row in cell}[arm]
     at_best = row.plan.run(row.best, 0).point
     lines = [one["found"] for one in row.lines if one["point"] == at_best and one["seed"]]
     found = [
@@ -130,17 +130,17 @@ def loss_and_momentum(row: Row) -> str:
 
 
 def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
-    """Draw the gap of each cell against two readings."""
+    """Draw the gap of each cell against two readings, taken half way in runs of the reference."""
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), dpi=130, layout="constrained")
-    shown = [(cell, one) for cell in found if (one := gap(cell)) is not None]
-    steps = sorted({cell[0].plan.cell["steps"] for cell, _ in shown})
+    steps = sorted({cell[0].plan.cell["steps"] for cell in found})
     of_panels = (
-        (REFERENCE, "nsr", "noise to signal of a step's gradient, half way"),
-        ("polar_only", "last", "how far the last update of polar_only descends, half way"),
+        (REFERENCE, "nsr", "noise to signal of a step's gradient", "β searched"),
+        (FIXED, "pre_5", "descent on the next gradient along O(mean of five)", "β = 0.95"),
     )
-    for axes, (arm, name, label) in zip(panels, of_panels, strict=True):
-        for cell, estimate in shown:
-            x, at = reading(cell, arm, name), cell[0].plan.cell
+    for axes, (arm, name, label, title) in zip(panels, of_panels, strict=True):
+        for cell in found:
+            at, estimate = cell[0].plan.cell, gap(cell, arm)
+            x = None if estimate is None else reading(cell, REFERENCE, name)
             if x is None:
                 continue
             bar = 2 * estimate.error if estimate.error else None
@@ -149,8 +149,10 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
             text = named(at) + f", noise {at['noise_scale']:g}" * bool(at["noise_scale"])
             axes.annotate(text, (x, estimate.mean), (5, 4), textcoords="offset points", fontsize=7)
         axes.axhline(0, color=MUTED, lw=1, ls="--")
-        tidy(axes, label, "", "what pre_polar gains, nats ± 2 standard errors")
+        tidy(axes, label, "", f"what filtering first gains, {title}")
+    panels[0].set_ylabel("nats ± 2 standard errors")
     panels[0].set_xscale("log")
+    panels[1].axvline(0, color=MUTED, lw=1, ls="--")
     figure.savefig(path)
     plt.close(figure)
 
