@@ -47,6 +47,7 @@ name = "causal"
 texts = [text for _, text in sentences(8)]
 preferences = Dataset.from_dict({"prompt": texts, "chosen": texts[::-1], "rejected": texts})
 """,
+    "docs/orders.md": "gradients = [torch.randn(4, 6) for _ in range(21)]\n",
     "docs/routing.md": "import hf_muon\n",
     "docs/diagnostics.md": """
 import hf_muon.auto
@@ -132,6 +133,7 @@ AFTERWARDS = {
     "docs/get_started.md": REPORT + "assert 'lm_head' in report",
     "docs/learning_rates.md": "assert taken_over",
     "docs/qk_clip.md": "assert 'max_attention_logit' in str(trainer.state.log_history)",
+    "docs/orders.md": "assert len(ahead) == 16 and max(map(abs, ahead)) <= 1",
     "docs/preference_tuning.md": REPORT + "assert 'tangent' in report",
     "docs/polar.md": "assert (factor @ factor.T - torch.eye(4)).norm() < 0.1",
     "docs/robust.md": "assert RobustAggregation('median').settings.method == 'median'",
@@ -151,6 +153,7 @@ SLOW = {
 TOGETHER = (
     "README.md", "docs/get_started.md", "docs/settings.md", "docs/step.md", "docs/finetune_lora.md",
     "docs/learning_rates.md", "docs/routing.md", "docs/qk_clip.md", "docs/filters.md",
+    "docs/orders.md",
 )  # fmt: skip
 NEEDS = {
     "docs/preference_tuning.md": ("trl",),
