@@ -8,11 +8,8 @@ from tests.distributed.qk_clip import MODELS, STEPS
 from tests.integration.test_qk_clip import TAU
 from tests.integration.tiny import largest_difference
 
-FULL = ("ddp", "fsdp", "zero1", "zero3", "zero3-small")
-KINDS = [
-    "zero2",
-    *(pytest.param(kind, marks=pytest.mark.full) for kind in FULL),
-]
+pytestmark = pytest.mark.full
+KINDS = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-small"]
 CASES = [(model, optim) for model in MODELS for optim in ("muon", "adamw_torch")]
 
 
@@ -56,7 +53,6 @@ def narrow(tmp_path_factory):
     return launched(tmp_path_factory.mktemp("narrow"), 2, *kinds)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("model", "optim"), CASES)
 def test_in_bfloat16_both_copies_change(narrow, model, optim):
     for rank in narrow:

@@ -153,7 +153,7 @@ SLOW = {
 TOGETHER = (
     "README.md", "docs/get_started.md", "docs/settings.md", "docs/step.md", "docs/finetune_lora.md",
     "docs/learning_rates.md", "docs/routing.md", "docs/qk_clip.md", "docs/filters.md",
-    "docs/orders.md",
+    "docs/orders.md", "docs/checkpoints.md",
 )  # fmt: skip
 NEEDS = {
     "docs/preference_tuning.md": ("trl",),

@@ -310,6 +310,7 @@ def test_a_method_multiplies_the_rate_of_one_factor(method, name, tmp_path, monk
     sys.modules["shared.rates"].pass_rates(values)  # together they are no contradiction
 
 
+@pytest.mark.full
 @needs_assets
 def test_a_second_rate_is_that_of_the_head(short_minilm, tmp_path):
     """Negative control of the first: at another rate another head is trained."""

@@ -190,6 +190,7 @@ def test_orders_differ_as_the_theory_says(tmp_path):
     assert shrunk < 0.2  # towards 1/√(2T−1) = 0.16 of T = 20
 
 
+@pytest.mark.full
 def test_ablations_vary_one_thing(tmp_path, monkeypatch):
     cases = {
         "noise": {

@@ -118,6 +118,7 @@ def test_a_job_that_was_not_submitted_says_so(tmp_path):
     assert "Submit with sbatch" in done.stderr
 
 
+@pytest.mark.full
 def test_the_dry_run_says_what_would_train():
     done = subprocess.run(
         [sys.executable, "recipes/slurm/dry_run.py", "recipes/slurm/2_nodes.sbatch"],

@@ -20,6 +20,7 @@ from scripts.scaling_table import MODELS
 from tests.distributed.launch import ROOT
 from tests.unit.gpu.fake_cuda import compiled_guard
 
+pytestmark = pytest.mark.full  # half a minute, for all of it together
 assert Muon  # fills the tables of rules
 MIB = 2**20
 
