@@ -34,7 +34,10 @@ NOT_RECORDED = "not recorded"
 def report(
     runs: Annotated[list[Path], typer.Argument(help="The output folder of a Trainer.")],
     output: Annotated[
-        Path | None, typer.Option(help="Default: report.html in the folder, or board.html.")
+        Path | None,
+        typer.Option(
+            help="Default: report.html in the folder, or board.html, instead of an old one."
+        ),
     ] = None,
     board: Annotated[
         bool,
