@@ -11,6 +11,7 @@ import torch
 from hf_muon.distributed.robust import METHODS
 from tests.distributed.launch import ON_CPU, ON_LOOPBACK, ROOT, launch
 
+pytestmark = pytest.mark.full
 RANKS = 4
 REGRESSIONS = ("clean", "clean median", "median", "trimmed_mean", "multi_krum", "mean")
 
@@ -123,7 +124,7 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks):
     ("kind", "message"),
     [
         ("fsdp", "this is FSDP"),
-        pytest.param("zero2", "this is DeepSpeed", marks=pytest.mark.full),
+        ("zero2", "this is DeepSpeed"),
     ],
 )
 def test_sharded_gradients_are_refused_with_the_reason(tmp_path, kind, message):
@@ -140,7 +141,6 @@ def test_training_under_attack_ends_where_the_clean_one_does_and_the_mean_does_n
     assert losses["mean"].min() > 100 * clean.max()
 
 
-@pytest.mark.full
 def test_the_study_runs_and_its_attack_spoils_the_mean(tmp_path):
     file = tmp_path / "robust.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]

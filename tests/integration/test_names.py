@@ -174,6 +174,7 @@ def test_it_is_told_by_any_name_unless_it_failed_or_did_not_ask(ignores):
     assert TOLD not in run("-m", "hf_muon.run", ignores, "--optim", "adamw_torch").stderr
 
 
+@pytest.mark.full
 def test_unmodified_module(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(script.parent))
     done = run("-m", "hf_muon.run", "-m", "train", *script_arguments(tmp_path))

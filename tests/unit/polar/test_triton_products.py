@@ -25,6 +25,7 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.full
 def test_in_the_interpreter():
     said = run(
         "-m", "pytest", "-p", "no:cacheprovider", HERE / "interpreted.py", TRITON_INTERPRET="1"
