@@ -201,7 +201,7 @@ def at_rates(row: tables.Row) -> Results:
             "loss": mean_and_spread([lost_is_infinite(each["loss"]) for each in found]),
             "accuracy": mean_and_spread([each["accuracy"] for each in found]),
         }
-    return {"rates": rates, "best": best, **row.plan.run(row.best, 0).point}
+    return {"rates": rates, "best": best, "point": row.plan.run(row.best, 0).point}
 
 
 def lost_is_infinite(loss: float | None) -> float:

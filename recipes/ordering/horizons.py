@@ -57,8 +57,9 @@ ARMS = {
 }
 CELLS = ("128x128", "128x512", "512x128", "512x512", "2048x128", "128x2048", "2048x512")
 """Tokens of a step x steps."""
-CORPUS, BUDGET = "shakespeare+sotu", 24
-"""BUDGET: points that the search of an arm may try."""
+CORPUS = "shakespeare+sotu"
+BUDGET = 24
+"""Points that the search of an arm may try."""
 
 
 def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:

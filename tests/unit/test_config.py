@@ -124,7 +124,7 @@ WRONG_STRINGS = [
     ("order=pre_polar nesterov=true", ["two settings", "order=…,nesterov=…"]),
     ("order=pre_polar;lr=0.1", ["two settings", "order=…,lr=…"]),
     ("adamw_params=x y=1 lr=0.1", ["two settings", "adamw_params=…,lr=…"]),
-    ("config=/tmp/of lr=0.1/muon.json", ["not a readable JSON file"]),
+    ("config=runs of lr=0.1/muon.json", ["not a readable JSON file"]),
     ("momentum=high", ["momentum='high'", "a number"]),
     ("polar_steps=2.5", ["polar_steps='2.5'", "whole number"]),
     ("nesterov=maybe", ["nesterov='maybe'", "true or false"]),
