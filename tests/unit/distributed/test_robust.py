@@ -37,13 +37,19 @@ def most(method, ranks):
     return (ranks - 2) // 2 if method == "multi_krum" else (ranks - 1) // 2
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("method", METHODS)
+def trims(method, ranks):
+    """Which ``trim`` a method takes with so many ranks; the median takes any, and ignores it."""
+    return range(1, 2 if method == "median" else most(method, ranks) + 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks"), [(m, ranks) for m in METHODS for ranks in RANKS if trims(m, ranks)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_numpy(ranks, method, dtype):
     torch.manual_seed(0)
     values = torch.randn(ranks, 7, 5).to(dtype)
-    for trim in range(1, most(method, ranks) + 1):  # none of too few ranks: refused below
+    for trim in trims(method, ranks):
         found = robust_mean(values, method, trim)
         assert found.dtype == dtype
         eps = torch.finfo(dtype).eps
