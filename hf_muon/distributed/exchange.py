@@ -187,14 +187,21 @@ def _replicated(bucket: Bucket, results: Result, wire: torch.dtype) -> Generator
     _copy([block for _, block in own], [results[item] for item, _ in own])
     send[counts[replicate.index] :].zero_()
     received = torch.empty(replicate.size, width, dtype=send.dtype, device=bucket.device)
-    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
-    work = all_gather(received.view(-1), send, group=replicate.group, async_op=True)
+    work = all_gather(received.view(-1), send, replicate.group, async_op=True)
     yield
     work.wait()
     received = received.to(wire)
     for replica, items in enumerate(bucket.by_replica):
         if replica != replicate.index:
             results.update(_unpacked([items], received[replica]))
+
+
+def all_gather(
+    out: Tensor, own: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False
+) -> Any:
+    """Gather equal parts of all ranks into one tensor, by the name that this torch has for it."""
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
+    return gather(out, own, group=group, async_op=async_op)
 
 
 def combined(

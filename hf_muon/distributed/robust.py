@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_muon.distributed.exchange import all_gather
+
 METHODS = ("median", "trimmed_mean", "multi_krum")
 # Up to this many ranks, pairwise comparisons of whole rows beat torch.sort along them: on one CPU
 # core 5 times at 4 ranks, 3 times at 16.
@@ -199,18 +201,13 @@ def _aggregate(flat: Tensor, state: Robust) -> Tensor:
     left_out = state.left_out(ranks)
     if state.method == "multi_krum":
         shares = torch.empty(ranks * ranks, ranks, dtype=torch.float64, device=flat.device)
-        _all_gather(shares, _squared_distances(received), state.group)
+        all_gather(shares, _squared_distances(received), state.group)
         distances = shares.view(ranks, ranks, ranks).sum(0)  # in the same order on every rank
         result = _mean_of_closest(received, distances, left_out)
     else:
         result = _mean_of_middle(received, left_out)
-    _all_gather(padded, result, state.group)
+    all_gather(padded, result, state.group)
     return flat if padded is flat else flat.copy_(padded[: flat.numel()])
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
-    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch ≥ 2.13
-    all_gather(out, own, group=group)
 
 
 def _mean_of_middle(values: Tensor, left_out: int) -> Tensor:
