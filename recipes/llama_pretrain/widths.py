@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipe
 import matplotlib.pyplot as plt
 from shared.style import COLORS, tidy
 from study import command
-from study.byte_llama import sizes, train
+from study.byte_llama import multiple_of_head, sizes, train
 from study.harness import Arm
 from study.tables import Row
 
@@ -77,7 +77,9 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser, running, _ = command.parsers(__doc__, list(ARMS), BUDGET)
-    running.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="multiples of 16")
+    running.add_argument(
+        "--widths", nargs="+", type=multiple_of_head, default=WIDTHS, help="multiples of 16"
+    )
     running.add_argument("--cell", default="512x512", help="tokens of a step x steps")
     running.add_argument("--adamw-rate", type=float, default=8e-3, help="of all but matrices")
     running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")

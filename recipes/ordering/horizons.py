@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for recipes/shared and recipe
 import matplotlib.pyplot as plt
 from shared.style import COLORS, MUTED, tidy
 from study import command, tables
-from study.byte_llama import WIDTH, sizes, train
+from study.byte_llama import WIDTH, multiple_of_head, sizes, train
 from study.descent import Axis
 from study.harness import Arm
 from study.paired import Estimate, difference
@@ -165,7 +165,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument(
         "--noise-scale", type=float, default=0.0, help="normal noise, in norms of each gradient"
     )
-    running.add_argument("--width", type=int, default=WIDTH, help="of the model; a multiple of 16")
+    running.add_argument(
+        "--width", type=multiple_of_head, default=WIDTH, help="of the model; a multiple of 16"
+    )
     running.add_argument("--corpus", default=CORPUS, help="as the recipes name them")
     return parser.parse_args(argv)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +55,13 @@ def sizes(name: str) -> tuple[int, int]:
     if found[0] % LENGTH or min(found) < 1:
         raise SystemExit(f"error: --cells {name}: tokens come in multiples of {LENGTH}.")
     return found
+
+
+def multiple_of_head(text: str) -> int:
+    """Return a width from the command line; a model has as many heads as fit into it."""
+    if not text.isdecimal() or int(text) < HEAD or int(text) % HEAD:
+        raise ArgumentTypeError(f"{text!r} is no multiple of {HEAD}, the width of a head.")
+    return int(text)
 
 
 @lru_cache

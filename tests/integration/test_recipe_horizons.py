@@ -56,6 +56,14 @@ def test_the_gap_is_to_the_better_order_of_the_search():
     assert horizons.gap(tables.rows(kept, plans[:2])) is None
 
 
+@pytest.mark.parametrize("study", [(horizons, "--width"), (widths, "--widths")])
+def test_a_width_without_whole_heads_is_refused(study, tmp_path, capsys):
+    module, option = study
+    with pytest.raises(SystemExit):
+        module.main(["run", "--out", str(tmp_path / "runs.jsonl"), option, "40"])
+    assert "'40' is no multiple of 16, the width of a head." in capsys.readouterr().err
+
+
 def test_widths_are_compared_by_rule(tmp_path, capsys):
     out = str(tmp_path / "widths.jsonl")
     few = ["--widths", "16", "32", "--cell", "64x4", "--seeds", "1", "--budget", "2"]
