@@ -40,7 +40,7 @@ def arm(rule: str, rate: float) -> Arm:
 
 ARMS = {rule: arm(rule, rate) for rule, rate in STARTS.items()}
 REFERENCE = "match_rms_adamw"
-WIDTHS, BUDGET = (64, 128, 256, 512), 12
+WIDTHS, BUDGET = (32, 64, 128, 256), 12
 
 
 def curve(row: Row) -> tuple[list[float], list[float]]:
@@ -54,17 +54,19 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(ARMS), figsize=(11, 3.8), dpi=130, sharey=True, layout="constrained"
     )
-    ordered = sorted(found, key=lambda cell: cell[0].plan.cell["width"])
     for axes, rule in zip(panels, ARMS, strict=True):
-        for color, cell in zip(COLORS, ordered, strict=False):
+        tried: set[float] = set()
+        for color, cell in zip(COLORS, found, strict=False):
             row = next((row for row in cell if row.plan.name == rule), None)
             if row is None or not row.searched:
                 continue
             rates, losses = curve(row)
+            tried.update(rates)
             width = row.plan.cell["width"]
             axes.plot(rates, losses, "o-", color=color, ms=3.5, lw=1.4, label=f"{width} wide")
             axes.plot(row.best[0], row.searched[row.best], "o", color=color, ms=9, mfc="none")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
         tidy(axes, "learning rate of the matrices", "", rule)
     lowest = [min(row.searched.values()) for cell in found for row in cell if row.searched]
     panels[0].set_ylim(min(lowest) - 0.02, statistics.median(lowest) + 0.5)
@@ -80,7 +82,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument(
         "--widths", nargs="+", type=multiple_of_head, default=WIDTHS, help="multiples of 16"
     )
-    running.add_argument("--cell", default="512x512", help="tokens of a step x steps")
+    running.add_argument("--cell", default="128x512", help="tokens of a step x steps")
     running.add_argument("--adamw-rate", type=float, default=8e-3, help="of all but matrices")
     running.add_argument("--corpus", default="shakespeare+sotu", help="as the recipes name them")
     return parser.parse_args(argv)

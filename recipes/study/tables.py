@@ -81,7 +81,12 @@ def row_of(plan: Plan, records: Records) -> Row | None:
 def cells_of(records: Iterable[Line]) -> list[dict[str, Any]]:
     """Return the cells that have at least one training, sorted by their values."""
     found = {json.dumps(line["cell"], sort_keys=True): line["cell"] for line in records}
-    return [found[key] for key in sorted(found)]
+    return sorted(found.values(), key=_place)
+
+
+def _place(cell: Mapping[str, Any]) -> list[tuple[str, bool, Any]]:
+    # Numbers by size: 64 before 128.
+    return [(name, isinstance(value, str), value) for name, value in sorted(cell.items())]
 
 
 def columns(reference: str, target: float | None = None) -> list[Column]:

@@ -270,6 +270,13 @@ def test_a_report_has_a_row_for_each_arm_and_a_figure(tmp_path, capsys):
     assert (tmp_path / "images" / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_cells_are_sorted_by_size_and_told_apart():
+    given = [("a", 128), ("b", 64), ("a", 64), ("a", 128)]
+    lines = [{"cell": {"width": width, "corpus": corpus}} for corpus, width in given]
+    found = [(cell["corpus"], cell["width"]) for cell in tables.cells_of(lines)]
+    assert found == [("a", 64), ("a", 128), ("b", 64)]
+
+
 def test_an_empty_study_says_so(tmp_path):
     _, _, reporting = command.parsers("", ["a"], 1)
     arguments = reporting.parse_args(["--out", str(tmp_path / "none.jsonl")])
