@@ -13,16 +13,17 @@ PUBLISHED = {
     "embedding_rate": 1e-3,
     "rest_rate": 1e-3,
     "momentum": 0.9,  # β₁; β₂ is 0.99
-    "weight_decay": 0.1,
+    "weight_decay": 0.01,
 }
-BEGIN = {**PUBLISHED, "embedding_rate": 4e-3, "rest_rate": 4e-3}
+"""As of commit 23a8e701, which published the loss; the next day weight decay became 0.1."""
+BEGIN = {**PUBLISHED, "embedding_rate": 4e-3, "rest_rate": 4e-3, "weight_decay": 0.1}
 """Where AdamW's search begins, after the published point; Muon's differ in rate and momentum."""
 
 AXES = {
     "rate": 2.0,
     "embedding_rate": 2.0,
     "momentum": (0.0, 0.5, 0.8, 0.9, 0.95, 0.98),
-    "weight_decay": (0.0, 0.1, 0.3, 1.0),
+    "weight_decay": (0.01, 0.1, 0.3, 1.0),
     "rest_rate": 2.0,
 }
 WITHOUT_MOMENTUM = {name: axis for name, axis in AXES.items() if name != "momentum"}

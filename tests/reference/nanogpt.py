@@ -1,4 +1,4 @@
-"""nanoGPT's model and loop for CPUs, written out plainly.
+"""nanoGPT's model and loop for CPUs, written out plainly, with its weight decay of that time.
 
 In: weights of a GPT-2 without biases, and batches. Out: the weights after training on them.
 https://github.com/karpathy/nanoGPT (model.py, train.py, config/train_shakespeare_char.py)
@@ -52,7 +52,7 @@ def train(weights, batches):
     """Train on batches of (x, y), in place; matrices and embeddings decay, norms do not."""
     parts = [[w for w in weights.values() if (w.dim() >= 2) is decays] for decays in (True, False)]
     groups = [
-        {"params": part, "weight_decay": d} for part, d in zip(parts, (0.1, 0.0), strict=True)
+        {"params": part, "weight_decay": d} for part, d in zip(parts, (0.01, 0.0), strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.99))
     for step, (x, y) in enumerate(batches):
