@@ -35,7 +35,9 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def near_path(path: Path) -> str:
-    """The same for a path that does not exist: the nearest name in its folder."""
+    """The same for a path where a folder or file is missing: the nearest other name beside it."""
+    if path.is_file():
+        return " It is a file."
     try:
         found = near(path.name, [one.name for one in path.parent.iterdir()])
     except OSError:  # its folder does not exist either, or may not be read

@@ -150,7 +150,9 @@ def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Mod
     if not config.base_model_name_or_path:
         raise ValueError(
             f"{str(path)!r} names no base model (base_model_name_or_path): the model was made in "
-            "memory. The routes of a run are in its muon_report.json."
+            "memory. Save the base, or its config.json, in a folder and set "
+            "base_model_name_or_path in adapter_config.json to that folder. The routes of a run "
+            "with Muon are also in its muon_report.json."
         )
     base = build(config.base_model_name_or_path, auto)
     config.inference_mode = False

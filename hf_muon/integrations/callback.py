@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_muon.integrations.arguments import prepare
+from hf_muon.integrations.arguments import config_from_arguments, prepare
 from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
@@ -34,7 +34,7 @@ class MuonCallback(TrainerCallback):
     """Checks, warnings, learning rates and report; ``register()`` installs it in every Trainer."""
 
     def __init__(self) -> None:
-        self.adamw_lr: float | None = None
+        self.rates: dict[str, float] = {}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,7 +42,11 @@ class MuonCallback(TrainerCallback):
         """Raise for wrong settings when the Trainer is constructed, before it prepares the data."""
         if not is_ours(args.optim):
             return
-        found = prepare(args, kwargs.get("model"))
+        model = kwargs.get("model")
+        if isinstance(model, nn.Module) and not any(p.requires_grad for p in model.parameters()):
+            config_from_arguments(args)  # evaluation needs no routes, and there are none
+            return
+        found = prepare(args, model)
         check_deepspeed(found.config)
         if found.plan is not None and found.plan.adamw:
             found.config.adamw_group()
@@ -106,14 +110,16 @@ class MuonCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note AdamW's learning rate before the scheduler changes it.
+        """Note learning rates, of parameters without a factor, before the scheduler changes them.
 
-        The Trainer does the same for the rate of the first group.
+        The Trainer does the same with the rate of the first group, whatever its factor.
         """
         optimizer = find_muon(kwargs.get("optimizer"))
         groups = optimizer.param_groups if optimizer is not None else []
-        rates = [float(group["lr"]) for group in groups if group["algorithm"] == "adamw"]
-        self.adamw_lr = rates[0] if rates else None
+        rates = {"adamw/lr": rate_of("adamw", groups)}
+        if groups and "lr_multiplier" in groups[0]:
+            rates["learning_rate"] = rate_of("muon", groups)
+        self.rates = {name: rate for name, rate in rates.items() if rate is not None}
 
     def on_log(
         self,
@@ -123,13 +129,13 @@ class MuonCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``adamw/lr``, the momentum in use, and values that others have left for the log."""
+        """Add learning rates, the momentum in use, and values that others have left for the log."""
         if logs is None:
             return
         optimizer = find_muon(kwargs.get("optimizer"))
         values = {**chosen_momenta(optimizer), **take_waiting(kwargs.get("optimizer"))}
-        if "learning_rate" in logs and self.adamw_lr is not None:  # learning_rate: of group 0
-            values["adamw/lr"] = self.adamw_lr
+        if "learning_rate" in logs:
+            values |= self.rates
         if values:
             logs.update(values)
             state.log_history[-1].update(values)
@@ -144,6 +150,15 @@ class MuonCallback(TrainerCallback):
             if begins:
                 watched.begin(model)
             watched.look(optimizer)
+
+
+def rate_of(algorithm: str, groups: list[dict[str, Any]]) -> float | None:
+    """Return the current learning rate of one half's parameters without a factor, if any train."""
+    for group in groups:
+        factor: float = group.get("lr_multiplier", 1.0)
+        if group["algorithm"] == algorithm and factor:
+            return float(group["lr"]) / factor
+    return None
 
 
 def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:

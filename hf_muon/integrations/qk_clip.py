@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_muon.integrations.attention_logits import LogitObserver
 from hf_muon.integrations.attentions import Attention, find_attentions
 from hf_muon.integrations.log_values import log_with_next, take_waiting
+from hf_muon.integrations.report import find_muon
 from hf_muon.integrations.row_scaling import is_partitioned, scale_attention
 from hf_muon.integrations.transformers import install_callback
 
@@ -150,13 +151,23 @@ def _refuse_divided_tokens(args: TrainingArguments) -> None:
 
 
 def _check_trained_here(attentions: list[Attention], optimizer: Any) -> None:
-    """Raise if the optimizer trains copies of the weights that cannot be found."""
+    """Raise if the optimizer trains copies that cannot be found, or restores a weight's norm."""
     if optimizer is None:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    muon = find_muon(optimizer)
+    rules = {group.get("step_rule") for group in muon.param_groups} if muon is not None else set()
     for attention in attentions:
         for name, projection in attention.projections.items():
             weight = projection.weight
+            # DeepSpeed's groups do not hold the weight: any of them may train it.
+            of_weight = {held[id(weight)].get("step_rule")} if id(weight) in held else rules
+            if "hyperball" in of_weight:
+                raise ValueError(
+                    f"QKClip scales {attention.name}.{name}.weight down, and step_rule='hyperball' "
+                    "restores its norm in the next step. Use another step_rule, or leave QKClip "
+                    "out."
+                )
             if id(weight) not in held and not is_partitioned(weight):
                 raise ValueError(
                     f"The optimizer does not hold {attention.name}.{name}.weight itself, so that "

@@ -115,15 +115,15 @@ def describe(optimizer: Muon) -> str:
             text += f" ({group['coefficients']}, {group['polar_steps']} steps)"
     if group["step_rule"] == "additive":  # other step rules have no step-size factor
         text += f", adjust_lr={group['adjust_lr']}"
-    text += f", lr={_rate(group):g}"
+    text += f", lr={_rate_without_factor('muon', optimizer):g}"
     if group["step_rule"] != "hyperball":
         text += f", weight_decay={group['weight_decay']:g}"
     text += ", for the hidden matrices"
     adamw = next((g for g in optimizer.param_groups if g["algorithm"] == "adamw"), None)
     if adamw:
-        beta1, beta2 = adamw["betas"]
+        beta1, beta2 = adamw.get("momentum", adamw["betas"][0]), adamw["betas"][1]
         text += f"; AdamW with betas=({beta1:g}, {beta2:g}), eps={adamw['eps']:g}"
-        text += f", lr={_rate(adamw):g} for all other parameters"
+        text += f", lr={_rate_without_factor('adamw', optimizer):g} for all other parameters"
     factors = sorted({g["lr_multiplier"] for g in optimizer.param_groups if "lr_multiplier" in g})
     if factors:
         text += f"; rates times {_joined(factors, ', ')} for what lr_multipliers names"
@@ -192,6 +192,14 @@ def _joined(numbers: float | Sequence[float], by: str = ":") -> str:
 def _rate(group: dict[str, Any]) -> float:
     """Return the learning rate before the scheduler changed it."""
     return float(group.get("initial_lr", group["lr"]))
+
+
+def _rate_without_factor(algorithm: str, optimizer: Muon) -> float:
+    """Return the rate, before any schedule, that lr_multipliers multiplies in one half."""
+    groups = [group for group in optimizer.param_groups if group["algorithm"] == algorithm]
+    factors = [group.get("lr_multiplier", 1.0) for group in groups]
+    found = [_rate(group) / f for group, f in zip(groups, factors, strict=True) if f]
+    return found[0] if found else 0.0  # all factors are 0: nothing of it trains
 
 
 def _version(package: str) -> str | None:

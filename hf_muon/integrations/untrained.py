@@ -95,7 +95,11 @@ def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
         return []
     if any(id(p) in held for p in every):
         return [name for name, p in trainable(model) if id(p) not in held]
-    # DeepSpeed replaces the tensors in the groups, but the names are still there.
+    if any(
+        isinstance(p, nn.Parameter) for group in optimizer.param_groups for p in group["params"]
+    ):
+        return [name for name, _ in trainable(model)]  # of another model, such as a copy
+    # DeepSpeed puts plain tensors into the groups, but the names are still there.
     named = {name for group in optimizer.param_groups for name in group.get("param_names", [])}
     return [name for name, _ in trainable(model) if name not in named] if named else []
 

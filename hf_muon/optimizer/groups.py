@@ -144,6 +144,8 @@ def hyperparameters(group: Group, config: MuonConfig) -> Group:
         if configured == {**configured, **given}:
             return configured
     if group["algorithm"] == "adamw":
+        if "momentum" in given:
+            typed("momentum of an AdamW group, its β₁,", given["momentum"], float)
         own = {ADAMW_SETTINGS[key]: given[key] for key in ADAMW_SETTINGS.keys() & given.keys()}
         checked = dataclasses.replace(config, **own)
         cycled = {"momentum": checked.momentum} if "momentum" in given else {}
@@ -176,7 +178,7 @@ def _check_keys(group: Group, config: MuonConfig) -> None:
     of_muon = set(config.muon_group())
     known = of_muon if group["algorithm"] == "muon" else {"algorithm", *ADAMW_SETTINGS}
     settings = {field.name for field in dataclasses.fields(config)} | of_muon | {*ADAMW_SETTINGS}
-    for key in group.keys() - STRUCTURE - known:
+    for key in sorted(group.keys() - STRUCTURE - known, key=str):
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.82)
         extended = near and (f"_{near[0]}" in str(key) or f"{near[0]}_" in str(key))
         if key in settings or (key in _OF_OTHERS and group[key]) or (near and not extended):

@@ -248,7 +248,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
     return RoutePlan(
         routes=routes,
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
-        frozen=facts.frozen,
+        frozen=len(facts.frozen),
         remedy=_flat_parameters(model),
         headless=not facts.knows_heads and not any(r.kind == "head" or r.factor for r in routes),
     )
@@ -313,7 +313,7 @@ def _matched(field_name: str, patterns: Iterable[str], facts: Survey) -> dict[st
     for pattern in patterns:
         matches = [name for name in names if re.search(pattern, name)]
         if not matches:
-            raise ValueError(_no_match(field_name, pattern, names, facts.aliases))
+            raise ValueError(_no_match(field_name, pattern, names, facts))
         for name in matches:
             found.setdefault(name, pattern)
     return found
@@ -345,11 +345,14 @@ def _check_rates_of_pairs(routes: Iterable[Route]) -> None:
             )
 
 
-def _no_match(field_name: str, pattern: str, names: list[str], aliases: dict[str, str]) -> str:
+def _no_match(field_name: str, pattern: str, names: list[str], facts: Survey) -> str:
     message = f"{field_name} holds {pattern!r}, which matches no trainable parameter."
-    for alias, name in aliases.items():
+    for alias, name in facts.aliases.items():
         if re.search(pattern, alias):
             return f"{message} {alias} is tied: the tensor is trained as {name}."
+    for name in facts.frozen:
+        if re.search(pattern, name):
+            return f"{message} {name} is frozen (requires_grad=False)."
     bare = re.sub(_IN_WRAPPERS, "", pattern)
     with contextlib.suppress(re.error):
         if bare != pattern and any(re.search(bare, name) for name in names):

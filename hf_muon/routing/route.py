@@ -95,6 +95,13 @@ def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
     items = list(given)
     if items and not isinstance(items[0], dict):
         items = [{"params": items}]
+    for group in items:
+        if "algorithm" in group:
+            raise ValueError(
+                f"A param group names its algorithm, {group['algorithm']!r}, which the routes "
+                "decide here. Leave it out and use muon_params and adamw_params, or pass complete "
+                "groups to hf_muon.Muon."
+            )
     return [{**group, "params": _unnamed(group["params"])} for group in items]
 
 
@@ -156,6 +163,7 @@ def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[s
         lora_update = route.lora_update or "factor"
         return {**config.muon_group(route.decay), **own, "lora_update": lora_update}
     run = {"lr": config.lr, "weight_decay": config.weight_decay}  # AdamW's may differ
+    own = {key: value for key, value in own.items() if key != "momentum"}  # it would become β₁
     differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
     return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
 

@@ -62,7 +62,7 @@ class Survey:
     base: nn.Module
     candidates: list[Candidate] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
-    frozen: int = 0
+    frozen: list[str] = field(default_factory=list)
     embeddings: set[int] = field(default_factory=set)
     heads: set[int] = field(default_factory=set)
     outside_backbone: set[int] = field(default_factory=set)
@@ -167,7 +167,7 @@ def _walk(facts: Survey) -> None:
                 continue
             first_name[id(parameter)] = name
             if not parameter.requires_grad:
-                facts.frozen += 1
+                facts.frozen.append(name)
                 continue
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(

@@ -176,8 +176,12 @@ def newest_checkpoint(folder: Path, say: bool = True) -> str | None:
     The Trainer writes ``trainer_state.json`` last: a checkpoint without a complete one was
     interrupted. It is skipped, and named if ``say``, so that a requeued job continues.
     """
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    paths = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    steps = {
+        path.parent: path.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in paths
+    }
+    found = {path: int(step) for path, step in steps.items() if step.isdecimal()}  # no copies
+    for path in sorted(found, key=found.__getitem__, reverse=True):
         try:
             state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf8"))
             if isinstance(state, Mapping) and isinstance(state["global_step"], int):

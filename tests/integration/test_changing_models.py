@@ -57,6 +57,18 @@ def test_what_is_unfrozen_is_named_within_ten_steps(said):
     assert len(said()) == 1
 
 
+def test_the_optimizer_of_a_copy_is_named(said):
+    model = tiny_llama()
+    other = copy.deepcopy(model)
+    optimizer = create_muon_optimizer(model, lr=1e-2)
+    watched = untrained.watch(optimizer, other)
+    watched.begin(other)  # as a Trainer that was given both
+    watched.look(optimizer)
+    [text] = said()
+    assert "The optimizer does not train model.embed_tokens.weight" in text
+    assert untrained.untrained(model, optimizer) == []
+
+
 def adapted():
     torch.manual_seed(0)
     return peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))

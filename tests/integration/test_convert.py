@@ -236,6 +236,7 @@ def copied(checkpoint, folder):
 
 def test_what_is_no_checkpoint_is_said(by_adamw, tmp_path):
     assert "is no folder" in refused(tmp_path / "none")
+    assert "optimizer.pt' is no folder. It is a file." in refused(by_adamw / "optimizer.pt")
     assert "holds no optimizer.pt: a checkpoint folder" in refused(tmp_path)
     assert "exists already: name another" in refused(by_adamw, "--out", tmp_path)
     assert "is inside the checkpoint" in refused(by_adamw, "--out", by_adamw / "muon")

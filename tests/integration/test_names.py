@@ -17,7 +17,14 @@ import hf_muon.auto
 from hf_muon import Muon, MuonOptimizerFactory
 from hf_muon.integrations import names
 from tests.distributed.launch import ON_LOOPBACK
-from tests.integration.tiny import arguments, tiny_llama, trained, trainer_of, weights
+from tests.integration.tiny import (
+    arguments,
+    tiny_data,
+    tiny_llama,
+    trained,
+    trainer_of,
+    weights,
+)
 
 SCRIPT = """
 import sys
@@ -278,6 +285,17 @@ def test_target_modules_choose_matrices(tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in optimizer.param_groups[0]["param_names"]
     with pytest.raises(ValueError, match=r"optim_target_modules=\['nothing'\] matches no"):
         trainer_of(tmp_path, optim_target_modules=["nothing"])
+
+
+def test_a_frozen_model_is_evaluated_whatever_the_settings(tmp_path):
+    model = tiny_llama().requires_grad_(False)
+    settings = "lora_update=tangent,lr_multipliers=lora_B:2"
+    trainer = trainer_of(tmp_path, model=model, optim_args=settings)
+    assert "eval_loss" in trainer.evaluate(tiny_data(2))
+    with pytest.raises(ValueError, match="lora_B"):
+        trainer.train()
+    with pytest.raises(ValueError, match="order='prepolar'"):
+        trainer_of(tmp_path, model=model, optim_args="order=prepolar")
 
 
 def test_target_modules_of_a_compiled_model(tmp_path):

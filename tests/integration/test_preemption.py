@@ -164,6 +164,8 @@ def test_a_job_begins_and_goes_on_with_one_command(tmp_path, capsys):
     for step, content in ((2, '{"global_step": 2, "log_hist'), (3, ""), (5, "[]"), (6, "{}")):
         shutil.copytree(folder / "checkpoint-1", folder / f"checkpoint-{step}")
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    for name in ("checkpoint-best", "checkpoint-1-copy-9"):  # copies of a user's own
+        shutil.copytree(folder / "checkpoint-1", folder / name)
     capsys.readouterr()
     rest = train(folder, *auto)
     said = capsys.readouterr().out

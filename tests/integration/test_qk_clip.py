@@ -148,6 +148,15 @@ def test_a_run_stays_near_the_threshold(tmp_path, optim):
     assert largest_logits(free, batch()).max() > 5 * TAU
 
 
+def test_a_step_rule_that_restores_norms_is_refused(tmp_path):
+    settings = {"optim": "muon", "optim_args": "step_rule=hyperball,adamw_lr=1e-4"}
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight down, and step_rule='hyper"):
+        one_step(tmp_path, llama(), QKClip(TAU, every=1), **settings)
+    # Where AdamW has the weights, nothing restores their norms.
+    settings["optim_args"] += ",adamw_params=[qk]_proj"
+    one_step(tmp_path, llama(), QKClip(TAU, every=1), **settings)
+
+
 def test_every_micro_batch_counts(tmp_path):
     model = llama()
     (expected,) = largest_logits(model, batch())

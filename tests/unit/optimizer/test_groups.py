@@ -17,6 +17,13 @@ WRONG_GROUPS = [
     ([{"params": [torch.zeros(4, 4)], "momentun": 0.9}], "'momentun'.*Did you mean 'momentum'"),
     ([{"params": [torch.zeros(4, 4)], "betas": (0.9, 0.9)}], "algorithm='muon': 'betas'"),
     ([{"params": [torch.zeros(4, 4)], "momentum": 1.5}], "momentum=1.5"),
+    (
+        [
+            {"params": [torch.zeros(4, 4)]},
+            {"params": [torch.zeros(4)], "algorithm": "adamw", "momentum": (0.9, 0.98)},
+        ],
+        "momentum of an AdamW group",
+    ),
     ([{"parameters": [torch.zeros(4, 4)]}], "no 'params'"),
     ([{"params": [torch.zeros(4, 4)], "matrices": ()}, {"params": [torch.zeros(3)]}], "matrix"),
     (

@@ -13,8 +13,8 @@ from zoo import ZOO
 from hf_muon import MuonConfig, create_muon_optimizer, route
 from hf_muon.commands.cli import app
 from hf_muon.integrations.deepspeed import check_config
-from hf_muon.integrations.report import build_report
-from tests.integration.tiny import tiny_llama
+from hf_muon.integrations.report import build_report, find_muon
+from tests.integration.tiny import tiny_llama, trainer_of
 
 ARGS = r"lr_multipliers=embed_tokens:0.5|layers\.0\.:0.1|layers:2"
 
@@ -101,6 +101,42 @@ def test_groups_of_a_clients_own_are_scaled_too():
     assert {found[n] for n in found if "up_proj" not in n} == {0.4}
 
 
+@pytest.mark.parametrize("momentum", [0.5, (0.9, 0.98), "auto"])
+def test_momentum_of_a_mixed_group_is_muons(momentum):
+    model = tiny_llama()
+    groups = [{"params": list(model.parameters()), "momentum": momentum}]
+    muon, *_, adamw = create_muon_optimizer(model, lr=0.1, groups=groups).param_groups
+    assert muon["momentum"] == momentum
+    assert adamw["betas"] == (0.9, 0.999)
+    assert "momentum" not in adamw
+
+
+def test_a_group_that_names_its_algorithm_is_refused():
+    model = tiny_llama()
+    groups = [{"params": list(model.parameters()), "algorithm": "adamw"}]
+    with pytest.raises(ValueError, match="names its algorithm, 'adamw', which the routes decide"):
+        create_muon_optimizer(model, lr=0.1, groups=groups)
+
+
+def test_a_run_is_described_by_the_rate_without_factors(tmp_path):
+    patterns = r"lr_multipliers=embed_tokens:0|layers\.0\.:0.1|layers:0.5|lm_head|norm:0.2"
+    patterns = patterns.replace("lm_head|", "lm_head:0.2|")
+    trainer = trainer_of(
+        tmp_path, optim="muon", optim_args=f"{patterns},adamw_lr=0.02", learning_rate=0.01,
+        max_steps=2, logging_steps=1, lr_scheduler_type="linear",
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    for name, rate in (("learning_rate", 0.01), ("adamw/lr", 0.02)):
+        assert [entry[name] for entry in logs] == pytest.approx([rate, rate / 2], rel=1e-12)
+    optimizer = find_muon(trainer.optimizer)
+    groups = optimizer.param_groups
+    assert {group["lr_multiplier"] for group in groups} == {0, 0.1, 0.2, 0.5}  # none has no factor
+    text = build_report(optimizer)["optimizer"]
+    assert "lr=0.01, " in text
+    assert "lr=0.02 for all other" in text
+
+
 def test_decay_by_layer_is_a_mapping():
     factors = {rf"layers\.{n}\.": 0.9 ** (1 - n) for n in range(2)}
     config = MuonConfig(lr=0.1, lr_multipliers={**factors, "embed_tokens": 0.9**2})
@@ -141,7 +177,7 @@ def test_patterns_without_effect_are_errors():
     with pytest.raises(ValueError, match=r"lr_multipliers holds 'embed_token\$'.*Did you mean"):
         route(model, MuonConfig(lr_multipliers=("embed_token$:0.1",)))
     model.model.embed_tokens.requires_grad_(False)
-    with pytest.raises(ValueError, match="matches no trainable parameter"):
+    with pytest.raises(ValueError, match=r"parameter\. model.embed_tokens.weight is frozen"):
         route(model, MuonConfig(lr_multipliers=("embed_tokens:0.1",)))
     with pytest.raises(ValueError, match=r"'q_proj', and patterns before it match every"):
         route(model, MuonConfig(lr_multipliers=("_proj:0.1", "q_proj:0.5")))
