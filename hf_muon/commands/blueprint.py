@@ -62,7 +62,7 @@ def check_exists(source: str) -> None:
         raise ValueError(f"{source!r} does not exist.{near_path(path)}")
 
 
-def build(source: str, auto: str | None = None) -> nn.Module:
+def build(source: str, auto: str | None = None, base: str | None = None) -> nn.Module:
     """Build a model on the meta device.
 
     Args:
@@ -70,6 +70,7 @@ def build(source: str, auto: str | None = None) -> nn.Module:
             or a model id.
         auto: A key of :data:`AUTO_CLASSES`. Default: the class that the config names, else the
             first Auto class that knows the config.
+        base: The model under an adapter. Default: the one that the adapter's config names.
 
     Raises:
         ValueError: The source cannot be read, or names no model that transformers can build.
@@ -78,13 +79,8 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         raise ValueError(
             f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.{near(auto, AUTO_CLASSES)}"
         )
-    path = Path(source)
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            return _with_adapter(path, auto)
-        named = list(path.glob("*/adapter_config.json"))
-        if len(named) == 1:  # PEFT saves a named adapter in a subfolder of that name
-            return _with_adapter(named[0].parent, auto, named[0].parent.name)
+    if adapter := find_adapter(Path(source)):
+        return _with_adapter(*adapter, auto, base)
     config = _config(source)
     try:
         with torch.device("meta"):
@@ -93,6 +89,17 @@ def build(source: str, auto: str | None = None) -> nn.Module:
         raise ValueError(f"No model can be built from {source!r}: {sentence(error)}") from error
     dtype = getattr(config, "dtype", None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def find_adapter(folder: Path) -> tuple[Path, str] | None:
+    """Return where the only adapter in a folder is, and its name; None if a model is there."""
+    if (folder / "config.json").is_file():
+        return None
+    if (folder / "adapter_config.json").is_file():
+        return folder, "default"
+    named = list(folder.glob("*/adapter_config.json"))
+    # PEFT saves a named adapter in a subfolder of that name.
+    return (named[0].parent, named[0].parent.name) if len(named) == 1 else None
 
 
 def _config(source: str) -> Any:
@@ -135,8 +142,8 @@ def _model(config: Any, auto: str | None) -> nn.Module:
     raise ValueError(f"{asked} has no class for {config.model_type!r}.")
 
 
-def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Module:
-    """Build the base model that an adapter config names, with the adapter on it."""
+def _with_adapter(path: Path, name: str, auto: str | None, base: str | None) -> nn.Module:
+    """Build an adapter on the given base model, or on the one that its config names."""
     try:
         import peft
     except ImportError:
@@ -147,20 +154,21 @@ def _with_adapter(path: Path, auto: str | None, name: str = "default") -> nn.Mod
         config = peft.PeftConfig.from_pretrained(str(path))
     except Exception as error:  # an unreadable file and a wrong field raise different errors
         raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
-    if not config.base_model_name_or_path:
+    named = base or config.base_model_name_or_path
+    if not named:
         raise ValueError(
             f"{str(path)!r} names no base model (base_model_name_or_path): the model was made in "
             "memory. Save the base, or its config.json, in a folder and set "
-            "base_model_name_or_path in adapter_config.json to that folder. The routes of a run "
-            "with Muon are also in its muon_report.json."
+            "base_model_name_or_path in adapter_config.json to that folder; hf-muon convert takes "
+            "it as --model. The routes of a run with Muon are also in its muon_report.json."
         )
-    base = build(config.base_model_name_or_path, auto)
+    model = build(named, auto)
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initializations read the base weights
     try:
         with torch.device("meta"):
-            model: nn.Module = peft.get_peft_model(base, config, adapter_name=name)
+            adapted: nn.Module = peft.get_peft_model(model, config, adapter_name=name)
     except Exception as error:  # as above: the adapter may not fit the base model
         raise ValueError(f"{str(path)!r} does not fit its base: {sentence(error)}") from error
-    return model
+    return adapted

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
-from hf_muon.commands.blueprint import build
+from hf_muon.commands.blueprint import build, find_adapter
 from hf_muon.commands.plan import Auto, OptimArgs
 from hf_muon.config import LIKE_ADAMW, MuonConfig
 from hf_muon.optimizer import Muon
@@ -54,7 +55,8 @@ def convert(
     target = out or source.with_name(f"{to.partition('_')[0]}-{source.name}")
     _check_folders(checkpoint, target)
     before, schedule = _read(checkpoint / OPTIMIZER), _read(checkpoint / SCHEDULE)
-    plan, config = _planned(before, model or str(checkpoint), auto, optim_args, to)
+    config = _configured(before, optim_args, to)
+    plan = route(_model_of(checkpoint, model, auto), config)
     decayed, others = parameters = _as_the_trainer_lists(plan)
     if to == "muon":
         optimizer = Muon(plan.param_groups(config), config=config)
@@ -119,10 +121,15 @@ def _has_groups(found: dict[str, Any]) -> bool:
     return named and states and len(set(indices)) == len(indices)
 
 
-def _planned(
-    before: dict[str, Any], source: str, auto: str | None, optim_args: str, to: str
-) -> tuple[RoutePlan, MuonConfig]:
-    """Return the model's routes and the settings to continue with.
+def _model_of(checkpoint: Path, named: str | None, auto: str | None) -> nn.Module:
+    """Return the checkpoint's model; a name given for that of an adapter may be its base alone."""
+    if named is None or (find_adapter(checkpoint) and not find_adapter(Path(named))):
+        return build(str(checkpoint), auto, base=named)
+    return build(named, auto)
+
+
+def _configured(before: dict[str, Any], optim_args: str, to: str) -> MuonConfig:
+    """Return the settings to continue with.
 
     Settings that ``optim_args`` does not give are those of the run.
     """
@@ -143,7 +150,7 @@ def _planned(
             "The rate of matrices is of another scale than AdamW's, and no other is known: give "
             '--optim-args "lr=3e-4".'
         )
-    return route(build(source, auto), config), config
+    return config
 
 
 def _settings_of_run(groups: list[Group]) -> dict[str, Any]:

@@ -221,6 +221,18 @@ def test_adapters_have_no_adamw_half(tmp_path):
     assert [len(group["params"]) for group in last.optimizer.param_groups] == [28, 0]
 
 
+def test_the_base_of_an_adapter_is_named(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    trained(tmp_path / "a", model, optim="adamw_torch", **SETTINGS)
+    checkpoint = tmp_path / "a" / f"checkpoint-{STOP}"
+    assert "hf-muon convert takes it as --model" in refused(checkpoint)
+    tiny_llama().config.save_pretrained(tmp_path / "base")
+    done = convert(checkpoint, "--model", tmp_path / "base")
+    assert done.exit_code == 0, done.output
+    assert "28" in done.output
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
