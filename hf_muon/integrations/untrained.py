@@ -95,11 +95,10 @@ def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
         return []
     if any(id(p) in held for p in every):
         return [name for name, p in trainable(model) if id(p) not in held]
-    if any(
-        isinstance(p, nn.Parameter) for group in optimizer.param_groups for p in group["params"]
-    ):
-        return [name for name, _ in trainable(model)]  # of another model, such as a copy
-    # DeepSpeed puts plain tensors into the groups, but the names are still there.
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, nn.Parameter) and p.ndim > 1 for p in tensors):
+        return [name for name, _ in trainable(model)]  # they are another model's, such as a copy's
+    # DeepSpeed's tensors are flat, or plain ones, but the names are still there.
     named = {name for group in optimizer.param_groups for name in group.get("param_names", [])}
     return [name for name, _ in trainable(model) if name not in named] if named else []
 

@@ -95,13 +95,6 @@ def as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
     items = list(given)
     if items and not isinstance(items[0], dict):
         items = [{"params": items}]
-    for group in items:
-        if "algorithm" in group:
-            raise ValueError(
-                f"A param group names its algorithm, {group['algorithm']!r}, which the routes "
-                "decide here. Leave it out and use muon_params and adamw_params, or pass complete "
-                "groups to hf_muon.Muon."
-            )
     return [{**group, "params": _unnamed(group["params"])} for group in items]
 
 
@@ -127,6 +120,13 @@ def _split(
 ) -> list[dict[str, Any]]:
     """Return groups of one kind and mesh each, with the hyper-parameters given for all of them."""
     own = {key: value for key, value in given.items() if key not in ("params", "param_names")}
+    other = [one.name for one, _ in bound if one.algorithm != own.get("algorithm", one.algorithm)]
+    if other:
+        raise ValueError(
+            f"A param group has algorithm={own['algorithm']!r}, and the routes send {other[0]} "
+            "elsewhere. Leave the key out, and use muon_params and adamw_params; or pass complete "
+            "groups to hf_muon.Muon."
+        )
     mixed = len({one.algorithm for one, _ in bound}) > 1
     if mixed and config.adamw_lr is not None and own.get("lr", config.lr) != config.lr:
         raise ValueError(

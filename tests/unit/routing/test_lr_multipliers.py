@@ -111,11 +111,14 @@ def test_momentum_of_a_mixed_group_is_muons(momentum):
     assert "momentum" not in adamw
 
 
-def test_a_group_that_names_its_algorithm_is_refused():
+def test_a_group_whose_algorithm_is_not_that_of_its_routes_is_refused():
     model = tiny_llama()
     groups = [{"params": list(model.parameters()), "algorithm": "adamw"}]
-    with pytest.raises(ValueError, match="names its algorithm, 'adamw', which the routes decide"):
+    with pytest.raises(ValueError, match=r"algorithm='adamw', and the routes send model\.layers"):
         create_muon_optimizer(model, lr=0.1, groups=groups)
+    groups = create_muon_optimizer(model, lr=0.1).param_groups
+    again = create_muon_optimizer(model, lr=0.1, groups=groups).param_groups
+    assert [len(group["params"]) for group in again] == [len(group["params"]) for group in groups]
 
 
 def test_a_run_is_described_by_the_rate_without_factors(tmp_path):
