@@ -70,8 +70,8 @@ class MuonConfig:
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for the shape.
         coefficients: ``polar_express`` (one triple per step, minimax), ``tight`` (the same with a
-            tighter scaling: on momentum, four steps are as accurate as five of ``quintic``),
-            ``quintic`` (Jordan's), or a name from ``hf_muon.polar.register_coefficients``.
+            tighter scaling: less error at the same cost), ``quintic`` (Jordan's),
+            or a name from ``hf_muon.polar.register_coefficients``.
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on
             GPUs with tensor cores for it (V100, T4), else float32. On a CPU, ``gram`` also uses
@@ -147,7 +147,7 @@ class MuonConfig:
     rescale_beta: float = 0.95
     match_update_rms: bool = False
     polar_method: PolarMethod = "auto"
-    coefficients: str = "polar_express"
+    coefficients: str = "tight"
     polar_steps: int = 5
     polar_dtype: PolarDtype = "auto"
     polar_kernel: PolarKernel = "auto"

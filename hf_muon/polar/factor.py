@@ -44,7 +44,7 @@ def polar_factor(
     x: Tensor,
     *,
     method: str = "auto",
-    coefficients: str = "polar_express",
+    coefficients: str = "tight",
     steps: int = 5,
     dtype: str | torch.dtype | None = None,
     kernel: str = "auto",
@@ -60,9 +60,9 @@ def polar_factor(
         method: ``newton_schulz`` (the polynomial on X), ``gram`` (the same polynomial on XXᵀ; in
             half precision with a larger safety ratio, see ``coefficients.py``), ``svd``, or
             ``auto``: the iteration with fewer operations for this shape, ``cheapest_iteration``.
-        coefficients: ``polar_express``, ``tight`` (scales more tightly, so that four steps are as
-            accurate as five of ``quintic``, unless the stable rank is near one), ``quintic``, or a
-            name from ``register_coefficients``; ``svd`` ignores it.
+        coefficients: ``polar_express``, ``tight`` (the same with a tighter scaling, so that four
+            steps are as accurate as five of ``quintic``, unless the stable rank is near one),
+            ``quintic``, or a name from ``register_coefficients``; ``svd`` ignores it.
         steps: iterations, 1 to 99 for ``quintic``, 3 to 8 for the others; ``svd`` ignores it.
         dtype: compute dtype: ``bfloat16``, ``float16`` (not on a CPU), ``float32``, ``float64``.
             None or ``auto`` takes bfloat16 where the device has it natively, else float16 on GPUs

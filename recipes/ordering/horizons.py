@@ -51,7 +51,7 @@ ARMS = {
     "nesterov": muon(4e-3, nesterov=True),
     # Whether other defaults would be better: only the rates are searched.
     "default": muon(4e-3, RATES, nesterov=True, momentum=0.95),
-    "tight": muon(4e-3, RATES, nesterov=True, momentum=0.95, coefficients="tight"),
+    "polar_express": muon(4e-3, RATES, nesterov=True, momentum=0.95, coefficients="polar_express"),
     "adamw": Arm({"optimizer": "adamw"}, {"rate": 1e-3, "momentum": 0.9, "adamw_rate": 8e-3}, ALL),
     "untrained": muon(0.0, RATES),  # the control: matrices stay at their initial values
 }

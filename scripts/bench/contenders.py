@@ -144,7 +144,7 @@ def _without_triton() -> Iterator[None]:
 CONTENDERS: dict[str, dict[str, Make]] = {
     "hf_muon": {"defaults": hf_muon},
     "hf_muon, four tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=4)},
-    "hf_muon, five tight steps": {"": partial(hf_muon, coefficients="tight")},
+    "hf_muon, five steps of polar_express": {"": partial(hf_muon, coefficients="polar_express")},
     "hf_muon, six tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=6)},
     "torch": {"": torchs},
     "deepspeed": {name: partial(deepspeeds, ns_method=name) for name in ("standard", "gram")},

@@ -72,7 +72,7 @@ CONTENDERS = {
     "AdamW": adamws,
     "torch.optim.Muon": torchs,
     "hf_muon, defaults": ours,
-    "hf_muon, four tight steps": lambda m: ours(m, coefficients="tight", polar_steps=4),
+    "hf_muon, four tight steps": lambda m: ours(m, polar_steps=4),
 }
 
 

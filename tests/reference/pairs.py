@@ -75,7 +75,7 @@ def gradients(named, step):
 
 def by_loop(named, update, steps, balance_every=0, nesterov=True, momentum=0.95):
     """The same training, pair by pair and expert by expert, with nothing but the pure updates."""
-    settings = {"polar_method": "auto", "coefficients": "polar_express", "polar_steps": 5}
+    settings = {"polar_method": "auto", "coefficients": "tight", "polar_steps": 5}
     own = {"polar_dtype": "float32", "polar_kernel": "auto", "compile": False}
     polar = polar_function({**settings, **own})
     function = product_update if update == "product" else partial(tangent_update, iterations=3)
