@@ -148,7 +148,9 @@ def draw(found: Sequence[Sequence[Row]], path: Path) -> None:
             color = COLORS[steps.index(at["steps"]) % len(COLORS)]
             axes.errorbar(x, estimate.mean, yerr=bar, fmt="o", color=color, capsize=3)
             text = named(at) + f", noise {at['noise_scale']:g}" * bool(at["noise_scale"])
-            axes.annotate(text, (x, estimate.mean), (5, 4), textcoords="offset points", fontsize=7)
+            # Those with noise lie near those without: their labels go to the end of the bar.
+            y = estimate.mean + (bar or 0) * bool(at["noise_scale"])
+            axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=7)
         axes.axhline(0, color=MUTED, lw=1, ls="--")
         tidy(axes, label, "", f"what filtering first gains, {title}")
     panels[0].set_ylabel("nats ± 2 standard errors")
