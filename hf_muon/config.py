@@ -70,7 +70,7 @@ class MuonConfig:
             1/√max(m, n).
         polar_method: ``newton_schulz``, ``gram``, ``svd``, or ``auto``, the cheapest for the shape.
         coefficients: ``polar_express`` (one triple per step, minimax), ``tight`` (the same with a
-            tighter scaling: less error at the same cost), ``quintic`` (Jordan's),
+            tighter scaling: less error on momentum), ``quintic`` (Jordan's),
             or a name from ``hf_muon.polar.register_coefficients``.
         polar_steps: Iterations; 3 to 8 for ``polar_express`` and ``tight``.
         polar_dtype: ``auto`` is bfloat16 where the device computes it natively, else float16 on

@@ -40,7 +40,10 @@ def convert(
     ] = "muon",
     model: Annotated[
         str | None,
-        typer.Option(help="A config.json, a folder, or a model id. Default: the checkpoint's own."),
+        typer.Option(
+            help="A config.json, a folder, or a model id; of an adapter, its base. Default: "
+            "the checkpoint's own."
+        ),
     ] = None,
     optim_args: OptimArgs = "",
     auto: Auto = None,

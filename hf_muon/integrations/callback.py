@@ -2,7 +2,7 @@
 
 In: the events of a Trainer. Out: settings checked before training starts; a line that says what
 Muon trains; warnings about parameters that are not trained and state that is not resumed; the
-AdamW half's learning rate in the logs; ``muon_report.json`` in the output folder and in each
+learning rates in the logs, without factors; ``muon_report.json`` in the output folder and in each
 checkpoint. For other optimizers the callback does nothing.
 """
 

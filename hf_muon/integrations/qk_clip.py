@@ -42,7 +42,8 @@ class QKClip(TrainerCallback):
 
     Raises:
         ValueError: A number is out of range; or, when training begins, an attention module
-            normalizes queries or keys, or is of an unknown class.
+            normalizes queries or keys, is of an unknown class, or is trained under
+            ``step_rule="hyperball"``.
         RuntimeError: After a sampled step: no logits were observed.
 
     References:
@@ -156,13 +157,17 @@ def _check_trained_here(attentions: list[Attention], optimizer: Any) -> None:
         return
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     muon = find_muon(optimizer)
-    rules = {group.get("step_rule") for group in muon.param_groups} if muon is not None else set()
+    named = {
+        name: group.get("step_rule")
+        for group in (muon.param_groups if muon is not None else [])
+        for name in group.get("param_names", [])
+    }
     for attention in attentions:
         for name, projection in attention.projections.items():
             weight = projection.weight
-            # DeepSpeed's groups do not hold the weight: any of them may train it.
-            of_weight = {held[id(weight)].get("step_rule")} if id(weight) in held else rules
-            if "hyperball" in of_weight:
+            group = held.get(id(weight), {})  # DeepSpeed's have other tensors, and the names
+            rule = group.get("step_rule", named.get(f"{attention.name}.{name}.weight"))
+            if rule == "hyperball":
                 raise ValueError(
                     f"QKClip scales {attention.name}.{name}.weight down, and step_rule='hyperball' "
                     "restores its norm in the next step. Use another step_rule, or leave QKClip "

@@ -119,7 +119,7 @@ def _split(
     bound: Sequence[Bound], config: MuonConfig, given: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return groups of one kind and mesh each, with the hyper-parameters given for all of them."""
-    own = {key: value for key, value in given.items() if key not in ("params", "param_names")}
+    own = _without_factor(given)
     other = [one.name for one, _ in bound if one.algorithm != own.get("algorithm", one.algorithm)]
     if other:
         raise ValueError(
@@ -138,9 +138,25 @@ def _split(
     for one, parameter in sorted(bound, key=lambda entry: _kind(entry[0])):
         mesh = getattr(parameter, "device_mesh", None)
         parts.setdefault((_kind(one), mesh), []).append((one, parameter))
+    # A mixed group's momentum is Muon's: AdamW would take it for its β₁.
+    of_adamw = {key: value for key, value in own.items() if not mixed or key != "momentum"}
+    of_half = {"muon": own, "adamw": of_adamw}
     return [
-        {**_settings(members[0][0], config, own), **_members(members)} for members in parts.values()
+        {**_settings(one, config, of_half[one.algorithm]), **_members(members)}
+        for members in parts.values()
+        for one, _ in members[:1]
     ]
+
+
+def _without_factor(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's hyper-parameters, its rate without the factor of an earlier optimizer."""
+    own = {key: value for key, value in given.items() if key not in ("params", "param_names")}
+    factor = own.pop("lr_multiplier", 1.0)
+    if factor != 1 and "lr" in own:
+        own.pop("initial_lr", None)
+        rate = own.pop("lr")
+        own |= {"lr": rate / factor} if factor else {}
+    return own
 
 
 def _kind(route: Route) -> tuple[bool, bool, bool, bool, float]:
@@ -163,7 +179,6 @@ def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[s
         lora_update = route.lora_update or "factor"
         return {**config.muon_group(route.decay), **own, "lora_update": lora_update}
     run = {"lr": config.lr, "weight_decay": config.weight_decay}  # AdamW's may differ
-    own = {key: value for key, value in own.items() if key != "momentum"}  # it would become β₁
     differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
     return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
 

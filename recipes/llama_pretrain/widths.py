@@ -35,6 +35,7 @@ def arm(rule: str, rate: float) -> Arm:
     """Return an arm whose first grid reaches two steps to each side of ``rate``, for the curve."""
     first = [{"rate": rate * 2.0**power} for power in range(-2, 3)]
     settings = {"optimizer": "muon", "adjust_lr": rule, "momentum": 0.9, "nesterov": False}
+    settings["coefficients"] = "polar_express"  # as in docs/learning_rates.md
     return Arm(settings, {"rate": rate}, {"rate": 2.0}, first)
 
 

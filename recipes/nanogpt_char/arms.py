@@ -15,7 +15,7 @@ PUBLISHED = {
     "momentum": 0.9,  # β₁; β₂ is 0.99
     "weight_decay": 0.01,
 }
-"""As of commit 23a8e701, which published the loss; the next day weight decay became 0.1."""
+"""As of commit 23a8e701, which published the loss, but that embeddings decay as well."""
 BEGIN = {**PUBLISHED, "embedding_rate": 4e-3, "rest_rate": 4e-3, "weight_decay": 0.1}
 """Where AdamW's search begins, after the published point; Muon's differ in rate and momentum."""
 
@@ -34,7 +34,7 @@ def muon(start: float = 2e-3, axes: dict[str, object] = AXES, **settings: object
     point = {**BEGIN, "rate": start, "momentum": 0.95}
     if axes is WITHOUT_MOMENTUM:
         del point["momentum"]
-    return Arm({"optimizer": "muon", **settings}, point, axes)
+    return Arm({"optimizer": "muon", "coefficients": "polar_express", **settings}, point, axes)
 
 
 BETAS = {"momentum": (0.8, 0.9, 0.95, 0.98), "momentum_weights": (0.25,) * 4, "nesterov": False}

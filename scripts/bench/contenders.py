@@ -143,9 +143,9 @@ def _without_triton() -> Iterator[None]:
 
 CONTENDERS: dict[str, dict[str, Make]] = {
     "hf_muon": {"defaults": hf_muon},
-    "hf_muon, four tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=4)},
+    "hf_muon, four tight steps": {"": partial(hf_muon, polar_steps=4)},
     "hf_muon, five steps of polar_express": {"": partial(hf_muon, coefficients="polar_express")},
-    "hf_muon, six tight steps": {"": partial(hf_muon, coefficients="tight", polar_steps=6)},
+    "hf_muon, six tight steps": {"": partial(hf_muon, polar_steps=6)},
     "torch": {"": torchs},
     "deepspeed": {name: partial(deepspeeds, ns_method=name) for name in ("standard", "gram")},
     "timm": {"polar_express": partial(timms, coefficients="polar_express")},

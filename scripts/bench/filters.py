@@ -37,7 +37,8 @@ class Share(float):
 
 def muon(start: float = 2e-3, **settings: Any) -> Arm:
     """Return an arm of Muon: fields of ``MuonConfig``, and the starting rate of its search."""
-    return Arm({"optimizer": "muon", **settings}, {"rate": start}, {"rate": 2.0})
+    kept = {"optimizer": "muon", "coefficients": "polar_express"}  # as in docs/filters.md
+    return Arm({**kept, **settings}, {"rate": start}, {"rate": 2.0})
 
 
 TWO = {"momentum": (0.9, 0.98), "momentum_weights": (0.44, 0.56), "nesterov": False}

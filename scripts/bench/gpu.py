@@ -169,7 +169,7 @@ def _contenders(check: Check) -> dict[str, Callable[[list[torch.nn.Parameter]], 
     found: dict[str, Any] = {
         "hf_muon": ours,
         "hf_muon, 32 MiB buckets": partial(ours, bucket_mb=32),
-        "hf_muon, four tight steps": partial(ours, coefficients="tight", polar_steps=4),
+        "hf_muon, four tight steps": partial(ours, polar_steps=4),
     }
     if not check.triton:
         found["hf_muon, products of torch"] = partial(ours, polar_kernel="torch")

@@ -73,6 +73,7 @@ CONTENDERS = {
     "torch.optim.Muon": torchs,
     "hf_muon, defaults": ours,
     "hf_muon, four tight steps": lambda m: ours(m, polar_steps=4),
+    "hf_muon, five steps of polar_express": lambda m: ours(m, coefficients="polar_express"),
 }
 
 

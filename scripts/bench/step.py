@@ -77,6 +77,7 @@ def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Step, torch
 
     yield "hf_muon, defaults", *ours(fresh())
     yield "hf_muon, four tight steps", *ours(fresh(), polar_steps=4)
+    yield "hf_muon, five of polar_express", *ours(fresh(), coefficients="polar_express")
     yield "hf_muon, torch's settings", *ours(fresh(), **matched)
     if arguments.compile:
         yield "hf_muon, defaults, compiled", *ours(fresh(), compile=True)

@@ -204,7 +204,7 @@ def test_shares_of_the_run_become_steps(bench):
     filters = bench("filters")
     arm = filters.muon(momentum_start=0.8, momentum_warmup_steps=filters.Share(0.25))
     found = filters.resolved(arm, 512).settings
-    assert found == {"optimizer": "muon", "momentum_start": 0.8, "momentum_warmup_steps": 128}
+    assert found == arm.settings | {"momentum_start": 0.8, "momentum_warmup_steps": 128}
 
 
 # --- the figure -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""nanoGPT's model and loop for CPUs, written out plainly, with its weight decay of that time.
+"""nanoGPT's model and loop for CPUs, written out plainly.
 
-In: weights of a GPT-2 without biases, and batches. Out: the weights after training on them.
+In: weights of a GPT-2 without biases, and batches. Out: the weights after training on them, with
+the weight decay of February 2023, 0.01, on embeddings too.
 https://github.com/karpathy/nanoGPT (model.py, train.py, config/train_shakespeare_char.py)
 """
 

@@ -63,6 +63,6 @@ def test_the_last_step_points_better_where_the_signal_turns_without_noise():
 
 def test_what_alternates_is_oscillation_and_the_last_step_points_back():
     for found in watched(lambda step: signal(step) * (-1) ** step, 1e-3).found.values():
-        assert found["last"] == pytest.approx(-1, abs=0.05)  # five steps of Polar Express: ±5 %
+        assert found["last"] == pytest.approx(-1, abs=0.05)  # five steps of the iteration: ±5 %
         assert found["post_20"] == pytest.approx(0, abs=1e-2)
         assert found["oscillation"] > 0.99

@@ -40,8 +40,9 @@ def test_five_steps_come_as_close_as_their_coefficients_allow(shape, spectrum, d
     exact = reference.matrix(*shape, spectrum)
     oracle = reference.polar_factor(exact)
     x = exact.float()
-    # The quintic leaves singular values in [0.68, 1.20]; Polar Express aims at 1 ± 0.12.
-    for name, bound in (("quintic", 0.31), ("polar_express", 0.14)):
+    # The quintic leaves singular values in [0.68, 1.20]; Polar Express aims at 1 ± 0.12, and the
+    # tighter start at 1 ± 0.06, with more of them below its range.
+    for name, bound in (("quintic", 0.31), ("polar_express", 0.14), ("tight", 0.14)):
         error = {
             method: reference.relative_error(
                 orthogonalize(x, **settings(method=method, coefficients=name, dtype=dtype)), oracle
@@ -85,7 +86,7 @@ def test_tight_stays_bounded_on_rank_deficient_and_ill_conditioned_matrices(step
             assert torch.linalg.svdvals(orthogonalize(x, **chosen).float())[0] < bound
 
 
-def test_one_step_less_misses_the_bound():
+def test_one_step_less_has_half_as_much_error_again():
     exact = reference.matrix(96, 256, "1/k")
     for name in ("polar_express", "tight"):
         factor = polar_factor(exact, steps=4, coefficients=name)

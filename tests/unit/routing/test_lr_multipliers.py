@@ -111,14 +111,30 @@ def test_momentum_of_a_mixed_group_is_muons(momentum):
     assert "momentum" not in adamw
 
 
+def test_momentum_of_a_group_without_matrices_is_adamws():
+    model = tiny_llama()
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}]
+    groups.append({"params": vectors, "momentum": 0.5})
+    optimizer = create_muon_optimizer(model, lr=0.1, groups=groups)
+    assert optimizer.param_groups[-1]["momentum"] == 0.5
+
+
 def test_a_group_whose_algorithm_is_not_that_of_its_routes_is_refused():
     model = tiny_llama()
     groups = [{"params": list(model.parameters()), "algorithm": "adamw"}]
     with pytest.raises(ValueError, match=r"algorithm='adamw', and the routes send model\.layers"):
         create_muon_optimizer(model, lr=0.1, groups=groups)
-    groups = create_muon_optimizer(model, lr=0.1).param_groups
-    again = create_muon_optimizer(model, lr=0.1, groups=groups).param_groups
-    assert [len(group["params"]) for group in again] == [len(group["params"]) for group in groups]
+
+
+def test_groups_of_an_earlier_optimizer_are_taken_with_their_rates():
+    model, settings = tiny_llama(), MuonConfig(lr=0.1, lr_multipliers=("q_proj:0.5", "embed:0"))
+    groups = create_muon_optimizer(model, settings).param_groups
+    again = create_muon_optimizer(model, settings, groups=groups).param_groups
+    for key in ("algorithm", "lr", "weight_decay", "momentum", "betas"):
+        assert [group.get(key) for group in again] == [group.get(key) for group in groups]
+    without = create_muon_optimizer(model, lr=0.1, groups=groups).param_groups
+    assert {group["lr"] for group in without} == {0.1}
 
 
 def test_a_run_is_described_by_the_rate_without_factors(tmp_path):
