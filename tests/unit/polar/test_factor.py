@@ -86,14 +86,10 @@ def test_tight_stays_bounded_on_rank_deficient_and_ill_conditioned_matrices(step
             assert torch.linalg.svdvals(orthogonalize(x, **chosen).float())[0] < bound
 
 
-def test_one_step_less_has_half_as_much_error_again():
+def test_one_step_less_misses_the_bound():
     exact = reference.matrix(96, 256, "1/k")
-    for name in ("polar_express", "tight"):
-        factor = polar_factor(exact, steps=4, coefficients=name)
-        error = reference.relative_error(factor, reference.polar_factor(exact))
-        assert error > 1.5 * reference.relative_error(
-            polar_factor(exact, coefficients=name), reference.polar_factor(exact)
-        )
+    factor = polar_factor(exact, steps=4, coefficients="polar_express")
+    assert reference.relative_error(factor, reference.polar_factor(exact)) > 0.14
 
 
 @pytest.mark.parametrize("steps", [5, 8])
