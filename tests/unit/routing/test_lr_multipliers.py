@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 from zoo import ZOO
 
+import hf_muon.auto  # noqa: F401
 from hf_muon import MuonConfig, create_muon_optimizer, route
 from hf_muon.commands.cli import app
 from hf_muon.integrations.deepspeed import check_config
