@@ -34,7 +34,7 @@ def muon(start: float = 2e-3, axes: dict[str, object] = AXES, **settings: object
     point = {**BEGIN, "rate": start, "momentum": 0.95}
     if axes is WITHOUT_MOMENTUM:
         del point["momentum"]
-    return Arm({"optimizer": "muon", "coefficients": "polar_express", **settings}, point, axes)
+    return Arm({"optimizer": "muon", "coefficients": "tight", **settings}, point, axes)
 
 
 BETAS = {"momentum": (0.8, 0.9, 0.95, 0.98), "momentum_weights": (0.25,) * 4, "nesterov": False}
