@@ -17,15 +17,6 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from hf_muon.distributed.find import is_dtensor, local
 
 
-def new_state(parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
-
-
 def adamw_step(
     group: dict[str, Any], state: MutableMapping[Tensor, dict[str, Tensor]], active: list[Tensor]
 ) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.find import is_dtensor, local
-from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.entries import Entry, Group
 from hf_muon.rules import kept_by
 from hf_muon.stages import Buffer
@@ -45,10 +44,8 @@ def buffers_of(group: Group) -> tuple[Buffer, ...]:
 
 
 def new_state(entry: Entry) -> dict[str, Tensor]:
-    """Return the step count and the buffers of the rule, which begin as zeros."""
+    """Return the step count and the buffers, which begin as zeros."""
     group, parameter = entry.group, entry.tensor
-    if group["algorithm"] == "adamw":
-        return new_adamw_state(parameter)
     state = {"step": step_count(0)}
     for buffer in buffers_of(group):
         dtype = buffer_dtype(group, parameter, buffer)

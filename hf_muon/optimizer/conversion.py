@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hf_muon.config import MuonConfig
-from hf_muon.optimizer.adamw import new_state as new_adamw_state
 from hf_muon.optimizer.buffers import (
     buffer_dtype,
     buffers_of,
@@ -63,7 +62,7 @@ def to_muon(
         for position, (name, index) in enumerate(
             zip(group["param_names"], saved["params"], strict=True)
         ):
-            entry = _entry(group, position)
+            entry = _entry(group, group["params"][position], position)
             state, given = new_state(entry), found.get(name)
             if given is not None and group["algorithm"] == "adamw":
                 state = {key: given[key] for key in _OF_ADAMW}
@@ -99,7 +98,7 @@ def to_adamw(
         groups.append({**own, "params": list(range(index, index + len(members)))})
         for name, parameter in members:
             group, given = found[name]
-            state[index] = new_adamw_state(torch.empty_like(parameter, device="cpu"))
+            state[index] = new_state(_entry(_ADAMW, parameter))
             if given and group["algorithm"] == "adamw":
                 state[index] = {key: given[key] for key in _OF_ADAMW}
             elif given and keeps_average(group) and given["step"] > 0:
@@ -193,9 +192,9 @@ def keeps_average(group: Group) -> bool:
     return filters_by_one_average(group) and group["momentum_dtype"] != "int8"
 
 
-def _entry(group: Group, position: int) -> Entry:
+def _entry(group: Group, parameter: Tensor, position: int = 0) -> Entry:
     """Return an entry for one parameter, without touching its memory before it is written."""
-    return Entry(group, torch.empty_like(group["params"][position], device="cpu"), (position,))
+    return Entry(group, torch.empty_like(parameter, device="cpu"), (position,))
 
 
 def _states_of_adamw(
