@@ -48,7 +48,7 @@ class Averages:
     def momentum(self, entry: Entry, matrix: int = 0) -> float:
         """β of the latest step, or that of a single average with the filter's mean age."""
         if entry.group.get("momenta"):
-            return float(entry.momenta[matrix])
+            return float(entry.each(entry.group["momenta"])[matrix])
         return single(entry.group, self._steps_before(entry))
 
     def _steps_before(self, entry: Entry) -> int:

@@ -7,11 +7,11 @@ by DTensors, DeepSpeed by copies (stage 0) or by flat tensors that hold parts of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
@@ -21,6 +21,7 @@ from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.zero import FlatTensor, find_flat, is_flattened
 
 Group = dict[str, Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,22 +55,15 @@ class Entry:
         return [Matrix(*matrix) for index in self.indices for matrix in inside[index]]
 
     @property
-    def scalings(self) -> list[float]:
-        """The adapter scale c of W + cBA for each of :attr:`matrices`; empty if there is none."""
-        inside, of_group = self.group["matrices"], self.group.get("scalings")
-        return [of_group[i] for i in self.indices for _ in inside[i]] if of_group else []
-
-    @property
     def owners(self) -> list[str]:
         """The name of the parameter that each of :attr:`matrices` belongs to."""
         inside = self.group["matrices"]
         return [self._name(index) for index in self.indices for _ in inside[index]]
 
-    @property
-    def momenta(self) -> list[Any]:
-        """β for each of :attr:`matrices`, if the group gives one per parameter."""
-        inside, of_group = self.group["matrices"], self.group["momenta"]
-        return [of_group[i] for i in self.indices for _ in inside[i]]
+    def each(self, values: Sequence[_T]) -> list[_T]:
+        """Return the value for each of :attr:`matrices`, given one per parameter of the group."""
+        inside = self.group["matrices"]
+        return [values[index] for index in self.indices for _ in inside[index]]
 
     def parts(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter that this rank has a part of: its name, and its part of a tensor."""

@@ -146,7 +146,7 @@ class Plan:
         """Return β of each matrix of each entry in this step, or some steps ahead."""
         group, counts = self.group, self.counts
         if group.get("momenta"):
-            return [entry.momenta for entry in self.entries]
+            return [entry.each(group["momenta"]) for entry in self.entries]
         now: list[Momentum] = [group["momentum"]] * len(counts)
         if self.has_schedule:
             now = [momentum_at(group, int(count) + ahead) for count in counts]
@@ -252,7 +252,7 @@ def momenta_of(entry: Entry, state: State) -> Sequence[Momentum]:
     if "momentum_scores" in state:
         return momenta_in_use(state["momentum_scores"])
     if entry.group.get("momenta"):
-        return entry.momenta
+        return entry.each(entry.group["momenta"])
     return [momentum_at(entry.group, int(state["step"]))] * len(entry.matrices)
 
 
@@ -291,7 +291,7 @@ def _step_sizes(
         return {unit: step_size(rule, matrices[unit]) for unit in units}
     sizes = {}
     for a, b in zip(units[::2], units[1::2], strict=True):
-        scaling = entries[a.parameter].scalings[a.matrix]
+        scaling = entries[a.parameter].each(group["scalings"])[a.matrix]
         sizes[a] = sizes[b] = pair_step_size(rule, matrices[a], matrices[b], scaling)
     return sizes
 
