@@ -14,7 +14,7 @@ from typing import Any
 from hf_muon.diagnostics.gradients import matching, spread_evenly
 from hf_muon.diagnostics.whole import some_of
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
-from hf_muon.distributed.find import compute_device, find_layout, replicate_ranks
+from hf_muon.distributed.find import find_layout, replicate_ranks
 from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry, Group
@@ -128,7 +128,7 @@ class Watch:
         key = tuple(map(tuple, names))
         if key not in self._buckets:
             some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, places, strict=True)]
-            devices = [compute_device(entry.tensor, entry.flat is not None) for entry in kept]
+            devices = [entry.device for entry in kept]
             self._buckets[key] = plan_buckets(some, devices, _LIMIT)
         return Watched(kept, names, self._buckets[key])
 

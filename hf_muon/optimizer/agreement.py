@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.find import agreed, compute_device, is_dtensor, local, locals_of, sent_to
+from hf_muon.distributed.find import agreed, is_dtensor, local, locals_of, sent_to
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.auto_momentum import MOMENTA
 from hf_muon.optimizer.copies import check_copies
@@ -72,7 +72,7 @@ class Agreement:
                 raise problem
             return {entry for entry, _ in given}
 
-        rank = _Rank(groups, members, _device(entries), problem, fine)
+        rank = _Rank(groups, members, entries[0].device, problem, fine)
         settings, key = _settings(groups), hash(tuple(entries))
         if self._compared.get(entries[0]) != key:
             # Before the first message, whose length depends on what is compared.
@@ -102,10 +102,6 @@ class _Rank(NamedTuple):
     device: torch.device
     problem: Exception | None
     fine: Sequence[Tensor]
-
-
-def _device(entries: Sequence[Entry]) -> torch.device:
-    return compute_device(entries[0].tensor, entries[0].flat is not None)
 
 
 def _number(said: Facts) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from functools import cached_property
 from operator import is_
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from hf_muon.distributed.find import is_dtensor
+from hf_muon.distributed.find import compute_device, is_dtensor
 from hf_muon.distributed.layout import Matrix
 from hf_muon.distributed.zero import FlatTensor, find_flat, is_flattened
 
@@ -53,6 +54,11 @@ class Entry:
         """The matrices in it, one parameter after the other."""
         inside = self.group["matrices"]
         return [Matrix(*matrix) for index in self.indices for matrix in inside[index]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its matrices are computed."""
+        return compute_device(self.tensor, self.flat is not None)
 
     @property
     def owners(self) -> list[str]:

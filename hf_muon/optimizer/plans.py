@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit, bucket_elements, plan_buckets
-from hf_muon.distributed.find import (
-    compute_device,
-    find_layout,
-    is_dtensor,
-    local_gradient,
-    locals_of,
-)
+from hf_muon.distributed.find import find_layout, is_dtensor, local_gradient, locals_of
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
@@ -213,7 +207,7 @@ class Plans:
 
     def _buckets(self, group: Group, entries: Sequence[Entry], replicate: Ranks) -> list[Bucket]:
         layouts = [self._layout(entry, replicate) for entry in entries]
-        devices = [compute_device(entry.tensor, entry.flat is not None) for entry in entries]
+        devices = [entry.device for entry in entries]
         dtypes = [entry.tensor.dtype for entry in entries]
         together: Any = ()
         if moves_pairs(group):
@@ -306,7 +300,7 @@ def _divides(entry: Entry) -> bool:
     group, matrices = entry.group, entry.matrices
     if group["distribute"] != "auto" or not matrices:
         return bool(group["distribute"] != "redundant")
-    device = compute_device(entry.tensor, entry.flat is not None)
+    device = entry.device
     itemsize = wire_dtype(group, entry.tensor.dtype, device).itemsize
     together = [matrices[0]]
     if moves_pairs(group):  # A and B must get the same answer
