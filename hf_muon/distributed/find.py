@@ -78,9 +78,9 @@ def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
 
     Args:
         flags: Integers, of the same shape and meaning on every rank.
-        members: Groups of ranks, in the same order on each of them.
+        members: Groups of several ranks, in the same order on each of them.
     """
-    for ranks in {ranks: None for ranks in members if ranks.size > 1}:
+    for ranks in members:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
     return flags
 

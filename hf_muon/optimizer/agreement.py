@@ -53,7 +53,7 @@ class Agreement:
 
         Args:
             groups: The entries of each group in this call.
-            members: The groups of ranks that must agree.
+            members: The groups of several ranks that must agree.
             problem: The error that this rank met in preparing the step, if any.
             facts: Returns what else must be the same on all ranks; called only once.
 
@@ -63,7 +63,6 @@ class Agreement:
         """
         entries = [entry for of_group in groups for entry in of_group]
         given = _given(entries)
-        members = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
         problem = problem or _of_wrong_kind(given)
         fine = [] if problem else _fine(groups, given, self._said_small)
         if not members:
@@ -163,17 +162,13 @@ def agree_on_failure(
     This is a second wait for the device, but only for rules that may fail; by then their maps are
     done.
     """
-    others = [ranks for ranks in dict.fromkeys(members) if ranks.size > 1]
-    if others and not agreed(sent_to(device, [len(failures)]), others).item():
-        return None
-    if failures:
-        return failures[0]
-    if others:
-        return RuntimeError(
-            "A matrix could not be mapped on another rank, whose error says why. No parameter and "
-            "no state was changed."
-        )
-    return None
+    elsewhere = members and agreed(sent_to(device, [len(failures)]), members).item()
+    if failures or not elsewhere:
+        return failures[0] if failures else None
+    return RuntimeError(
+        "A matrix could not be mapped on another rank, whose error says why. No parameter and no "
+        "state was changed."
+    )
 
 
 def _settings(groups: Sequence[Sequence[Entry]]) -> Facts:

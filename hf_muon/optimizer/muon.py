@@ -230,8 +230,7 @@ class Muon(Optimizer):
     ) -> None:
         """Do one step of the Muon groups: all of it or, if a map fails, nothing."""
         chosen = [(plan, of) for plan, of in zip(plans, trained, strict=True) if plan and of]
-        is_alone = all(ranks.size == 1 for ranks in members)
-        captures = self.config.cuda_graph
+        captures, is_alone = self.config.cuda_graph, not members
         if not (captures and self._graphed.step(chosen, self._workspace, is_alone=is_alone)):
             self._train_plainly(chosen, members)
         for plan, entries in chosen:
@@ -254,7 +253,7 @@ class Muon(Optimizer):
             raise error
 
     def _members(self, groups: list[list[Entry]]) -> list[Ranks]:
-        """Return the groups of ranks that must agree on a step.
+        """Return the groups of several ranks that must agree on a step, each once.
 
         Raises:
             ValueError: Several ranks hold plain tensors, and nobody said whether they are copies.
@@ -270,9 +269,10 @@ class Muon(Optimizer):
                         "replicate_group=torch.distributed.group.WORLD, so that they share the "
                         "work; if not, distribute='redundant', so that each does its own."
                     )
-        flats = dict.fromkeys([entry.flat.ranks for entry in entries if entry.flat is not None])
         replicate = replicate_ranks(self.replicate_group)
-        return [*sharing_ranks([entry.tensor for entry in entries], replicate), *flats]
+        found = sharing_ranks([entry.tensor for entry in entries], replicate)
+        found += [entry.flat.ranks for entry in entries if entry.flat is not None]
+        return [ranks for ranks in dict.fromkeys(found) if ranks.size > 1]
 
     def _create_state(self) -> None:
         """Create the state of every trained tensor at the first step, with or without a gradient.
