@@ -153,72 +153,57 @@ def step_count(value: Any) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
-def check_fit(entry: Entry, state: Mapping[str, Any]) -> None:
+def check_fit(group: Group, known: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
     """Raise for state that no longer fits its tensor; cheap enough for every step.
 
     Args:
-        entry: A tensor of the optimizer.
-        state: Its state, not empty.
+        group: A group.
+        known: Its tensors that have state, each with it.
 
     Raises:
         ValueError: A buffer is missing, or has another shape or dtype than it was created with.
     """
-    group, tensor = entry.group, entry.tensor
     buffers = buffers_of(group)
-    if not state.keys() >= {"step", *(buffer.name for buffer in buffers)}:
-        raise ValueError(f"The state of {entry.name} holds only {sorted(state)}. {_REMEDY}")
+    names = {"step", *(buffer.name for buffer in buffers)}
+    for entry, state in known:
+        if not state.keys() >= names:
+            raise ValueError(f"The state of {entry.name} holds only {sorted(state)}. {_REMEDY}")
+    one_of = {entry.tensor.dtype: entry.tensor for entry, _ in known}
     for buffer in buffers:
-        value, expected = state[buffer.name], buffer_dtype(group, tensor, buffer)
-        shape = shape_of(entry, buffer)
-        if value.shape != shape:
-            raise ValueError(
-                f"{buffer.name!r} in the state of {entry.name} has shape {tuple(value.shape)} and "
-                f"{tuple(shape)} is expected: was the model resized after the optimizer was built? "
-                "Build the optimizer afresh."
-            )
-        if value.dtype != expected and entry.flat is None:
-            raise ValueError(
-                f"{buffer.name!r} in the state of {entry.name} has dtype {value.dtype} and "
-                f"{expected} is expected: was the model converted after the optimizer's first "
-                "step? Convert the state too: optimizer.load_state_dict(optimizer.state_dict())."
-            )
-
-
-def fits(entries: Sequence[Entry], states: Sequence[Mapping[str, Any] | None]) -> bool:
-    """Whether :func:`check_fit` would accept the states of a group; without a call for each."""
-    group, tensors = entries[0].group, [entry.tensor for entry in entries]
-    one_of = {t.dtype: t for t in tensors}
-    for buffer in buffers_of(group):
-        try:
-            found = [(s[buffer.name].dtype, s[buffer.name].shape) for s in states if s is not None]
-        except KeyError:
-            return False
         dtypes = {dtype: buffer_dtype(group, one, buffer) for dtype, one in one_of.items()}
-        shapes: list[tuple[int, ...]] = [t.shape for t in tensors]
-        if buffer.kind != "entries":
-            shapes = [shape_of(entry, buffer) for entry in entries]
-        if found != [(dtypes[t.dtype], s) for t, s in zip(tensors, shapes, strict=True)]:
-            return False
-    return all(
-        [
-            s is not None and "step" in s and e.flat is None
-            for s, e in zip(states, entries, strict=True)
-        ]
-    )
+        of_entries = buffer.kind == "entries"
+        for entry, state in known:
+            value, expected = state[buffer.name], dtypes[entry.tensor.dtype]
+            shape = entry.tensor.shape if of_entries else shape_of(entry, buffer)
+            if value.shape != shape:
+                raise ValueError(
+                    f"{buffer.name!r} in the state of {entry.name} has shape "
+                    f"{tuple(value.shape)} and {tuple(shape)} is expected: was the model resized "
+                    "after the optimizer was built? Build the optimizer afresh."
+                )
+            if value.dtype != expected and entry.flat is None:
+                raise ValueError(
+                    f"{buffer.name!r} in the state of {entry.name} has dtype {value.dtype} and "
+                    f"{expected} is expected: was the model converted after the optimizer's first "
+                    "step? Convert the state too: "
+                    "optimizer.load_state_dict(optimizer.state_dict())."
+                )
 
 
-def check_state(entry: Entry, state: MutableMapping[str, Any]) -> None:
+def check_state(group: Group, known: Sequence[tuple[Entry, MutableMapping[str, Any]]]) -> None:
     """Raise for unusable state; reads all of it, so call it only in the step after a load.
 
-    Turns a step count that is a number into a tensor.
+    Turns step counts that are numbers into tensors.
 
     Raises:
         ValueError: As :func:`check_values` and :func:`check_fit`.
     """
-    check_values(entry.name, entry.group, entry.tensor, state)
-    check_fit(entry, state)
-    if not isinstance(state["step"], Tensor):
-        state["step"] = step_count(state["step"])
+    for entry, state in known:
+        check_values(entry.name, group, entry.tensor, state)
+    check_fit(group, known)
+    for _, state in known:
+        if not isinstance(state["step"], Tensor):
+            state["step"] = step_count(state["step"])
 
 
 def restore(

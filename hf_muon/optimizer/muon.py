@@ -22,7 +22,7 @@ from hf_muon.distributed.find import is_dtensor, replicate_ranks, sharing_ranks
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_placement
-from hf_muon.optimizer.buffers import check_fit, check_state, fits, new_state, restore
+from hf_muon.optimizer.buffers import check_fit, check_state, new_state, restore
 from hf_muon.optimizer.checkpoint import checked
 from hf_muon.optimizer.entries import Entry, Group, Origins
 from hf_muon.optimizer.graphed import Graphed
@@ -283,23 +283,19 @@ class Muon(Optimizer):
         that DeepSpeed leaves out of this call: it looks for their state after the first one.
         """
         groups = self._every_group if self._origins.are_flattened else self.param_groups
+        check = check_fit if self._is_checked else check_state
         for entries in filter(None, self._origins.entries(groups)):  # some groups may have none
-            states = [self.state.get(entry.tensor) for entry in entries]
-            if not (self._is_checked and fits(entries, states)):
-                for entry, state in zip(entries, states, strict=True):
-                    self._complete(entry, state)
+            group, states = entries[0].group, [self.state.get(entry.tensor) for entry in entries]
+            known = [(entry, of) for entry, of in zip(entries, states, strict=True) if of]
+            check(group, known)
+            if len(known) < len(entries):
+                for entry in _trained(entries):
+                    if not self.state.get(entry.tensor):
+                        self.state[entry.tensor].update(new_state(entry))
+            for entry in entries:
+                if entry.flat is not None:
+                    complete_state(group, self.state[entry.tensor], entry.tensor)
         self._is_checked = True
-
-    def _complete(self, entry: Entry, state: dict[str, Any] | None) -> None:
-        """Create the state of one tensor, or check the state that exists."""
-        if state:
-            check = check_fit if self._is_checked else check_state
-            check(entry, state)
-        elif _trained([entry]):
-            state = self.state[entry.tensor]
-            state.update(new_state(entry))
-        if entry.flat is not None and state is not None:
-            complete_state(entry.group, state, entry.tensor)
 
     def momenta(self) -> dict[str, list[Momentum]]:
         """Return β of the next step for the matrices of each parameter, by parameter name.
