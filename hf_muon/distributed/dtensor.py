@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box, ranks_of
 
 
 def dtensor_layout(parameter: DTensor, matrices: Sequence[Matrix], name: str) -> Layout:
@@ -80,7 +80,7 @@ def _ranks(mesh: DeviceMesh, dims: Sequence[int]) -> Ranks:
         rows = mesh.mesh.permute(*rest, *dims).reshape(-1, math.prod(mesh.size(d) for d in dims))
         mine = next(row for row in rows.tolist() if me in row)
         group = _group_of(tuple(mine))
-    return Ranks(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
+    return ranks_of(group)
 
 
 # By the world they belong to, which destroy_process_group ends.

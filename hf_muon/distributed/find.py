@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
-from hf_muon.distributed.replicated import ranks_of, replicated_layout
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box, ranks_of
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
@@ -30,7 +29,13 @@ def find_layout(
         from hf_muon.distributed.dtensor import dtensor_layout
 
         return dtensor_layout(parameter, matrices, name)
-    return replicated_layout(tuple(parameter.shape), matrices, replicate)
+    held = [torch.arange(size, device="cpu") for size in parameter.shape]
+    return Layout(
+        shapes=tuple((matrix.rows, matrix.cols) for matrix in matrices),
+        pieces=(tuple(pieces_in_box(matrix, parameter.shape, held) for matrix in matrices),),
+        shard=ALONE,
+        replicate=replicate,
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

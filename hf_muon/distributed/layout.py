@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -135,6 +136,13 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
+    """Return the members of a process group; for None, this rank alone."""
+    if group is None or dist.get_world_size(group) == 1:
+        return ALONE
+    return Ranks(tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
 
 
 @dataclass(frozen=True)

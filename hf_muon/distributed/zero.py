@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_range
-from hf_muon.distributed.replicated import ranks_of
+from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_range, ranks_of
 
 
 class Span(NamedTuple):

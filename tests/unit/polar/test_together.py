@@ -9,8 +9,8 @@ import torch
 
 from hf_muon.distributed.buckets import plan_buckets
 from hf_muon.distributed.exchange import exchange, reading
+from hf_muon.distributed.find import find_layout
 from hf_muon.distributed.layout import ALONE, Matrix
-from hf_muon.distributed.replicated import replicated_layout
 from hf_muon.polar import Workspace, apply_together, batched, batched_alike, orthogonalize
 from hf_muon.polar.kernels.halves import strips_of
 from hf_muon.polar.together import computed_together
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def run(shapes, function, wire):
     """Every result, in the order of the shapes, with the inputs it was computed of."""
-    layouts = [replicated_layout(shape, [Matrix.whole(shape)], ALONE) for shape in shapes]
+    layouts = [find_layout(torch.empty(s), [Matrix.whole(s)], "one", ALONE) for s in shapes]
     [bucket] = plan_buckets(layouts, [CPU] * len(shapes), 2**30)
     inputs = [torch.randn(shape).to(wire) for shape in shapes]
     steps = exchange(bucket, reading(bucket, lambda u, _: inputs[u.parameter]), function, wire)
