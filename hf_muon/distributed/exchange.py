@@ -239,12 +239,17 @@ def _flat(lists: Iterable[list[Item]], wire: torch.dtype, device: torch.device) 
 
 
 def _unpacked(lists: Iterable[list[Item]], flat: Tensor) -> Iterator[tuple[Item, Tensor]]:
-    """Yield each item with its block, a view (rows, cols) of its section of a flat tensor."""
+    """Return each item with its block, a view (rows, cols) of its section of a flat tensor."""
     items = [item for items in lists for item in items]
-    ends = accumulate(piece.numel for _, piece in items)
-    for item, end in zip(items, ends, strict=True):
-        piece = item[1]
-        yield item, flat[end - piece.numel : end].view(piece.rows, piece.cols)
+    blocks = sections(flat, [(piece.rows, piece.cols) for _, piece in items])
+    return zip(items, blocks, strict=True)
+
+
+def sections(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return consecutive views of a flat tensor, one of each shape."""
+    sizes = list(map(math.prod, shapes))
+    each = zip(accumulate(sizes), sizes, shapes, strict=True)
+    return [flat[end - size : end].view(*shape) for end, size, shape in each]
 
 
 def _all_to_all(

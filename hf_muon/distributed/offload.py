@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from hf_muon.distributed.exchange import sections
 
 
 @contextmanager
@@ -29,10 +30,10 @@ def staged(places: Sequence[Tensor], here: torch.device) -> Iterator[Sequence[Te
     if not places or places[0].device.type == here.type:
         yield places
         return
-    flat = _on_host(places)
-    yield _blocks(flat, places)
+    flat, shapes = _on_host(places), [place.shape for place in places]
+    yield sections(flat, shapes)
     sent = flat.to(places[0].device, non_blocking=True)
-    torch._foreach_copy_(list(places), _blocks(sent, places))
+    torch._foreach_copy_(list(places), sections(sent, shapes))
 
 
 def fetched(blocks: list[Tensor], here: torch.device) -> list[Tensor]:
@@ -47,29 +48,17 @@ def fetched(blocks: list[Tensor], here: torch.device) -> list[Tensor]:
     """
     if not blocks or blocks[0].device.type == here.type:
         return blocks
-    there = blocks[0].new_empty(_numel(blocks))
-    torch._foreach_copy_(_blocks(there, blocks), blocks)
-    flat = _on_host(blocks)
+    flat, shapes = _on_host(blocks), [block.shape for block in blocks]
+    there = blocks[0].new_empty(len(flat))
+    torch._foreach_copy_(sections(there, shapes), blocks)
     flat.copy_(there, non_blocking=True)
     if flat.is_pinned():
         copied = torch.Event(there.device)
         copied.record()
         copied.synchronize()
-    return _blocks(flat, blocks)
+    return sections(flat, shapes)
 
 
 def _on_host(blocks: Sequence[Tensor]) -> Tensor:
-    pins = torch.accelerator.is_available()
-    return torch.empty(_numel(blocks), dtype=blocks[0].dtype, device="cpu", pin_memory=pins)
-
-
-def _numel(blocks: Sequence[Tensor]) -> int:
-    return sum(block.numel() for block in blocks)
-
-
-def _blocks(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return consecutive views of a flat tensor, with the shapes of some tensors."""
-    ends = accumulate(one.numel() for one in like)
-    return [
-        flat[end - one.numel() : end].view(one.shape) for one, end in zip(like, ends, strict=True)
-    ]
+    size, pins = sum(block.numel() for block in blocks), torch.accelerator.is_available()
+    return torch.empty(size, dtype=blocks[0].dtype, device="cpu", pin_memory=pins)

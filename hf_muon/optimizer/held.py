@@ -7,9 +7,9 @@ must know of whole matrices is first summed over their pieces, in one message pe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit
-from hf_muon.distributed.exchange import combined
+from hf_muon.distributed.exchange import combined, sections
 from hf_muon.distributed.offload import staged
 from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.context import Step
@@ -232,10 +232,8 @@ class Held:
     def _zeros(
         self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, dict[Unit, Tensor]]:
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        parts = zip(self.bucket.units, accumulate(sizes), sizes, shapes, strict=True)
-        return flat, {u: flat[end - size : end].view(shape) for u, end, size, shape in parts}
+        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=dtype, device=device)
+        return flat, dict(zip(self.bucket.units, sections(flat, shapes), strict=True))
 
     def _concluded(self, step: Step, stage: Stage, statistic: Statistic, sums: Sums) -> Sums:
         """Conclude for each matrix; every rank that holds a piece of it gets the same result."""
