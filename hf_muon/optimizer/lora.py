@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_muon.distributed.layout import Matrix
 from hf_muon.optimizer.scaling import step_size
 from hf_muon.polar import devices, in_own_dtype
+from hf_muon.stages import wide
 
 PolarFunction = Callable[[Tensor], Tensor]
 
@@ -71,7 +72,7 @@ def product_update(
     References:
         arXiv 2606.12921, which writes the product as ABᵀ.
     """
-    weights, gradients = full_precision(weights), full_precision(gradients)
+    weights, gradients = Pair(*map(wide, weights)), Pair(*map(wide, gradients))
     dtype = weights.a.dtype
     with in_own_dtype(weights.a.device.type):
         whiten_a = whitening(weights.a, damping).to(dtype)  # (…, r, r)
@@ -168,8 +169,3 @@ def whitening(rows: Tensor, damping: float) -> Tensor:  # (…, r, l) -> (…, r
     lower = torch.linalg.cholesky_ex(damped).L
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
     return torch.where(mean > 0, inverse, 0.0)
-
-
-def full_precision(pair: Pair) -> Pair:
-    """Return the pair in float32, or as it is if it is float64."""
-    return Pair(*(t if t.dtype == torch.float64 else t.float() for t in pair))

@@ -12,14 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_muon.optimizer.lora import (
-    Pair,
-    PolarFunction,
-    full_precision,
-    whitening,
-    with_split_decay,
-)
+from hf_muon.optimizer.lora import Pair, PolarFunction, whitening, with_split_decay
 from hf_muon.polar import devices, in_own_dtype
+from hf_muon.stages import wide
 
 
 @torch.no_grad()
@@ -70,7 +65,7 @@ def tangent_update(
     """
     if iterations < 1:
         raise ValueError(f"tangent_update got iterations={iterations}; at least 1 is needed.")
-    weights, gradients = full_precision(weights), full_precision(gradients)
+    weights, gradients = Pair(*map(wide, weights)), Pair(*map(wide, gradients))
     dtype = weights.a.dtype
     with in_own_dtype(weights.a.device.type):
         whiten_a = whitening(weights.a, damping).to(dtype)  # (…, r, r)

@@ -36,9 +36,8 @@ def polargrad(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
 
 def soft(X: Tensor, polar: Polar, settings: Settings) -> Tensor:
     """U(Σ/σ₁)ᵖVᵀ, p = ``map_power``: the polar factor for p = 0, near 1 the matrix itself."""
-    wide = torch.promote_types(X.dtype, torch.float32)
-    U, S, Vh = torch.linalg.svd(X.to(wide), full_matrices=False)
-    kept = max(X.shape) * torch.finfo(wide).eps * S[:1] < S  # as in the exact polar factor
+    U, S, Vh = torch.linalg.svd(wide(X), full_matrices=False)
+    kept = max(X.shape) * torch.finfo(S.dtype).eps * S[:1] < S  # as in the exact polar factor
     shares = torch.where(kept, S / S[:1], 1.0) ** settings["map_power"]
     with in_own_dtype(X.device.type):
         found: Tensor = (U * (shares * kept)) @ Vh
