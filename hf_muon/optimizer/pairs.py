@@ -91,20 +91,12 @@ def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entr
     if not entries or not moves_pairs(entries[0].group):
         return [entry for entry in entries if entry in active]
     holder = {index: entry for entry in entries for index in entry.indices}
-    chosen = set()
-    for index, partner in enumerate(partners(entries[0].group)):
-        if index in holder and (holder[index] in active or holder[partner] in active):
-            chosen.add(holder[index])
+    chosen = {
+        holder[index]
+        for index, partner in enumerate(partners(entries[0].group))
+        if index in holder and (holder[index] in active or holder[partner] in active)
+    }
     return [entry for entry in entries if entry in chosen]
-
-
-def _split(group: Group, partner: int) -> str:
-    return (
-        f"lora_update={group['lora_update']!r} needs both factors of an adapter in one step, and "
-        f"{group['param_names'][partner]} is not in this one: DeepSpeed ZeRO-3 has put it into "
-        "another sub-group. Raise sub_group_size in the zero_optimization section of its config "
-        "(the default, 1e9, holds the adapters of any model), or use lora_update='factor'."
-    )
 
 
 def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], ...]:
@@ -126,7 +118,13 @@ def teams(group: Group, entries: Sequence[Entry]) -> tuple[tuple[Place, Place], 
             first += count
     for index, partner in enumerate(partners(group)):
         if index in places and partner not in places:
-            raise ValueError(_split(group, partner))
+            raise ValueError(
+                f"lora_update={group['lora_update']!r} needs both factors of an adapter in one "
+                f"step, and {group['param_names'][partner]} is not in this one: DeepSpeed ZeRO-3 "
+                "has put it into another sub-group. Raise sub_group_size in the zero_optimization "
+                "section of its config (the default, 1e9, holds the adapters of any model), or use "
+                "lora_update='factor'."
+            )
     return tuple(
         pair
         for index, partner in enumerate(partners(group))
