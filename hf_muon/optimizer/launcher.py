@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_muon.optimizer.buffers import buffers_of
 from hf_muon.optimizer.checkpoint import check_overwritten
 from hf_muon.optimizer.entries import Entry, Group
-from hf_muon.rules import rule_of
 
 
 def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None:
@@ -25,18 +25,12 @@ def complete_state(group: Group, state: dict[str, Tensor], flat: Tensor) -> None
     tensors of them. The step count is copied, since AdamW increments it in place and a loader may
     have shared one tensor; Muon's is read on the CPU.
     """
-    for name in _unused(group):
-        if name not in state or any(state[name].stride()):
+    used = {buffer.name for buffer in buffers_of(group)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in used and (name not in state or any(state[name].stride())):
             state[name] = flat.detach().new_zeros(()).expand(flat.shape)
     on_cpu = group["algorithm"] == "muon"
     state["step"] = state["step"].to("cpu", copy=True) if on_cpu else state["step"].clone()
-
-
-def _unused(group: Group) -> tuple[str, ...]:
-    if group["algorithm"] == "adamw":
-        return ()
-    used = {buffer.name for buffer in rule_of(group).buffers}
-    return tuple(name for name in ("exp_avg", "exp_avg_sq") if name not in used)
 
 
 def is_rehearsal(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> bool:
