@@ -201,8 +201,8 @@ def _states_of_adamw(
     state_dict: Mapping[str, Any], parameters: Sequence[Named]
 ) -> dict[str, State]:
     """Return each parameter's state by name; the groups of the Trainer's AdamW have no names."""
-    groups = state_dict["param_groups"]
-    sizes, expected = ([len(one) for one in kind] for kind in (_params(groups), parameters))
+    indices = [group["params"] for group in state_dict["param_groups"]]
+    sizes, expected = ([len(one) for one in kind] for kind in (indices, parameters))
     if sizes != expected:
         raise ValueError(
             f"The optimizer's groups have {sizes} parameters; the Trainer's AdamW has {expected} "
@@ -211,16 +211,12 @@ def _states_of_adamw(
             "weights."
         )
     found = {}
-    for members, indices in zip(parameters, _params(groups), strict=True):
-        for (name, parameter), index in zip(members, indices, strict=True):
+    for members, of_group in zip(parameters, indices, strict=True):
+        for (name, parameter), index in zip(members, of_group, strict=True):
             if state := state_dict["state"].get(index):
                 _check(name, _ADAMW, state, parameter)
                 found[name] = state
     return found
-
-
-def _params(groups: Sequence[Group]) -> list[list[Any]]:
-    return [group["params"] for group in groups]
 
 
 def _check(name: str, group: Group, state: Mapping[str, Any], parameter: Tensor) -> None:

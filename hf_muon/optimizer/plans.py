@@ -158,7 +158,7 @@ class Plan:
     def may_fail(self, trained: Sequence[Entry]) -> bool:
         """Whether a step on some of the entries may have to be undone."""
         states = (self._states[self._number[entry]] for entry in trained)
-        is_first = self.rule.may_refuse and not all(map(_counted, states))
+        is_first = self.rule.may_refuse and any(state["step"] <= 1 for state in states)
         return may_fail(self.rule, self.group, is_first)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -248,10 +248,6 @@ def momenta_of(entry: Entry, state: State) -> Sequence[Momentum]:
     if entry.group.get("momenta"):
         return entry.each(entry.group["momenta"])
     return [momentum_at(entry.group, int(state["step"]))] * len(entry.matrices)
-
-
-def _counted(state: State) -> bool:
-    return bool(state["step"] > 1)
 
 
 def _replaced(plan: Plan, entries: Sequence[Entry]) -> bool:
