@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_muon.config import MuonConfig
@@ -58,14 +58,9 @@ def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None
     Raises:
         ValueError: Names up to five of the parameters that differ, or a setting out of range.
     """
-    here, there = _routes(every), _routes([loaded])
-    names = sorted(
-        name
-        for name in _routes([own]).keys() | there.keys()
-        if here.get(name) != there.get(name, ("in another group", ()))
-    )
-    if names:
-        raise ValueError(_routing_message(names, here, there, "in another group"))
+    there = _routes([loaded])
+    names = _routes([own]).keys() | there.keys()
+    _compare_routes(_routes(every), there, names, absent="in another group")
     _loaded_settings(own, loaded, "A group")
     _warn_of_changes([(own, loaded)], stacklevel=4)
 
@@ -114,7 +109,11 @@ def _matched(own: Sequence[Group], saved: list[Group]) -> list[Group]:
     named = all("param_names" in group for group in (*own, *saved))
     if named:
         own, saved = without_wrappers(own), without_wrappers(saved)
-    mine, theirs = ([_identity(group, named) for group in side] for side in (own, saved))
+    # What torch's loader goes by: the names of a group in order, or their number.
+    mine, theirs = (
+        [tuple(group["param_names"]) if named else len(group["params"]) for group in side]
+        for side in (own, saved)
+    )
     if named:
         _compare_routes(_routes(own), _routes(saved))
         if mine != theirs and sorted(mine) == sorted(theirs):  # groups were added in another order
@@ -150,11 +149,6 @@ def without_wrappers(groups: Sequence[Group]) -> list[Group]:
 
 
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
-
-
-def _identity(group: Group, named: bool) -> Any:
-    """Return what torch's loader goes by: the names of a group in order, or their number."""
-    return tuple(group["param_names"]) if named else len(group["params"])
 
 
 def _labels(number: int, *groups: Group) -> list[str]:
@@ -197,19 +191,18 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _compare_routes(mine: dict[str, tuple[str, Any]], theirs: dict[str, tuple[str, Any]]) -> None:
-    names = mine.keys() | theirs.keys()
-    differing = sorted(name for name in names if mine.get(name) != theirs.get(name))
-    if differing:
-        raise ValueError(_routing_message(differing, mine, theirs))
-
-
-def _routing_message(
-    names: list[str],
+def _compare_routes(
     mine: dict[str, tuple[str, Any]],
     theirs: dict[str, tuple[str, Any]],
-    otherwise: str = "absent",
-) -> str:
+    among: Iterable[str] | None = None,
+    absent: str = "absent",
+) -> None:
+    """Raise if names have other routes; ``absent`` says what a name is that has none there."""
+    names = mine.keys() | theirs.keys() if among is None else among
+    differing = sorted(name for name in names if mine.get(name) != theirs.get(name))
+    if not differing:
+        return
+
     def said(routes: dict[str, tuple[str, Any]], name: str, otherwise: str) -> str:
         algorithm, inside = routes.get(name, (otherwise, ()))
         count = len(inside) if isinstance(inside, tuple) else 0
@@ -218,11 +211,11 @@ def _routing_message(
         return "AdamW" if algorithm == "adamw" else algorithm
 
     listed = "; ".join(
-        f"{name[:90]}: {said(theirs, name, otherwise)} there, {said(mine, name, 'absent')} here"
-        for name in names[:5]
+        f"{name[:90]}: {said(theirs, name, absent)} there, {said(mine, name, 'absent')} here"
+        for name in differing[:5]
     )
-    more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
-    return (
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise ValueError(
         f"The checkpoint's routing differs: {listed}{more}. Load it with the muon_params, "
         "adamw_params, conv, split_fused and split_heads it was trained with (its muon_report.json "
         "has them), or start the optimizer afresh."
