@@ -14,8 +14,8 @@ from typing import Any
 from hf_muon.diagnostics.gradients import matching, spread_evenly
 from hf_muon.diagnostics.whole import some_of
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
-from hf_muon.distributed.find import find_layout, replicate_ranks
-from hf_muon.distributed.layout import Layout, Matrix, Piece, Ranks
+from hf_muon.distributed.find import replicate_ranks
+from hf_muon.distributed.layout import Matrix, Piece, Ranks
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.entries import Entry, Group
 
@@ -127,15 +127,7 @@ class Watch:
         # Matrices stay where they are, so buckets are made once.
         key = tuple(map(tuple, names))
         if key not in self._buckets:
-            some = [some_of(_layout(e, replicate), n) for e, n in zip(kept, places, strict=True)]
+            some = [some_of(e.layout(replicate), n) for e, n in zip(kept, places, strict=True)]
             devices = [entry.device for entry in kept]
             self._buckets[key] = plan_buckets(some, devices, _LIMIT)
         return Watched(kept, names, self._buckets[key])
-
-
-def _layout(entry: Entry, replicate: Ranks) -> Layout:
-    """Return where the matrices of a tensor are."""
-    if entry.flat is None:
-        return find_layout(entry.tensor, entry.matrices, entry.name, replicate)
-    inside = [[Matrix(*matrix) for matrix in part] for part in entry.group["matrices"]]
-    return entry.flat.layout(inside)

@@ -49,13 +49,13 @@ class FlatTensor:
         """The spans that this rank holds."""
         return self.spans[self.ranks.index]
 
-    def layout(self, matrices: Sequence[Sequence[Matrix]]) -> Layout:
+    def layout(self, matrices: Sequence[Sequence[Any]]) -> Layout:
         """Return the layout of all matrices, in the order of :attr:`parameters`.
 
         Args:
-            matrices: Those of every parameter of the param group.
+            matrices: Those of every parameter of the param group, as tuples.
         """
-        places = [(number, matrix) for number in self.parameters for matrix in matrices[number]]
+        places = [(n, Matrix(*matrix)) for n in self.parameters for matrix in matrices[n]]
 
         def pieces(spans: Sequence[Span]) -> Any:
             of: dict[int, list[Span]] = defaultdict(list)

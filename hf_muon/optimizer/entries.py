@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from hf_muon.distributed.find import compute_device, is_dtensor
-from hf_muon.distributed.layout import Matrix
+from hf_muon.distributed.find import compute_device, find_layout, is_dtensor
+from hf_muon.distributed.layout import Layout, Matrix, Ranks
 from hf_muon.distributed.zero import FlatTensor, find_flat, is_flattened
 
 Group = dict[str, Any]
@@ -65,6 +65,12 @@ class Entry:
         """The name of the parameter that each of :attr:`matrices` belongs to."""
         inside = self.group["matrices"]
         return [self._name(index) for index in self.indices for _ in inside[index]]
+
+    def layout(self, replicate: Ranks) -> Layout:
+        """Return where its matrices are; ranks of ``replicate`` hold copies of plain tensors."""
+        if self.flat is not None:
+            return self.flat.layout(self.group["matrices"])
+        return find_layout(self.tensor, self.matrices, self.name, replicate)
 
     def each(self, values: Sequence[_T]) -> list[_T]:
         """Return the value for each of :attr:`matrices`, given one per parameter of the group."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit, bucket_elements, plan_buckets
-from hf_muon.distributed.find import find_layout, is_dtensor, local_gradient, locals_of
+from hf_muon.distributed.find import is_dtensor, local_gradient, locals_of
 from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.optimizer.agreement import check_placement
@@ -224,19 +224,15 @@ class Plans:
 
     def _layout(self, entry: Entry, replicate: Ranks) -> Layout:
         """Find the matrices of a tensor; done once for each kind of tensor."""
-        tensor, inside = entry.tensor, entry.group["matrices"]
-        if entry.flat is not None:
-            if entry.flat not in self._layouts:
-                of_all = [[Matrix(*matrix) for matrix in part] for part in inside]
-                self._layouts[entry.flat] = entry.flat.layout(of_all)
-            return self._layouts[entry.flat]
-        placing = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
-        has_copies = placing is not None or replicate.size > 1
-        divides = has_copies and _divides(entry)
-        shape, matrices = tuple(tensor.shape), inside[entry.indices[0]]
-        key = (shape, placing, matrices, divides, replicate, id(replicate.group))
+        tensor, divides = entry.tensor, False
+        key: Any = entry.flat
+        if entry.flat is None:
+            placing = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+            divides = (placing is not None or replicate.size > 1) and _divides(entry)
+            shape, matrices = tuple(tensor.shape), entry.group["matrices"][entry.indices[0]]
+            key = (shape, placing, matrices, divides, replicate, id(replicate.group))
         if key not in self._layouts:
-            found = find_layout(tensor, entry.matrices, entry.name, replicate)
+            found = entry.layout(replicate)
             self._layouts[key] = found if divides else dataclasses.replace(found, replicate=ALONE)
         return self._layouts[key]
 
