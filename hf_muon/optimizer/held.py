@@ -23,7 +23,7 @@ from hf_muon.distributed.portions import Portion, portions
 from hf_muon.optimizer.context import Step
 from hf_muon.optimizer.int8 import add_largest, decoded, encode
 from hf_muon.optimizer.lora_tangent import rescale
-from hf_muon.optimizer.parts import Part, Told, of_matrix, rows_of
+from hf_muon.optimizer.parts import Part, Told, of_matrix
 from hf_muon.polar import devices
 from hf_muon.stages import (
     NORMS,
@@ -115,12 +115,8 @@ class Held:
     def _part(self, portion: Portion) -> Part:
         kept = {name: portion.of(of_items) for name, of_items in self._entries.items()}
         for name, of_units in self._of_units.items():
-            kept[name] = [
-                of_units[unit]
-                if of_units[unit].dim() < 2
-                else rows_of(of_units[unit], piece.row, piece.rows, portion)
-                for unit, piece in portion.each(self.items)
-            ]
+            by_rows = all(one.dim() > 1 for one in of_units.values())
+            kept[name] = self._of_pieces(portion, of_units, by_rows=by_rows)
         momentum, scale = portion.key
         weights, shapes = portion.of(self.weights), portion.each(self._shapes)
         return Part(portion, momentum, scale, weights, kept, shapes, {})
@@ -174,8 +170,20 @@ class Held:
             if not stage.counts and self._coded.isdisjoint(stage.buffers):
                 part.told[id(stage)] = told
         if whole:
-            return told[0], told[1]._replace(whole=self._of_pieces(stage, part, whole))
+            by_rows = stage.statistic is not None and stage.statistic.of_rows
+            of_pieces = self._of_pieces(part.portion, whole, by_rows=by_rows)
+            return told[0], told[1]._replace(whole=of_pieces)
         return told
+
+    def _of_pieces(
+        self, portion: Portion, of_units: Mapping[Unit, Tensor], *, by_rows: bool
+    ) -> list[Tensor]:
+        """Return for each piece of a portion the tensor of its matrix, or the rows that it has."""
+        items = portion.each(self.items)
+        if not by_rows:
+            return [of_units[unit] for unit, _ in items]
+        found = [of_units[unit][piece.row : piece.row + piece.rows] for unit, piece in items]
+        return found if portion.rows is None else [one[portion.rows] for one in found]
 
     # --- whole matrices -------------------------------------------------------------------------
 
@@ -194,10 +202,7 @@ class Held:
             with step.guarded() as found:
                 found += statistic.measure(x, *self._told(step, stage, part))
                 _check_count(found, items)
-            totals = [sums[unit] for unit, _ in items]
-            if statistic.of_rows:
-                of_items = zip(totals, items, strict=True)
-                totals = [rows_of(of, p.row, p.rows, part.portion) for of, (_, p) in of_items]
+            totals = self._of_pieces(part.portion, sums, by_rows=statistic.of_rows)
             if found:  # the measurement did not fail
                 _add(totals, found, distinct=len({unit for unit, _ in items}) == len(items))
         yield from combined(flat, self.bucket.shard, by=self.bucket.device)
@@ -255,12 +260,6 @@ class Held:
             _check_count(found, units)
         return dict(zip(units, found or of_units, strict=True))
 
-    def _of_pieces(self, stage: Stage, part: Part, whole: Sums) -> list[Tensor]:
-        items = part.portion.each(self.items)
-        if not (stage.statistic and stage.statistic.of_rows):
-            return [whole[unit] for unit, _ in items]
-        return [rows_of(whole[u], piece.row, piece.rows, part.portion) for u, piece in items]
-
     # --- momentum in int8 -----------------------------------------------------------------------
 
     def _read_buffers(self, stage: Stage, part: Part) -> tuple[list[Tensor], ...]:
@@ -292,15 +291,16 @@ class Held:
                 yield from self._closed(buffer, parts, [kept[number] for kept in opened])
         return results
 
-    def _blocks(self, part: Part, buffer: Buffer, of_units: Mapping[Unit, Tensor]) -> list[Any]:
+    def _blocks(self, part: Part, of_units: Mapping[Unit, Tensor]) -> list[tuple[Tensor, int]]:
         """Return the block scales of each tensor of a portion, and its first column."""
+        scales = self._of_pieces(part.portion, of_units, by_rows=True)
         return [
-            (rows_of(of_units[unit], piece.row, piece.rows, part.portion), piece.col)
-            for unit, piece in part.portion.each(self.items)
+            (of_piece, piece.col)
+            for of_piece, (_, piece) in zip(scales, part.portion.each(self.items), strict=True)
         ]
 
     def _opened(self, part: Part, buffer: Buffer) -> list[Tensor]:
-        blocks = self._blocks(part, buffer, self._of_units[f"{buffer.name}_scale"])
+        blocks = self._blocks(part, self._of_units[f"{buffer.name}_scale"])
         both = zip(part.kept[buffer.name], blocks, strict=True)
         return [decoded(q, largest, first) for q, (largest, first) in both]
 
@@ -312,13 +312,13 @@ class Held:
         shapes = [tuple(kept[unit].shape) for unit in self.bucket.units]
         flat, sizes = self._zeros(shapes, torch.float32, self.device)
         for part, of_part in zip(parts, lists, strict=True):
-            for x, (largest, first) in zip(of_part, self._blocks(part, buffer, sizes), strict=True):
+            for x, (largest, first) in zip(of_part, self._blocks(part, sizes), strict=True):
                 add_largest(x, largest, first)
         yield from combined(flat, self.bucket.shard, dist.ReduceOp.MAX, self.bucket.device)
         for unit, largest in sizes.items():
             kept[unit].copy_(largest)
         for part, of_part in zip(parts, lists, strict=True):
-            blocks = self._blocks(part, buffer, kept)
+            blocks = self._blocks(part, kept)
             for x, q, (largest, first) in zip(of_part, part.kept[buffer.name], blocks, strict=True):
                 encode(x, q, largest, first)
 

@@ -37,9 +37,3 @@ def of_matrix(buffer: Buffer, unit: Unit, of_parameter: Tensor) -> Tensor:
     if buffer.kind == "rows":
         return of_one[:rows, None]
     return of_one if buffer.kind == "numbers" else of_one[:rows, : blocks_in(cols)]
-
-
-def rows_of(of_rows: Tensor, first: int, rows: int, portion: Portion) -> Tensor:
-    """Return the rows of a piece, or of a portion of it, from a tensor of its matrix's rows."""
-    of_piece = of_rows[first : first + rows]
-    return of_piece if portion.rows is None else of_piece[portion.rows]
