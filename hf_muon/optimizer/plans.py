@@ -32,7 +32,7 @@ from hf_muon.optimizer.momentum import momentum_at
 from hf_muon.optimizer.outliers import Outliers
 from hf_muon.optimizer.pairs import moves_pairs, partners, teams
 from hf_muon.optimizer.scaling import step_size
-from hf_muon.optimizer.step import may_fail, products_name, returned_dtype, wire_dtype
+from hf_muon.optimizer.step import products_name, returned_dtype, wire_dtype
 from hf_muon.polar import Workspace, devices
 from hf_muon.rules import rule_of
 from hf_muon.stages import Buffer, Momentum, Rule
@@ -157,9 +157,10 @@ class Plan:
 
     def may_fail(self, trained: Sequence[Entry]) -> bool:
         """Whether a step on some of the entries may have to be undone."""
+        if self.rule.may_fail or self.group["polar_method"] == "svd":  # which may not converge
+            return True
         states = (self._states[self._number[entry]] for entry in trained)
-        is_first = self.rule.may_refuse and any(state["step"] <= 1 for state in states)
-        return may_fail(self.rule, self.group, is_first)
+        return self.rule.may_refuse and any(bool(state["step"] <= 1) for state in states)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """Return each tensor that a step writes, with a copy."""

@@ -33,7 +33,6 @@ from hf_muon.optimizer.pair_maps import agreed_balance, due_for_balance, map_pai
 from hf_muon.polar import Workspace, compute_dtype, devices, orthogonalize, products_for
 from hf_muon.polar.precision import svd_dtype
 from hf_muon.rules import rule_of
-from hf_muon.stages import Rule
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
@@ -117,12 +116,6 @@ def _map_pairs(held: Held, step: Step, fill: Fill) -> Generator[None, None, Mapp
     return Mapped(results, None, due, balance)
 
 
-def may_fail(rule: Rule, settings: Settings, is_first: bool) -> bool:
-    """Whether a step may have to be undone; a decomposition may fail to converge."""
-    refuses = is_first and rule.may_refuse
-    return rule.may_fail or refuses or settings["polar_method"] == "svd"
-
-
 def _replacing(bucket: Bucket, step: Step) -> Callable[[Tensor], None]:
     """Return a function that replaces matrices by their map; after an error, by zeros."""
     whole, settings = step.rule.whole, step.settings
@@ -165,7 +158,7 @@ def polar_function(settings: Settings, workspace: Workspace | None = None) -> Ca
     )
 
 
-def products_name(settings: Settings, device: torch.device, is_fake: bool = False) -> str:
+def products_name(settings: Settings, device: torch.device, is_fake: bool) -> str:
     """Return the name of what multiplies on a device, after a check at first use.
 
     Raises:
