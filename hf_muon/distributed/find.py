@@ -79,11 +79,9 @@ def sent_to(device: torch.device, numbers: Sequence[int]) -> Tensor:
 
 
 def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
-    """Return the flags that are set on any rank of some groups.
+    """Return the flags that are set on any rank of some groups of several ranks.
 
-    Args:
-        flags: Integers, of the same shape and meaning on every rank.
-        members: Groups of several ranks, in the same order on each of them.
+    The flags are integers that mean the same on every rank; so does the order of the groups.
     """
     for ranks in members:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
@@ -93,9 +91,7 @@ def agreed(flags: Tensor, members: Iterable[Ranks]) -> Tensor:
 def sharing_ranks(parameters: Iterable[Any], replicate: Ranks) -> list[Ranks]:
     """Return the groups of ranks that train some tensors together.
 
-    Args:
-        parameters: Plain tensors, of which ``replicate`` holds copies, and DTensors.
-        replicate: Those ranks.
+    The ranks of ``replicate`` hold copies of the plain tensors among them.
     """
     meshes = dict.fromkeys([p.device_mesh for p in parameters if hasattr(p, "device_mesh")])
     if not meshes:
@@ -108,9 +104,7 @@ def sharing_ranks(parameters: Iterable[Any], replicate: Ranks) -> list[Ranks]:
 def compute_device(parameter: Any, flat: bool) -> torch.device:
     """Return where matrices are computed: the accelerator, even for weights offloaded to the CPU.
 
-    Args:
-        parameter: The tensor in the optimizer.
-        flat: Whether it is a flat tensor of DeepSpeed.
+    ``flat`` says that the parameter is a flat tensor of DeepSpeed.
     """
     device = local(parameter).device
     if flat:

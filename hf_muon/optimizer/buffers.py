@@ -65,13 +65,7 @@ def shape_of(entry: Entry, buffer: Buffer) -> tuple[int, ...]:
 
 
 def check_values(name: str, group: Group, parameter: Tensor, state: Any) -> None:
-    """Raise for state that cannot be trained with.
-
-    Args:
-        name: The parameter's name, for the message.
-        group: Its group.
-        parameter: The parameter that the state belongs to.
-        state: Its ``step`` and buffers, in any real dtype.
+    """Raise for the state of a parameter that cannot be trained with; any real dtype will do.
 
     Raises:
         ValueError: Something is missing, has another shape, is not a real tensor, or is not finite.
@@ -154,11 +148,7 @@ def step_count(value: Any) -> Tensor:
 
 
 def check_fit(group: Group, known: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
-    """Raise for state that no longer fits its tensor; cheap enough for every step.
-
-    Args:
-        group: A group.
-        known: Its tensors that have state, each with it.
+    """Raise for tensors of a group whose state no longer fits; cheap enough for every step.
 
     Raises:
         ValueError: A buffer is missing, or has another shape or dtype than it was created with.

@@ -48,12 +48,7 @@ def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) 
 
 
 def check_overwritten(loaded: Group, own: Group, every: Sequence[Group]) -> None:
-    """Check one group that a loader has written over.
-
-    Args:
-        loaded: What the loader wrote.
-        own: The group before.
-        every: All groups before.
+    """Check one group that a loader has written over; ``own`` and ``every`` are those before.
 
     Raises:
         ValueError: Names up to five of the parameters that differ, or a setting out of range.

@@ -23,11 +23,6 @@ def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: tor
     norm over all parameters would not do, because clipping makes it equal. Shards are skipped, and
     so are parameters for which some rank has no gradient.
 
-    Args:
-        entries: The entries of all parameters, the same on all ranks.
-        members: The groups of ranks that hold copies.
-        device: The device of messages.
-
     Raises:
         ValueError: Names the first parameter whose gradients differ.
     """

@@ -93,13 +93,7 @@ def beside(X: Tensor, rows: Tensor) -> Tensor:  # (…, r, n) -> (…, r, n)
 def polar_of_product(
     left: Tensor, right: Tensor, polar: PolarFunction
 ) -> tuple[Tensor, Tensor]:  # (…, m, k), (…, k, n) with k at most 2r
-    """Return O(LR) as a product: the polar factor of a small core between orthonormal bases.
-
-    Args:
-        left: L, (…, m, 2r).
-        right: R, (…, 2r, n).
-        polar: Maps matrices to their polar factors.
-    """
+    """Return O(LR) as a product: the polar factor of a small core between orthonormal bases."""
     basis_left, core_left = orthonormal(left)  # (…, m, k), (…, k, 2r)
     basis_right, core_right = orthonormal(right.mT)
     core = polar(core_left @ core_right.mT).to(left.dtype)

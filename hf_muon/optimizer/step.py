@@ -36,12 +36,7 @@ from hf_muon.rules import rule_of
 
 
 def bucket_step(held: Held, step: Step) -> Generator[None, None, None]:
-    """Follow the rule through one bucket; yields while ranks communicate.
-
-    Args:
-        held: This rank's share of a bucket.
-        step: The data of its group in this step.
-    """
+    """Follow the rule through one bucket; yields while ranks communicate."""
     rule = step.rule
     if step.settings["skip_zero_gradients"]:
         held = yield from held.moving(step, step.gradients, rule.whole.of_pairs)
@@ -175,12 +170,7 @@ def products_name(settings: Settings, device: torch.device, is_fake: bool) -> st
 def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which inputs travel: the compute dtype, except float16 (range too small).
 
-    LoRA pairs travel with their weights, in full precision.
-
-    Args:
-        settings: Of the param group.
-        dtype: Of the parameters.
-        device: Where their polar factors are computed.
+    LoRA pairs travel with their weights, in full precision. ``dtype`` is that of the parameters.
     """
     if settings["lora_update"] != "factor":
         return torch.promote_types(dtype, torch.float32)
@@ -192,15 +182,10 @@ def wire_dtype(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
 
 
 def returned_dtype(settings: Settings, wire: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype in which results travel back from their owners.
+    """Return the dtype in which results travel back from their owners; ``wire`` is that of inputs.
 
     float16 holds polar factors that were computed in it: their entries are at most 1.2. The results
     of other maps may be of any size.
-
-    Args:
-        settings: Of the param group.
-        wire: The dtype in which inputs travel.
-        device: Where their polar factors are computed.
     """
     whole = rule_of(settings).whole
     if not whole.replaces or settings["polar_method"] == "svd":
