@@ -285,7 +285,7 @@ def _say_too_small(groups: Sequence[Sequence[Entry]]) -> None:
         warnings.warn(
             f"The gradient is too small for momentum in float16, which stays zero, in "
             f"{_listed(small)}. Set momentum_dtype='bfloat16' or 'float32'.",
-            stacklevel=5,
+            stacklevel=7,
         )
 
 

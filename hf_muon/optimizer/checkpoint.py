@@ -43,7 +43,7 @@ def checked(own: Sequence[Group], state_dict: Mapping[str, Any], stepped: bool) 
         for number, (mine, theirs) in enumerate(zip(own, groups, strict=True))
     ]
     state = _loaded_state(own, loaded, state_dict["state"], stepped)
-    _warn_of_changes(list(zip(own, loaded, strict=True)), stacklevel=7)
+    _warn_of_changes(list(zip(own, loaded, strict=True)), stacklevel=8)
     return {**state_dict, "state": state, "param_groups": loaded}
 
 
@@ -165,7 +165,7 @@ def _warn_of_another_order(saved: list[Group], ordered: list[Group]) -> None:
             "The checkpoint has the same groups in another order, and they were matched by name. "
             "The state of a learning-rate scheduler goes by position: do not load it, or give its "
             f"base_lrs the order {rates[1]}.",
-            stacklevel=8,
+            stacklevel=9,
         )
 
 
@@ -329,6 +329,6 @@ def _loaded_state(
         warnings.warn(
             f"The checkpoint holds no state for {len(missing)} of {trained} trained parameters: "
             f"{listed}{more}. Their momentum starts from zero.",
-            stacklevel=7,
+            stacklevel=8,
         )
     return state

@@ -64,8 +64,9 @@ def test_float16_momentum_has_its_own_range():
 def test_gradients_below_the_range_of_float16_momentum_are_said_once():
     optimizer, matrix, _ = two_halves(momentum_dtype="float16")
     matrix.grad = torch.full((6, 9), 1e-9)
-    with pytest.warns(UserWarning, match=r"too small for momentum in float16.* in w"):
+    with pytest.warns(UserWarning, match=r"too small for momentum in float16.* in w") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__
     with mock.patch("warnings.warn") as warned:
         optimizer.step()
     assert not warned.called

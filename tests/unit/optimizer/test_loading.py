@@ -130,8 +130,11 @@ def test_missing_state_is_said(gone, said):
     saved = copy.deepcopy(optimizer.state_dict())
     for number in gone:
         del saved["state"][number]
-    with pytest.warns(UserWarning, match=f"no state for {said} trained parameters: 0.weight"):
+    with pytest.warns(
+        UserWarning, match=f"no state for {said} trained parameters: 0.weight"
+    ) as caught:
         optimizer.load_state_dict(saved)
+    assert caught[0].filename == __file__
     train(net, optimizer, 1, seed=2)
 
 
@@ -202,6 +205,7 @@ def test_rates_that_were_passed_and_do_not_train_are_said_once(scheduled):
     _, other, _ = build_one(0.05, adamw_lr=0.01, weight_decay=0.2)
     with pytest.warns(UserWarning, match="settings are used") as caught:
         other.load_state_dict(saved)
+    assert caught[0].filename == __file__
     assert [str(w.message).partition("'s: ")[2] for w in caught] == [
         "lr=0.02 (not 0.05), weight_decay=0.1 (not 0.2), adamw_lr=0.003 (not 0.01), "
         "adamw_weight_decay=0.1 (not 0.2)"
@@ -266,8 +270,11 @@ def at_once(lr=0.02):
 
 def test_a_grown_optimizer_is_loaded_into_one_built_at_once():
     source, target = grown(), at_once()
-    with pytest.warns(UserWarning, match=r"scheduler goes by position.*\[0.02, 0.02, 0.01\]"):
+    with pytest.warns(
+        UserWarning, match=r"scheduler goes by position.*\[0.02, 0.02, 0.01\]"
+    ) as caught:
         target.load_state_dict(through_a_file(source.state_dict()))
+    assert caught[0].filename == __file__
     for group in source.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             same_group = next(g for g in target.param_groups if name in g["param_names"])
