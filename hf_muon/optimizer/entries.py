@@ -129,8 +129,8 @@ class Origins:
         return [self._of_group(group) for group in groups]
 
     def _of_group(self, group: Group) -> list[Entry]:
-        known, tensors = self._entries.get(group["group_id"], ([], None)), group["params"]
-        entries, of_group = known
+        entries, of_group = self._entries.get(group["group_id"], ([], None))
+        tensors = group["params"]
         same = of_group is group and len(entries) == len(tensors)
         if same and all(map(is_, [entry.tensor for entry in entries], tensors)):
             return entries

@@ -111,11 +111,10 @@ def complete_group(group: Group, config: MuonConfig) -> Group:
     tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     if not tensors:
         raise ValueError("A param group is empty; checkpoints cannot hold empty groups.")
-    muon = group["algorithm"] == "muon"
     _check_keys(group, config)
     group.update(hyperparameters(group, config))
     _check_dtypes(group, tensors)
-    if muon:
+    if group["algorithm"] == "muon":
         given = group.get("matrices") or [_default(p) for p in tensors]
         group["matrices"] = tuple(tuple(map(plain, inside)) for inside in given)
         for key in {"pairs", "factors", "scalings", "momenta"} & group.keys():
