@@ -38,6 +38,11 @@ class Agreement:
     """What the ranks that train together have agreed on so far."""
 
     def __init__(self) -> None:
+        self._flags: dict[int, int] = {}  # by group: their number, which all ranks know to be equal
+        self.forget()
+
+    def forget(self) -> None:
+        """Compare again before the next step."""
         # By the first entry of what was compared; weak, so as not to keep it alive.
         self._compared: WeakKeyDictionary[Entry, int] = WeakKeyDictionary()
         self._said_small = False
@@ -46,6 +51,7 @@ class Agreement:
         self,
         groups: Sequence[Sequence[Entry]],
         members: Sequence[Ranks],
+        replicate: Ranks,
         problem: Exception | None,
         facts: Callable[[], Facts],
     ) -> set[Entry]:
@@ -54,8 +60,9 @@ class Agreement:
         Args:
             groups: The entries of each group in this call.
             members: The groups of several ranks that must agree.
+            replicate: The ranks that hold copies of the plain tensors.
             problem: The error that this rank met in preparing the step, if any.
-            facts: Returns what else must be the same on all ranks; called only once.
+            facts: Returns what else must be the same on all ranks; called when ranks compare.
 
         Raises:
             ValueError: Settings differ, or a gradient is sparse or complex.
@@ -73,13 +80,19 @@ class Agreement:
 
         rank = _Rank(groups, members, entries[0].device, problem, fine)
         settings, key = _settings(groups), hash(tuple(entries))
-        if self._compared.get(entries[0]) != key:
-            # Before the first message, whose length depends on what is compared.
-            _told(rank, {**settings, **facts()}, [])
-            check_copies(entries, members, rank.device)
-        small, *active = _told(rank, settings, [int(e.tensor.grad is not None) for e in entries])
+        flags = [int(entry.tensor.grad is not None) for entry in entries]
+        number = entries[0].group["group_id"]
+        compares, known = self._compared.get(entries[0]) != key, self._flags.get(number)
+        if known is not None:
+            # A rank that has to compare, perhaps alone, sends as many flags as the others expect.
+            said = [1, *[0] * known] if compares else [0, *flags]
+            small, compares, *active = _told(rank, settings, said)
+        if compares:
+            _told(rank, {**settings, **facts()}, [])  # ranks may have other numbers of entries
+            check_copies(entries, replicate, rank.device)
+            small, _, *active = _told(rank, settings, [0, *flags])
         self._say(groups, [False, bool(small)])
-        self._compared[entries[0]] = key
+        self._compared[entries[0]], self._flags[number] = key, len(flags)
         return {entry for entry, flag in zip(entries, active, strict=True) if flag}
 
     def _say(self, groups: Sequence[Sequence[Entry]], doubts: Sequence[bool]) -> None:

@@ -16,17 +16,23 @@ from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.entries import Entry
 
 
-def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: torch.device) -> None:
+def check_copies(entries: Sequence[Entry], replicate: Ranks, device: torch.device) -> None:
     """Raise on all ranks if the gradients of whole tensors were not averaged.
 
     Averaged gradients agree bit by bit, so their norms differ at most in the last few bits. The
     norm over all parameters would not do, because clipping makes it equal. Shards are skipped, and
     so are parameters for which some rank has no gradient.
 
+    Args:
+        entries: All entries of a step.
+        replicate: The ranks that hold copies of the plain tensors among them.
+        device: Where messages are sent from.
+
     Raises:
         ValueError: Names the first parameter whose gradients differ.
     """
-    if any(entry.flat is not None or is_dtensor(entry.tensor) for entry in entries):
+    entries = [e for e in entries if e.flat is None and not is_dtensor(e.tensor)]
+    if replicate.size == 1 or not entries:
         return
     norms = torch.zeros(len(entries), dtype=torch.float32, device="cpu")
     given = {n: e.tensor.grad for n, e in enumerate(entries) if e.tensor.grad is not None}
@@ -34,7 +40,7 @@ def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: tor
         found = torch._foreach_norm(list(given.values()))
         norms[list(given)] = torch.stack([one.float().to(device) for one in found]).cpu()
     bits = norms.view(torch.int32)  # grow with the norm, by 2²³ when it doubles
-    told = agreed(sent_to(device, torch.cat([bits, -bits]).tolist()), members).cpu()
+    told = agreed(sent_to(device, torch.cat([bits, -bits]).tolist()), [replicate]).cpu()
     most, least = told.chunk(2)
     other = ((most + least > 2**7) & (least < 0)).nonzero().flatten().tolist()
     if other:
@@ -43,7 +49,8 @@ def check_copies(entries: Sequence[Entry], members: Sequence[Ranks], device: tor
             "The ranks have copies of the model but different gradients, of norm "
             f"{norm:.6g} here in {entry.name}: nobody has averaged them, and each rank would train "
             "on its own. Call the model that DistributedDataParallel has wrapped, not the one "
-            "inside, and leave no_sync() for the last part of a batch. With the Trainer do not "
-            "evaluate or predict before train(): transformers (5.23) then trains without DDP. No "
-            "parameter and no state was changed."
+            "inside, and leave no_sync() for the last part of a batch. FSDP2 averages none of its "
+            "ignored_params: do that before the step. With the Trainer do not evaluate or predict "
+            "before train(): transformers (5.23) then trains without DDP. No parameter and no "
+            "state was changed."
         )

@@ -125,8 +125,8 @@ class Muon(Optimizer):
 
     def _forget(self) -> None:
         """Plan and agree again before the next step."""
-        self._plans, self._workspace, self._agreement = Plans(), Workspace(), Agreement()
-        self._graphed = Graphed()
+        self._plans, self._workspace, self._graphed = Plans(), Workspace(), Graphed()
+        self.__dict__.setdefault("_agreement", Agreement()).forget()
         self._is_checked = False  # whether a step has checked state that others may have edited
 
     @property
@@ -173,7 +173,9 @@ class Muon(Optimizer):
         if groups:
             members = self._members(groups)
             plans, problem = self._prepared(groups)
-            active = self._agreement.reach(groups, members, problem, lambda: _facts(plans))
+            facts = partial(self._facts, groups, plans)
+            replicate = replicate_ranks(self.replicate_group)
+            active = self._agreement.reach(groups, members, replicate, problem, facts)
             trained = [taking_part(entries, active) for entries in groups]
             self._train_matrices(plans, trained, members)
             for entries in trained:
@@ -274,6 +276,17 @@ class Muon(Optimizer):
         found += [entry.flat.ranks for entry in entries if entry.flat is not None]
         return [ranks for ranks in dict.fromkeys(found) if ranks.size > 1]
 
+    def _facts(self, groups: list[list[Entry]], plans: Iterable[Plan | None]) -> dict[str, Any]:
+        """Return what must be the same on all ranks, besides the settings."""
+        facts: dict[str, Any] = {}
+        for entries in filter(None, groups):
+            group, states = entries[0].group, [self.state[entry.tensor] for entry in entries]
+            counts = {int(state["step"]) for state in states if "step" in state}
+            facts[f"earlier steps of {group['algorithm']} group {group['group_id']}"] = counts
+        for plan in filter(None, plans):
+            facts.update(plan.facts())
+        return facts
+
     def _create_state(self) -> None:
         """Create the state of every trained tensor at the first step, with or without a gradient.
 
@@ -349,10 +362,6 @@ class Muon(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _facts(plans: Iterable[Plan | None]) -> dict[str, Any]:
-    return {key: value for plan in plans if plan for key, value in plan.facts().items()}
 
 
 def _several_ranks() -> bool:
