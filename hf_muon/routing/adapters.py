@@ -12,12 +12,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from hf_muon.distributed.layout import Matrix
-from hf_muon.routing.matrices import Matrices, expert_fan_out, whole
+from hf_muon.routing.matrices import Matrices, expert_fan_out, stack, whole
 from hf_muon.routing.survey import shape_of, unwrapped
 
 Factor = Literal["A", "B"]
@@ -77,41 +77,25 @@ def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
     # The base layer follows the ordinary rules: a norm trained along with LoRA stays a norm.
     kind = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     found = {
-        id(parameter): Adapter(f"adapter: {_container(name)} of {kind}, no factor of a linear map")
+        id(parameter): Adapter(f"adapter: {container} of {kind}, no factor of a linear map")
         for name, parameter in layer.named_parameters()
-        if name.split(".")[0] not in ("base_layer", "original_module")
+        if (container := name.split(".")[0]) not in ("base_layer", "original_module")
     }
-    for pair in _pairs(layer):
-        a, b = pair.a.weight, pair.b.weight
+    for a, b, scaling, is_dora in _pairs(layer):
         cut_a, cut_b = _factor_matrices(layer, a, b)
-        paired = bool(cut_a and cut_b and a.requires_grad and b.requires_grad)
+        paired = cut_a and cut_b and a.requires_grad and b.requires_grad
+        of_a, of_b = (b, a) if paired else (None, None)
         if cut_a:
-            found[id(a)] = _factor("A", cut_a, b if paired else None, pair)
+            found[id(a)] = Adapter("adapter: LoRA factor A", cut_a, "A", of_a, scaling, is_dora)
         if cut_b:
-            found[id(b)] = _factor("B", cut_b, a if paired else None, pair)
+            found[id(b)] = Adapter("adapter: LoRA factor B", cut_b, "B", of_b, scaling, is_dora)
         if not cut_a and not cut_b:
             found[id(a)] = found[id(b)] = Adapter(f"adapter: {OF_RANK_ONE}")
     return found
 
 
-def _factor(factor: Factor, matrices: Matrices, partner: Tensor | None, pair: _Pair) -> Adapter:
-    reason = f"adapter: LoRA factor {factor}"
-    return Adapter(reason, matrices, factor, partner, pair.scaling, pair.is_dora)
-
-
-def _container(name: str) -> str:
-    return name.split(".")[0]
-
-
-class _Pair(NamedTuple):
-    a: nn.Linear
-    b: nn.Linear
-    scaling: float
-    is_dora: bool
-
-
-def _pairs(layer: Any) -> Iterator[_Pair]:
-    """Yield the linear A and B of each adapter of a LoRA layer, with its scaling.
+def _pairs(layer: Any) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+    """Yield A, B, the scaling, and whether it is DoRA, for each linear adapter of a LoRA layer.
 
     AdaLoRA derives from LoRA, but its A and B are singular vectors that a penalty keeps orthogonal;
     they are not free matrices.
@@ -123,44 +107,29 @@ def _pairs(layer: Any) -> Iterator[_Pair]:
     for adapter in layer.lora_A:
         first, second = layer.lora_A[adapter], layer.lora_B[adapter]
         if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-            is_dora = bool(layer.use_dora.get(adapter))
-            yield _Pair(first, second, float(layer.scaling[adapter]), is_dora)
+            scaling, is_dora = float(layer.scaling[adapter]), bool(layer.use_dora.get(adapter))
+            yield first.weight, second.weight, scaling, is_dora
 
 
 def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrices, Matrices]:
-    """Return the matrices of A (r, in) and B (out, r); one per expert for a stack of experts."""
+    """Return the matrices of A (r, in) and B (out, r); one per expert for a stack of experts.
+
+    For a stack, PEFT's A (experts · r, in) holds the experts in consecutive rows; its B
+    (out, r · experts) holds expert e in the columns e, e + experts, ….
+    """
     shape_a, shape_b = shape_of(first), shape_of(second)
-    experts = int(getattr(layer, "num_experts", 1)) if _wraps_parameter(layer) else 1
+    wrapper = importlib.import_module("peft.tuners.lora.layer").ParamWrapper
+    experts = int(getattr(layer, "num_experts", 1)) if isinstance(layer, wrapper) else 1
     if experts == 1:
         return _if_matrix(shape_a), _if_matrix(shape_b)
-    return _expert_factors(layer, shape_a, shape_b, experts)
-
-
-def _expert_factors(
-    layer: Any, shape_a: tuple[int, ...], shape_b: tuple[int, ...], experts: int
-) -> tuple[Matrices, Matrices]:
-    """Return one matrix per expert, in the layout of PEFT's ``ParamWrapper``.
-
-    A (experts · r, in) holds the experts in consecutive rows; B (out, r · experts) holds expert e
-    in the columns e, e + experts, ….
-    """
     rank, inputs, outputs = shape_a[0] // experts, shape_a[1], shape_b[0]
     # PEFT assumes (experts, out, in) for a stack that does not declare its layout. If it is really
     # (experts, in, out), A and B change sides; so their fan-out is left undeclared.
     fan_out_dim = None if expert_fan_out(layer.get_base_layer()) is None else 0
     strides = (rank * experts, experts)
-    of_a = (
-        Matrix(e * rank * inputs, (rank, inputs), (inputs, 1), fan_out_dim) for e in range(experts)
-    )
+    of_a = stack((experts, rank, inputs), fan_out_dim) if min(rank, inputs) > 1 else ()
     of_b = (Matrix(e, (outputs, rank), strides, fan_out_dim) for e in range(experts))
-    cut_a = tuple(of_a) if min(rank, inputs) > 1 else ()
-    cut_b = tuple(of_b) if min(rank, outputs) > 1 else ()
-    return cut_a, cut_b
-
-
-def _wraps_parameter(layer: Any) -> bool:
-    wrapper = importlib.import_module("peft.tuners.lora.layer").ParamWrapper
-    return isinstance(layer, wrapper)
+    return of_a, tuple(of_b) if min(rank, outputs) > 1 else ()
 
 
 def _if_matrix(shape: tuple[int, ...]) -> Matrices:
