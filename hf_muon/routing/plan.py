@@ -26,8 +26,8 @@ from torch.distributed import get_node_local_rank
 from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
 from hf_muon.routing.route import Route, param_groups
-from hf_muon.routing.rules import Context, Decision, Overrides, decide
-from hf_muon.routing.survey import WRAPPERS, Candidate, Survey, survey, trainable
+from hf_muon.routing.rules import Context, Decision, decide
+from hf_muon.routing.survey import WRAPPERS, Survey, survey, trainable
 from hf_muon.routing.table import render
 from hf_muon.rules import kept_by
 from hf_muon.values import near
@@ -36,13 +36,7 @@ logger = logging.getLogger(__name__)
 
 # What Trainer.get_decay_parameter_names excludes from weight decay (transformers 5.23).
 UNDECAYED_LAYERS = [nn.LayerNorm]
-UNDECAYED_NAMES = [
-    r"bias",
-    r"layernorm",
-    r"rmsnorm",
-    r"(?:^|\.)norm(?:$|\.)",
-    r"_norm(?:$|\.)",
-]
+UNDECAYED_NAMES = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 @dataclass(frozen=True)
@@ -205,16 +199,14 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         ValueError: A pattern matches nothing, or sends a parameter without matrices to Muon.
     """
     config = MuonConfig() if config is None else config
-    facts, of_adapters = survey(model), adapters(model)
-    overrides = Overrides(
-        muon=_matched("muon_params", config.muon_params, facts),
-        adamw=_matched("adamw_params", config.adamw_params, facts),
-    )
-    asked = (config.split_fused, config.split_heads, config.conv)
-    decisions = [
-        decide(Context(c, facts, of_adapters.get(id(c.parameter)), overrides, *asked))
+    facts, peft = survey(model), adapters(model)
+    muon = _matched("muon_params", config.muon_params, facts)
+    adamw = _matched("adamw_params", config.adamw_params, facts)
+    contexts = [
+        Context(c, muon.get(c.name), adamw.get(c.name), peft.get(id(c.parameter)), facts, config)
         for c in facts.candidates
     ]
+    decisions = list(map(decide, contexts))
     names = {
         id(candidate.parameter): candidate.name
         for candidate, decision in zip(facts.candidates, decisions, strict=True)
@@ -222,7 +214,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
     }
     decayed, factors = _decayed_names(model), _lr_factors(config.lr_factors, facts)
 
-    def finished(candidate: Candidate, decision: Decision) -> Route:
+    def finished(context: Context, decision: Decision) -> Route:
+        candidate, adapter = context.candidate, context.adapter
         made = Route(
             name=candidate.name,
             shape=candidate.shape,
@@ -232,12 +225,11 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
             decay=candidate.raw_name in decayed,
             lr_multiplier=factors.get(candidate.name, 1.0),
         )
-        adapter = of_adapters.get(id(candidate.parameter))
         if adapter is None or adapter.factor is None or decision.algorithm != "muon":
             return made
         return _of_factor(made, adapter, names.get(id(adapter.partner)), config.lora_update)
 
-    routes = tuple(map(finished, facts.candidates, decisions))
+    routes = tuple(map(finished, contexts, decisions))
     if config.lora_update != "factor" and not any(route.factor for route in routes):
         raise ValueError(
             f"lora_update={config.lora_update!r} is for LoRA factors, and Muon trains none in this "
@@ -334,10 +326,10 @@ def _lr_factors(by_pattern: dict[str, float], facts: Survey) -> dict[str, float]
 
 def _check_rates_of_pairs(routes: Iterable[Route]) -> None:
     """Raise if the A and B of a pair that is updated together have different learning rates."""
-    factors = {one.name: one.lr_multiplier for one in routes}
+    factors: dict[str | None, float] = {one.name: one.lr_multiplier for one in routes}
     for one in routes:
-        moved = one.pair is not None and one.lora_update != "factor"
-        if moved and one.pair is not None and factors[one.pair] != one.lr_multiplier:
+        together = one.pair is not None and one.lora_update != "factor"
+        if together and factors[one.pair] != one.lr_multiplier:
             raise ValueError(
                 f"lr_multipliers gives {one.name} the factor {one.lr_multiplier:g} and {one.pair} "
                 f"{factors[one.pair]:g}, and lora_update={one.lora_update!r} moves both together: "

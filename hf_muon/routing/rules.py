@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from hf_muon.config import Conv
+from hf_muon.config import MuonConfig
 from hf_muon.routing import fused, heads, matrices
 from hf_muon.routing.adapters import Adapter
 from hf_muon.routing.matrices import Matrices
@@ -34,29 +34,19 @@ CONVOLUTIONS = (
 # Routers of mixtures of experts. A ForgetGate or a GatedMLP is not one.
 ROUTER_CLASS = re.compile(r"Router(?:MLP|Linear)?$|Top[kK\d]+Gat(?:e|ing)$|Mo[Ee](?:V\d+)?Gate$")
 EXPERT_CLASS = re.compile(r"Experts?$")
-ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 PROJECTOR_PATHS = ("projector", "multi_modal", "connector", "visual")
 
 
 @dataclass(frozen=True)
-class Overrides:
-    """The user's patterns: for each parameter that one matches, the pattern."""
-
-    muon: dict[str, str] = field(default_factory=dict)
-    adamw: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Context:
-    """One trainable parameter and everything the rules may ask about it."""
+    """One trainable parameter, with the user's patterns for it, and what the rules may ask."""
 
     candidate: Candidate
-    survey: Survey
+    muon_pattern: str | None
+    adamw_pattern: str | None
     adapter: Adapter | None
-    overrides: Overrides
-    split_fused: bool = False
-    split_heads: bool = False
-    conv: Conv = "adamw"
+    survey: Survey
+    config: MuonConfig
 
     @property
     def owner(self) -> nn.Module:
@@ -77,7 +67,7 @@ class Context:
     def is_flattened(self) -> bool:
         """Whether the parameter is a convolution kernel that the user wants flattened."""
         is_kernel = self.candidate.leaf == "weight" and isinstance(self.owner, CONVOLUTIONS)
-        return self.conv == "flatten" and is_kernel
+        return self.config.conv == "flatten" and is_kernel
 
 
 @dataclass(frozen=True)
@@ -99,22 +89,17 @@ def adamw(reason: str) -> Decision:
 
 def decide(context: Context) -> Decision:
     """Return the decision of the first rule that makes one."""
-    for rule in RULES:
-        decision = rule(context)
-        if decision is not None:
-            return decision
-    raise AssertionError("the last rule takes everything")
+    return next(found for rule in RULES if (found := rule(context)))  # the last takes everything
 
 
 def user_override(context: Context) -> Decision | None:
     """The user's patterns come first; an AdamW pattern may make exceptions to a Muon pattern."""
-    name = context.candidate.name
-    if pattern := context.overrides.adamw.get(name):
-        return adamw(f"user: adamw_params {pattern!r}")
-    pattern = context.overrides.muon.get(name)
-    if pattern is None:
+    if context.adamw_pattern is not None:
+        return adamw(f"user: adamw_params {context.adamw_pattern!r}")
+    if context.muon_pattern is None:
         return None
-    return Decision("muon", f"user: muon_params {pattern!r}", forced_matrices(context, pattern))
+    reason = f"user: muon_params {context.muon_pattern!r}"
+    return Decision("muon", reason, forced_matrices(context))
 
 
 def adapter(context: Context) -> Decision | None:
@@ -208,10 +193,9 @@ def kernel(context: Context) -> Decision | None:
     if not context.is_flattened:
         return None
     found = matrices.flattened_kernel(context.owner, context.shape)
-    return Decision("muon", "conv, flattened", found) if found else adamw(_NO_MATRIX)
-
-
-_NO_MATRIX = "conv, a vector for each group"  # depthwise: one filter per channel
+    if not found:  # depthwise: one filter per channel
+        return adamw("conv, a vector for each group")
+    return Decision("muon", "conv, flattened", found)
 
 
 def experts(context: Context) -> Decision | None:
@@ -248,7 +232,7 @@ def is_linear_map(context: Context) -> bool:
     if len(context.shape) != 2:
         return False
     if isinstance(owner, nn.MultiheadAttention):
-        return leaf in ATTENTION_MATRICES
+        return leaf in heads.RAW
     return leaf == "weight" and (
         isinstance(owner, nn.Linear) or matrices.columns_are_outputs(owner)
     )
@@ -257,13 +241,13 @@ def is_linear_map(context: Context) -> bool:
 def hidden(context: Context, kind: str) -> Decision:
     """A hidden weight: whole, one matrix per expert, or split into maps or heads on request."""
     projection = fused.projection_of(context.candidate)
-    if context.split_heads and heads.is_of_heads(projection):
+    if context.config.split_heads and heads.is_of_heads(projection):
         cut = heads.split(projection)
         if cut is not None:
             reason = f"{kind}, per head: {projection.name} holds {len(cut)}"
             return Decision("muon", reason, cut)
         kind = f"{kind}, no heads declared: not split by them"
-    if context.split_fused:
+    if context.config.split_fused:
         cut = fused.split(projection)
         if cut is not None:
             return Decision("muon", f"{kind}, fused: {projection.name} is split", cut)
@@ -278,7 +262,7 @@ def hidden(context: Context, kind: str) -> Decision:
     return Decision("muon", kind, _uncut(context))
 
 
-def forced_matrices(context: Context, pattern: str) -> Matrices:
+def forced_matrices(context: Context) -> Matrices:
     """Return the matrices of a parameter that the user sends to Muon; raise if it has none."""
     if context.adapter is not None and context.adapter.matrices:
         return context.adapter.matrices
@@ -291,7 +275,7 @@ def forced_matrices(context: Context, pattern: str) -> Matrices:
         found = _uncut(context)
     if not found:
         raise ValueError(
-            f"muon_params {pattern!r} names {context.candidate.name}, which has shape "
+            f"muon_params {context.muon_pattern!r} names {context.candidate.name}, which has shape "
             f"{context.shape} and holds no matrix to orthogonalize. Muon takes linear weights, "
             "(experts, m, n) stacks and convolution kernels; narrow the pattern, or except the "
             "parameter through adamw_params."
