@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_muon.routing.fused import of_transformers
+from hf_muon.routing.fused import classes, of_transformers
 from hf_muon.routing.heads import number
 from hf_muon.routing.matrices import columns_are_outputs
 from hf_muon.routing.survey import named_modules, shape_of
@@ -47,13 +47,26 @@ class Attention:
 
     name: str
     module: nn.Module
-    heads: int
     layout: Layout
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        if self.layout.factors is separate:
+            query = self.module.get_submodule("q_proj")
+            return outputs(query) // _required(self.module, "head_dim")
+        return _required(self.module, "num_heads", "num_attention_heads")
 
     @property
     def projections(self) -> dict[str, nn.Module]:
         """The linear layers to scale."""
-        return _projections(self.module, self.layout)
+        found = {part: getattr(self.module, part, None) for part in self.layout.projections}
+        return {part: one for part, one in found.items() if isinstance(one, nn.Module)}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether one of these layers is trained."""
+        return any(p.requires_grad for one in self.projections.values() for p in one.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,13 +135,9 @@ def _padded(factors: Tensor, total: int) -> Tensor:
     return torch.cat((factors, factors.new_ones(total - len(factors))))
 
 
-def _users(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
 LAYOUTS = (
     Layout(
-        _users(
+        classes(
             "ArceeAttention BambaAttention CohereAttention DiffLlamaAttention Ernie4_5Attention "
             "Gemma2Attention GemmaAttention Glm4Attention GlmAttention GptOssAttention "
             "GraniteAttention GraniteMoeAttention HeliumAttention JambaAttention LlamaAttention "
@@ -139,11 +148,11 @@ LAYOUTS = (
         ("q_proj", "k_proj"),
         separate,
     ),
-    Layout(_users("Phi3Attention"), ("qkv_proj",), rows_in_turn),
-    Layout(_users("GPT2Attention"), ("c_attn",), columns_in_turn),
-    Layout(_users("GPTNeoXAttention"), ("query_key_value",), interleaved),
+    Layout(classes("Phi3Attention"), ("qkv_proj",), rows_in_turn),
+    Layout(classes("GPT2Attention"), ("c_attn",), columns_in_turn),
+    Layout(classes("GPTNeoXAttention"), ("query_key_value",), interleaved),
     Layout(
-        _users("DeepseekV2Attention DeepseekV3Attention Glm4MoeLiteAttention YoutuAttention"),
+        classes("DeepseekV2Attention DeepseekV3Attention Glm4MoeLiteAttention YoutuAttention"),
         ("q_proj", "q_b_proj", "kv_b_proj"),
         latent,
     ),
@@ -178,8 +187,8 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _attention(name: str, module: nn.Module) -> Attention | None:
     kind = f"{name} ({type(module).__name__})"
     users = of_transformers(module)
-    layout = next((one for one in LAYOUTS if users & one.users), None)
-    if layout is not None and not _is_trained(module, layout):
+    found = next((Attention(name, module, one) for one in LAYOUTS if users & one.users), None)
+    if found is not None and not found.is_trained:
         return None
     norms = [child for child, _ in module.named_children() if _NORM.match(child)]
     if norms:
@@ -188,31 +197,13 @@ def _attention(name: str, module: nn.Module) -> Attention | None:
             "that the scale of their weights has no effect, and the logits are bounded already. "
             "Remove QKClip from the callbacks."
         )
-    if layout is None or getattr(module, "is_cross_attention", False):
+    if found is None or getattr(module, "is_cross_attention", False):
         raise ValueError(
             f"QKClip does not know how {kind} makes queries and keys of its weights. {_REMEDY}"
         )
-    projections = _projections(module, layout)
-    for part, projection in projections.items():
+    for part, projection in found.projections.items():
         _check_projection(f"{name}.{part}", projection)
-    return Attention(name, module, _count(module, layout), layout)
-
-
-def _is_trained(module: nn.Module, layout: Layout) -> bool:
-    parts = _projections(module, layout).values()
-    return any(p.requires_grad for part in parts for p in part.parameters())
-
-
-def _projections(module: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    found = {part: getattr(module, part, None) for part in layout.projections}
-    return {part: one for part, one in found.items() if isinstance(one, nn.Module)}
-
-
-def _count(module: nn.Module, layout: Layout) -> int:
-    """Return the number of query heads."""
-    if layout.factors is separate:
-        return outputs(module.get_submodule("q_proj")) // _required(module, "head_dim")
-    return _required(module, "num_heads", "num_attention_heads")
+    return found
 
 
 def _required(module: nn.Module, *names: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -30,11 +31,13 @@ class Projection:
 
     user: nn.Module
     name: str
-    owner: nn.Module
     shape: tuple[int, ...]
+    fan_out_dim: int
 
-
-Split = Callable[[Projection], Matrices]
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return self.shape[self.fan_out_dim]
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,16 @@ class Layout:
 
     name: str
     users: frozenset[str]
-    split: Split
+    split: Callable[[Projection], Matrices]
     head_size: str | None = None
 
 
 def projection_of(candidate: Candidate) -> Projection:
     """Return a weight as its parent (for a linear layer) or owner (a raw parameter) uses it."""
-    raw = candidate.leaf != "weight" or candidate.parent is None
-    user = candidate.owner if raw or candidate.parent is None else candidate.parent
-    name = candidate.leaf if raw else candidate.path[-1]
-    return Projection(user, name, candidate.owner, candidate.shape)
+    shape, dim = candidate.shape, int(columns_are_outputs(candidate.owner))
+    if candidate.leaf == "weight" and candidate.parent is not None:
+        return Projection(candidate.parent, candidate.path[-1], shape, dim)
+    return Projection(candidate.owner, candidate.leaf, shape, dim)
 
 
 def split(projection: Projection) -> Matrices | None:
@@ -92,46 +95,36 @@ def of_transformers(user: nn.Module) -> set[str]:
     }
 
 
-def looks_fused(projection: Projection) -> bool:
-    """Whether the name suggests that the weight holds several maps."""
-    return LOOKS_FUSED.search(projection.name) is not None
-
-
 def blocks(projection: Projection, sizes: tuple[int, ...]) -> Matrices:
     """Return consecutive outputs of the given sizes: rows, or columns of a ``Conv1D``."""
-    dim = int(columns_are_outputs(projection.owner))
-    rows, cols = projection.shape
-    if sum(sizes) != projection.shape[dim]:
+    if sum(sizes) != projection.outputs:
         raise ValueError(
             f"{projection.name} of {type(projection.user).__name__} has shape "
             f"{projection.shape}, which does not hold outputs of sizes {sizes}. The declared "
             "layout does not fit this model; set split_fused=False."
         )
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return tuple(
-        Matrix(*part((rows, cols), dim, start, size), dim)
-        for start, size in zip(starts, sizes, strict=True)
+        part(projection.shape, projection.fan_out_dim, sum(sizes[:index]), size)
+        for index, size in enumerate(sizes)
     )
 
 
-def equal(count: int) -> Split:
+def of_size(projection: Projection, size: int) -> Matrices:
+    """Return all outputs in blocks of one size."""
+    return blocks(projection, (size,) * (projection.outputs // size))
+
+
+def equal(count: int, projection: Projection) -> Matrices:
     """Split into ``count`` consecutive maps of equal size."""
-
-    def cut(projection: Projection) -> Matrices:
-        outputs = projection.shape[int(columns_are_outputs(projection.owner))]
-        return blocks(projection, (outputs // count,) * count)
-
-    return cut
+    return blocks(projection, (projection.outputs // count,) * count)
 
 
-halves, thirds = equal(2), equal(3)
+halves, thirds = partial(equal, 2), partial(equal, 3)
 
 
 def of_embedding_size(projection: Projection) -> Matrices:
     """GPT-2: maps of ``split_size`` outputs (three; two under cross-attention)."""
-    size = int(getattr(projection.user, "split_size"))  # noqa: B009 - set in the attention's init
-    outputs = projection.shape[int(columns_are_outputs(projection.owner))]
-    return blocks(projection, (size,) * (outputs // size))
+    return of_size(projection, int(projection.user.split_size))  # type: ignore[arg-type]
 
 
 def grouped_query(projection: Projection) -> Matrices:
@@ -142,16 +135,12 @@ def grouped_query(projection: Projection) -> Matrices:
     return blocks(projection, (query, key, key))
 
 
-def per_head(head_size: str) -> Split:
+def per_head(head_size: str, projection: Projection) -> Matrices:
     """Rows ordered by head, each head with its query, key and value."""
-
-    def cut(projection: Projection) -> Matrices:
-        head_dim = int(getattr(projection.user, head_size))
-        rows, cols = projection.shape
-        shape, strides = (rows // (3 * head_dim), head_dim, cols), (3 * head_dim * cols, cols, 1)
-        return tuple(Matrix(which * head_dim * cols, shape, strides, 0) for which in range(3))
-
-    return cut
+    head_dim = int(getattr(projection.user, head_size))
+    rows, cols = projection.shape
+    shape, strides = (rows // (3 * head_dim), head_dim, cols), (3 * head_dim * cols, cols, 1)
+    return tuple(Matrix(which * head_dim * cols, shape, strides, 0) for which in range(3))
 
 
 def gate_up_columns(projection: Projection) -> Matrices:
@@ -173,42 +162,45 @@ def _expert_halves(shape: tuple[int, ...], dim: int, *, interleaved: bool) -> Ma
     size = (rows, cols)[dim] // 2
     starts, step = ((0, 1), 2) if interleaved else ((0, size), 1)
     return tuple(
-        Matrix(*part((rows, cols), dim, start, size, step=step, offset=e * rows * cols), dim)
+        part((rows, cols), dim, start, size, step=step, offset=e * rows * cols)
         for e in range(experts)
         for start in starts
     )
 
 
-def _users(names: str) -> frozenset[str]:
+def classes(names: str) -> frozenset[str]:
+    """Names of classes that are written one after the other."""
     return frozenset(names.split())
 
 
 LAYOUTS = (
     Layout(
         "c_attn",
-        _users("GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention"),
+        classes("GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention"),
         of_embedding_size,
         "head_dim",
     ),
-    Layout("qkv_proj", _users("Phi3Attention Phi4MultimodalAttention"), grouped_query, "head_dim"),
+    Layout("qkv_proj", classes("Phi3Attention Phi4MultimodalAttention"), grouped_query, "head_dim"),
     Layout(
         "gate_up_proj",
-        _users(
+        classes(
             "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmOcrTextMLP"
         ),
         halves,
     ),
-    Layout("query_key_value", _users("GPTNeoXAttention"), per_head("head_size"), "head_size"),
-    Layout("query_key_value", _users("BloomAttention"), per_head("head_dim"), "head_dim"),
+    Layout(
+        "query_key_value", classes("GPTNeoXAttention"), partial(per_head, "head_size"), "head_size"
+    ),
+    Layout("query_key_value", classes("BloomAttention"), partial(per_head, "head_dim"), "head_dim"),
     Layout(
         "qkv",
-        _users(
+        classes(
             "VisionAttention Qwen2_5_VLVisionAttention "
             "Qwen3VLVisionAttention Qwen3VLMoeVisionAttention Glm4vVisionAttention"
         ),
         thirds,
         "head_dim",
     ),
-    Layout("gate_up_proj", _users("Llama4TextExperts"), gate_up_columns),
-    Layout("in_proj", _users("MambaMixer FalconMambaMixer JambaMambaMixer"), halves),
+    Layout("gate_up_proj", classes("Llama4TextExperts"), gate_up_columns),
+    Layout("in_proj", classes("MambaMixer FalconMambaMixer JambaMambaMixer"), halves),
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_muon.routing.fused import Projection, blocks, layout_of, of_transformers
-from hf_muon.routing.matrices import Matrices, columns_are_outputs
+from hf_muon.routing.fused import Projection, layout_of, of_size, of_transformers
+from hf_muon.routing.matrices import Matrices
 
 QUERIES = ("q_proj", "q_attn", "query", "query_proj", "q_lin", "q")
 KEYS_AND_VALUES = (
@@ -31,10 +31,9 @@ def split(projection: Projection) -> Matrices | None:
     if len(projection.shape) != 2:
         return None
     size = head_size(projection)
-    outputs = projection.shape[int(columns_are_outputs(projection.owner))]
-    if size is None or size < 2 or outputs % size:  # a single row is a vector
+    if size is None or size < 2 or projection.outputs % size:  # a single row is a vector
         return None
-    return blocks(projection, (size,) * (outputs // size))
+    return of_size(projection, size)
 
 
 def is_of_heads(projection: Projection) -> bool:
@@ -77,10 +76,10 @@ def _fitting(projection: Projection, heads: int | None, size: int | None) -> int
 
     They do not if a projection holds something besides heads, such as a gate.
     """
-    outputs = projection.shape[int(columns_are_outputs(projection.owner))]
-    if not heads or outputs % heads:
+    if not heads or projection.outputs % heads:
         return None
-    return outputs // heads if size in (None, outputs // heads) else None
+    per_head = projection.outputs // heads
+    return per_head if size in (None, per_head) else None
 
 
 def number(user: nn.Module, *names: str) -> int | None:

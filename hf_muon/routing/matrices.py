@@ -29,13 +29,13 @@ def stack(shape: tuple[int, ...], fan_out_dim: int | None) -> Matrices:
 
 
 def part(
-    shape: tuple[int, int], dim: int, start: int, size: int, *, step: int = 1, offset: int = 0
-) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """Return ``(offset, shape, strides)`` of ``size`` rows (dim 0) or columns (dim 1)."""
+    shape: tuple[int, ...], dim: int, start: int, size: int, *, step: int = 1, offset: int = 0
+) -> Matrix:
+    """Some outputs of a matrix: ``size`` rows (dim 0) or columns (dim 1)."""
     rows, cols = shape
     if dim == 0:
-        return offset + start * cols, (size, cols), (step * cols, 1)
-    return offset + start, (rows, size), (cols, step)
+        return Matrix(offset + start * cols, (size, cols), (step * cols, 1), dim)
+    return Matrix(offset + start, (rows, size), (cols, step), dim)
 
 
 def expert_fan_out(owner: nn.Module) -> int | None:
@@ -57,10 +57,7 @@ def flattened_kernel(owner: nn.Module, shape: tuple[int, ...]) -> Matrices:
     rows, cols = shape[0] // groups, math.prod(shape[1:])
     if min(rows, cols) == 1:
         return ()
-    fan_out_dim = 1 if getattr(owner, "transposed", False) else 0
-    return tuple(
-        Matrix(group * rows * cols, (rows, cols), (cols, 1), fan_out_dim) for group in range(groups)
-    )
+    return stack((groups, rows, cols), int(getattr(owner, "transposed", False)))
 
 
 def columns_are_outputs(owner: nn.Module) -> bool:

@@ -251,7 +251,7 @@ def hidden(context: Context, kind: str) -> Decision:
         cut = fused.split(projection)
         if cut is not None:
             return Decision("muon", f"{kind}, fused: {projection.name} is split", cut)
-        if fused.looks_fused(projection):
+        if fused.LOOKS_FUSED.search(projection.name):
             kind = f"{kind}, looks fused: no layout declared, left whole"
             warnings.warn(
                 f"split_fused: {context.candidate.name} looks like a fused projection, but no "
