@@ -63,13 +63,8 @@ class Route:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the route as plain values, for JSON."""
-        matrices = [plain(matrix) for matrix in self.matrices]
+        matrices = list(map(tuple, self.matrices))
         return {**vars(self), "shape": list(self.shape), "matrices": matrices}
-
-
-def plain(matrix: Matrix) -> tuple[int, tuple[int, ...], tuple[int, ...], int | None]:
-    """Return a matrix as nested tuples, which ``torch.load(weights_only=True)`` accepts."""
-    return (matrix.offset, tuple(matrix.shape), tuple(matrix.strides), matrix.fan_out_dim)
 
 
 Bound = tuple[Route, nn.Parameter]
@@ -141,11 +136,7 @@ def _split(
     # A mixed group's momentum is Muon's: AdamW would take it for its β₁.
     of_adamw = {key: value for key, value in own.items() if not mixed or key != "momentum"}
     of_half = {"muon": own, "adamw": of_adamw}
-    return [
-        {**_settings(one, config, of_half[one.algorithm]), **_members(members)}
-        for members in parts.values()
-        for one, _ in members[:1]
-    ]
+    return [_group(members, config, of_half) for members in parts.values()]
 
 
 def _without_factor(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,12 +156,24 @@ def _kind(route: Route) -> tuple[bool, bool, bool, bool, float]:
     return route.algorithm != "muon", not route.decay, in_pairs, factor != 1, factor
 
 
-def _settings(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the half's settings, updated by the group's own, with the multiplied rate."""
-    settings, factor = _of_half(route, config, own), route.lr_multiplier
-    if factor == 1:
-        return settings
-    return {**settings, "lr": settings["lr"] * factor, "lr_multiplier": factor}
+def _group(
+    bound: list[Bound], config: MuonConfig, own: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the half's settings, updated by the group's own, the multiplied rate, and members."""
+    routes = [route for route, _ in bound]
+    algorithm, factor = routes[0].algorithm, routes[0].lr_multiplier
+    group = _of_half(routes[0], config, own[algorithm])
+    if factor != 1:
+        group |= {"lr": group["lr"] * factor, "lr_multiplier": factor}
+    group["params"] = [(route.name, parameter) for route, parameter in bound]
+    if algorithm == "muon":
+        # Nested tuples: torch.load(weights_only=True) accepts no others.
+        group["matrices"] = tuple(tuple(map(tuple, route.matrices)) for route in routes)
+        if any(route.pair for route in routes):
+            group["pairs"] = tuple(route.pair or "" for route in routes)
+            group["factors"] = tuple(route.factor or "" for route in routes)
+            group["scalings"] = tuple(route.scaling or 0.0 for route in routes)
+    return group
 
 
 def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,15 +184,3 @@ def _of_half(route: Route, config: MuonConfig, own: Mapping[str, Any]) -> dict[s
     run = {"lr": config.lr, "weight_decay": config.weight_decay}  # AdamW's may differ
     differing = {key: value for key, value in own.items() if value != run.get(key, ...)}
     return {**config.adamw_group(bool(own.get("weight_decay")) or route.decay), **differing}
-
-
-def _members(bound: list[Bound]) -> dict[str, Any]:
-    routes = [route for route, _ in bound]
-    group: dict[str, Any] = {"params": [(route.name, parameter) for route, parameter in bound]}
-    if routes[0].algorithm == "muon":
-        group["matrices"] = tuple(tuple(map(plain, route.matrices)) for route in routes)
-        if any(route.pair for route in routes):
-            group["pairs"] = tuple(route.pair or "" for route in routes)
-            group["factors"] = tuple(route.factor or "" for route in routes)
-            group["scalings"] = tuple(route.scaling or 0.0 for route in routes)
-    return group
