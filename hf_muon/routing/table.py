@@ -27,7 +27,7 @@ def render(
     lines.append(f"{_totals(totals)} Fingerprint {fingerprint}.")
     unknown = [route for route in routes if route.kind == "unknown"]
     if unknown:
-        named = "\n".join(f"  {name} {shape}" for (name, shape), _ in _folded(unknown))
+        named = "\n".join(dict.fromkeys(f"  {_pattern(r.name)} {shape(r.shape)}" for r in unknown))
         lines.append(
             f"UNKNOWN: {len(unknown)} parameter(s) that no rule knows went to AdamW. Name them in "
             f"muon_params if they are linear maps:\n{named}"
@@ -39,23 +39,16 @@ def _routes(routes: Sequence[Route], *, compact: bool) -> Table:
     adapted = any(route.factor for route in routes)
     of_adapters = ("partner", "rank", "scaling") if adapted else ()
     scaled = any(route.lr_multiplier != 1 for route in routes)
-    rates = ("decay", "rate") if scaled else ("decay",)
+    rates = ("decay", "rate")[: 1 + scaled]
     table = Table("parameter", "shape", "algorithm", "matrices", *of_adapters, *rates, "reason")
-
-    def cells(route: Route) -> tuple[str, ...]:
-        matrices = _matrices(route)
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for route in routes:
+        name = _pattern(route.name) if compact else route.name
+        cells = (shape(route.shape), route.algorithm, _matrices(route))
         adapter = _adapter(route) if adapted else ()
         rates = ("yes" if route.decay else "no", f"× {route.lr_multiplier:g}")[: 1 + scaled]
-        return _shape(route), route.algorithm, matrices, *adapter, *rates, route.reason
-
-    if not compact:
-        for route in routes:
-            table.add_row(route.name, *cells(route))
-        return table
-    seen: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for route in routes:
-        seen[(_pattern(route.name), *cells(route))].append(route.name)
-    for (pattern, *row), names in seen.items():
+        rows[(name, *cells, *adapter, *rates, route.reason)].append(route.name)
+    for (pattern, *row), names in rows.items():
         table.add_row(names[0] if len(names) == 1 else f"{pattern}  ({len(names)} times)", *row)
     return table
 
@@ -106,18 +99,9 @@ def _totals(totals: dict[str, int]) -> str:
     )
 
 
-def _folded(routes: list[Route]) -> list[tuple[tuple[str, str], int]]:
-    counts = Counter((_pattern(route.name), _shape(route)) for route in routes)
-    return list(counts.items())
-
-
 def _pattern(name: str) -> str:
     """Return the name with its layer numbers replaced by stars."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _shape(route: Route) -> str:
-    return shape(route.shape)
 
 
 def text(table: Table) -> str:
