@@ -58,8 +58,6 @@ class Candidate:
 class Survey:
     """The facts that the rules need; sets hold ``id()`` values."""
 
-    model: nn.Module
-    base: nn.Module
     candidates: list[Candidate] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
@@ -83,9 +81,8 @@ class Survey:
 
 def survey(model: nn.Module) -> Survey:
     """Walk through a model once and collect what the rules need."""
-    base = _base(model)
-    facts = Survey(model=model, base=base)
-    _walk(facts)
+    base, facts = _base(model), Survey()
+    _walk(model, facts)
     for module in model.modules():
         if isinstance(module, EMBEDDINGS):
             facts.embeddings.update(map(id, module.parameters(recurse=False)))
@@ -151,10 +148,10 @@ def _wraps(module: nn.Module, child: str) -> bool:
     return any(WRAPPERS.get(cls.__name__) == child for cls in type(module).__mro__)
 
 
-def _walk(facts: Survey) -> None:
+def _walk(model: nn.Module, facts: Survey) -> None:
     modules: dict[str, nn.Module] = {}
     first_name: dict[int, str] = {}
-    for raw, clean, module in named_modules(facts.model):
+    for raw, clean, module in named_modules(model):
         modules[raw] = module
         steps = raw.split(".") if raw else []
         above = tuple(modules[".".join(steps[:depth])] for depth in range(len(steps) + 1))
