@@ -20,19 +20,7 @@ from hf_muon.stages import Momentum, Rule
 from hf_muon.values import parsed, read_json, require_known, shown, typed, with_factor
 
 Order = Literal["pre_polar", "post_polar", "polar_only"]
-PolarMethod = Literal["auto", "newton_schulz", "gram", "svd"]
-PolarKernel = Literal["auto", "torch", "triton", "quack"]
-PolarDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
-AdjustLr = Literal["match_rms_adamw", "original", "spectral", "none"]
-MomentumDtype = Literal["int8", "bfloat16", "float16", "float32", "float64"]
-MomentumSchedule = Literal["linear", "cosine"]
-Prefilter = Literal["none", "clip", "norm"]
-StepRule = Literal["additive", "hyperball", "relative"]
 LoraUpdate = Literal["factor", "product", "tangent"]
-Distribute = Literal["auto", "owner", "redundant"]
-Conv = Literal["adamw", "flatten"]
-
-Plain = str | int | float | bool | None | tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +126,7 @@ class MuonConfig:
     momentum: Momentum = 0.95
     momentum_weights: tuple[float, ...] | None = None
     nesterov: bool = True
-    prefilter: Prefilter = "none"
+    prefilter: Literal["none", "clip", "norm"] = "none"
     prefilter_threshold: float = 3.0
     filter: str = "ema"
     matrix_map: str = "polar"
@@ -146,12 +134,12 @@ class MuonConfig:
     rescale: str = "none"
     rescale_beta: float = 0.95
     match_update_rms: bool = False
-    polar_method: PolarMethod = "auto"
+    polar_method: Literal["auto", "newton_schulz", "gram", "svd"] = "auto"
     coefficients: str = "tight"
     polar_steps: int = 5
-    polar_dtype: PolarDtype = "auto"
-    polar_kernel: PolarKernel = "auto"
-    adjust_lr: AdjustLr = "match_rms_adamw"
+    polar_dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    polar_kernel: Literal["auto", "torch", "triton", "quack"] = "auto"
+    adjust_lr: Literal["match_rms_adamw", "original", "spectral", "none"] = "match_rms_adamw"
     lr: float | None = None
     adamw_lr: float | None = None
     lr_multipliers: tuple[str, ...] = ()
@@ -160,17 +148,17 @@ class MuonConfig:
     cautious_weight_decay: bool = False
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     adamw_eps: float = 1e-8
-    step_rule: StepRule = "additive"
+    step_rule: Literal["additive", "hyperball", "relative"] = "additive"
     momentum_start: float | tuple[float, ...] | None = None
     momentum_warmup_steps: int = 0
     momentum_end: float | tuple[float, ...] | None = None
     momentum_cooldown_start: int = 0
     momentum_cooldown_steps: int = 0
-    momentum_schedule: MomentumSchedule = "linear"
-    momentum_dtype: MomentumDtype | None = None
+    momentum_schedule: Literal["linear", "cosine"] = "linear"
+    momentum_dtype: Literal["int8", "bfloat16", "float16", "float32", "float64"] | None = None
     muon_params: tuple[str, ...] = ()
     adamw_params: tuple[str, ...] = ()
-    conv: Conv = "adamw"
+    conv: Literal["adamw", "flatten"] = "adamw"
     split_fused: bool = False
     split_heads: bool = False
     lora_update: LoraUpdate = "factor"
@@ -178,7 +166,7 @@ class MuonConfig:
     tangent_iterations: int = 3
     tangent_balance_every: int = 100
     skip_zero_gradients: bool = False
-    distribute: Distribute = "auto"
+    distribute: Literal["auto", "owner", "redundant"] = "auto"
     bucket_mb: float | Literal["auto"] = "auto"
     compile: bool = False
     cuda_graph: bool = False
@@ -262,7 +250,7 @@ class MuonConfig:
         """The numbers of ``lr_multipliers`` by pattern, in their order."""
         return dict(with_factor("lr_multipliers", item) for item in self.lr_multipliers)
 
-    def to_dict(self) -> dict[str, Plain]:
+    def to_dict(self) -> dict[str, Any]:
         """All settings by name; ``MuonConfig(**config.to_dict()) == config``."""
         return dataclasses.asdict(self)
 
