@@ -11,14 +11,11 @@ from typing import Any
 
 from hf_muon.polar import FAMILIES, check_steps
 from hf_muon.rules import FILTERS, MAPS, RESCALES, asks_the_host
-from hf_muon.values import check_pattern, near, shown, with_factor
+from hf_muon.values import check_pattern, require_one_of, shown, with_factor
 
 
 def check_settings(config: Any) -> None:
     """Raise for settings out of range, unknown names, and contradictory combinations.
-
-    Args:
-        config: A :class:`~hf_muon.MuonConfig`.
 
     Raises:
         ValueError: Names the field, the value and what is allowed.
@@ -31,19 +28,15 @@ def check_settings(config: Any) -> None:
 
 # low ≤ number < high. The upper bounds are far above anything that trains: they catch typos.
 _RATES = ("lr", "adamw_lr", "weight_decay", "adamw_weight_decay", "adamw_eps")
+_STEPS = (
+    "momentum_warmup_steps", "momentum_cooldown_start", "momentum_cooldown_steps",
+    "tangent_balance_every",
+)  # fmt: skip
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("momentum", "momentum_start", "momentum_end", "adamw_betas"), (0, 1)),
     **dict.fromkeys(("map_power", "rescale_beta"), (0, 1)),
     **dict.fromkeys(_RATES, (0, 1e6)),
-    **dict.fromkeys(
-        (
-            "momentum_warmup_steps",
-            "momentum_cooldown_start",
-            "momentum_cooldown_steps",
-            "tangent_balance_every",
-        ),
-        (0, 1e9),
-    ),
+    **dict.fromkeys(_STEPS, (0, 1e9)),
     "momentum_weights": (-1e3, 1e3),
     "prefilter_threshold": (1e-6, 1e6),
     **dict.fromkeys(("polar_steps", "tangent_iterations"), (1, 100)),
@@ -94,10 +87,7 @@ _TABLES = (
 
 def _check_rule(config: Any) -> None:
     for name, table in _TABLES:
-        value = getattr(config, name)
-        if value not in table:
-            allowed = ", ".join(map(repr, table))
-            raise ValueError(f"{name}={shown(value)} is not one of {allowed}.{near(value, table)}")
+        require_one_of(name, getattr(config, name), table)
     if config.match_update_rms and config.rescale != "none":
         raise ValueError(
             f"match_update_rms=True and rescale={config.rescale!r} both set the size of an update: "

@@ -15,8 +15,6 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,10 +37,9 @@ def near_path(path: Path) -> str:
     if path.is_file():
         return " It is a file."
     try:
-        found = near(path.name, [one.name for one in path.parent.iterdir()])
+        return near(path.name, [one.name for one in path.parent.iterdir()])
     except OSError:  # its folder does not exist either, or may not be read
         return ""
-    return found
 
 
 def shown(value: object) -> str:
@@ -81,6 +78,15 @@ def require_known(name: object, allowed: Iterable[str], kind: str, page: str = "
         raise ValueError(f"Unknown {kind}: {shown(name)}.{hint}{listed}")
 
 
+def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise for the value of a setting that is none of the names it may be."""
+    names = list(allowed)
+    if not (isinstance(value, str) and value in names):
+        suggestion = near(value, names) if isinstance(value, str) else ""
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"{name}={shown(value)} is not one of {listed}.{suggestion}")
+
+
 def read_json(path: str | Path, field: str = "") -> dict[str, Any]:
     """Read a JSON file that must hold one object without duplicate keys.
 
@@ -117,12 +123,9 @@ def parsed(cls: type, pairs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_string(name: str, text: str, hint: Any) -> Any:
-    if type(None) in get_args(hint):
-        if text.lower() == "none":
-            return None
-        hint = _without_none(hint)
-    if get_origin(hint) in _UNIONS:
-        hint = _meant(name, text, get_args(hint))
+    if text.lower() == "none" and type(None) in get_args(hint):
+        return None
+    hint = _meant(name, text, hint)
     if get_origin(hint) is Literal or hint is str:
         return text
     if hint is bool:
@@ -175,14 +178,12 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """
     if isinstance(value, Tensor) or getattr(value, "ndim", None) == 0:
         value = plain(value)
-    if type(None) in get_args(hint):
-        if value is None:
-            return None
-        hint = _without_none(hint)
-    if get_origin(hint) in _UNIONS:
-        hint = _meant(name, value, get_args(hint))
+    if value is None and type(None) in get_args(hint):
+        return None
+    hint = _meant(name, value, hint)
     if get_origin(hint) is Literal:
-        return _typed_name(name, value, get_args(hint))
+        require_one_of(name, value, get_args(hint))
+        return str.__str__(value)
     if get_origin(hint) is tuple:
         return _typed_tuple(name, value, get_args(hint))
     return _typed_scalar(name, value, hint)
@@ -211,15 +212,13 @@ _KIND = {
 }
 
 
-def _without_none(hint: Any) -> Any:
-    return reduce(or_, (arg for arg in get_args(hint) if arg is not type(None)))
-
-
-_UNIONS = (Union, UnionType)
-
-
-def _meant(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
-    """Return which of several types a value is written as: a word, a list, or a number."""
+def _meant(name: str, value: Any, hint: Any) -> Any:
+    """Return which type of a union a value is written as: a word, a list, or a number."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    hints = [one for one in get_args(hint) if one is not type(None)]
+    if len(hints) == 1:
+        return hints[0]
     words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
     text = isinstance(value, str)
     if text and value in words:
@@ -236,14 +235,6 @@ def _meant(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
 
 
 _NUMBER = re.compile(r"\s*[-+]?[0-9._]+(e[-+]?[0-9]+)?\s*", re.IGNORECASE)
-
-
-def _typed_name(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if isinstance(value, str) and value in allowed:
-        return str.__str__(value)
-    suggestion = near(value, allowed) if isinstance(value, str) else ""
-    names = ", ".join(map(repr, allowed))
-    raise ValueError(f"{name}={shown(value)} is not one of {names}.{suggestion}")
 
 
 def _typed_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
