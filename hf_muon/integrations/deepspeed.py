@@ -37,8 +37,8 @@ def check_config(config: Config, run: MuonConfig | None = None) -> None:
         ValueError: Names every setting that has to change.
     """
     problems = [f"{setting}: {remedy}" for setting, is_set, remedy in _REFUSED if is_set(config)]
-    schedule = _at(config, "scheduler", "type")
-    for name, value in _rates_of_their_own(run) if schedule in _ABSOLUTE else ():
+    schedule = _at(config, "scheduler.type")
+    for name, value in _rates_of_their_own(run).items() if schedule in _ABSOLUTE else ():
         problems.append(
             f"scheduler: {schedule} gives all parameters the same rates, and {name}={value!r} "
             "would be lost. Remove the section and set lr_scheduler_type, which scales all rates, "
@@ -48,34 +48,35 @@ def check_config(config: Config, run: MuonConfig | None = None) -> None:
         raise ValueError("The DeepSpeed config does not let Muon train.\n" + "\n".join(problems))
 
 
-def _rates_of_their_own(run: MuonConfig | None) -> list[tuple[str, object]]:
+def _rates_of_their_own(run: MuonConfig | None) -> dict[str, object]:
     """Return the settings that give some parameters a learning rate of their own."""
     if run is None:
-        return []
-    lost: list[tuple[str, object]] = []
-    if run.adamw_lr not in (None, run.lr):
-        lost.append(("adamw_lr", run.adamw_lr))
-    if run.lr_multipliers:
-        lost.append(("lr_multipliers", run.lr_multipliers))
-    return lost
+        return {}
+    own: dict[str, object] = {"adamw_lr": run.adamw_lr, "lr_multipliers": run.lr_multipliers}
+    return {name: value for name, value in own.items() if value not in (None, (), run.lr)}
 
 
 # Schedules that overwrite learning rates; WarmupCosineLR scales each group's (DeepSpeed 0.19).
 _ABSOLUTE = ("WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest")
 
 
-def _at(config: Config, *path: str) -> Any:
+def _at(config: Config, path: str) -> Any:
     """Return the value at a path of keys, or None."""
     value: Any = config
-    for key in path:
+    for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _offload(config: Config) -> Config | None:
-    """Return the section of optimizer offload, if it is enabled."""
-    section = _at(config, "zero_optimization", "offload_optimizer")
-    return section if _at(section or {}, "device") not in (None, "none") else None
+def _number_at(config: Config, path: str, default: float) -> float:
+    value = _at(config, path)
+    return value if isinstance(value, int | float) else default
+
+
+def _offload(config: Config) -> Config:
+    """Return the section of optimizer offload; empty if it is not enabled."""
+    section = _at(config, "zero_optimization.offload_optimizer")
+    return section if _at(section, "device") not in (None, "none") else {}
 
 
 def _forced(config: Config) -> bool:
@@ -84,21 +85,7 @@ def _forced(config: Config) -> bool:
 
 def _is_nvme(config: Config) -> bool:
     sections = ("offload_optimizer", "offload_param")
-    return any(_at(config, "zero_optimization", s, "device") == "nvme" for s in sections)
-
-
-def _is_below(value: object, bound: float) -> bool:
-    return isinstance(value, int | float) and value < bound
-
-
-def _number(*path: str, default: int) -> Callable[[Config], bool]:
-    """Return a check for whether a setting is above its default."""
-
-    def is_above(config: Config) -> bool:
-        value = _at(config, *path)
-        return isinstance(value, int | float) and value > default
-
-    return is_above
+    return any(_at(config, f"zero_optimization.{s}.device") == "nvme" for s in sections)
 
 
 # (setting, whether a configuration enables it, what to do about it)
@@ -121,37 +108,37 @@ _REFUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "zero_optimization.offload_optimizer.ratio",
-        lambda config: _is_below(_at(_offload(config) or {}, "ratio"), 1),
+        lambda config: _number_at(_offload(config), "ratio", 1) < 1,
         "a part below 1 is stepped by DeepSpeedCPUAdam. Remove it.",
     ),
     (
         "zero_optimization.offload_optimizer.super_offload",
-        lambda config: bool(_at(_offload(config) or {}, "super_offload")),
+        lambda config: bool(_offload(config).get("super_offload")),
         "the step is DeepSpeed's own Adam. Remove it.",
     ),
     (
         "zero_optimization.round_robin_gradients",
-        lambda config: bool(_at(config, "zero_optimization", "round_robin_gradients")),
+        lambda config: bool(_at(config, "zero_optimization.round_robin_gradients")),
         "it makes DeepSpeed's map of its flat tensors wrong. Remove it.",
     ),
     (
         "zero_optimization.zenflow",
-        lambda config: bool(_at(config, "zero_optimization", "zenflow")),
+        lambda config: bool(_at(config, "zero_optimization.zenflow")),
         "it steps parts of a matrix at different times. Remove the section.",
     ),
     (
         "zero_optimization.zero_hpz_partition_size",
-        _number("zero_optimization", "zero_hpz_partition_size", default=1),
+        lambda config: _number_at(config, "zero_optimization.zero_hpz_partition_size", 1) > 1,
         "Muon has not been tried with hierarchical partitions. Remove it.",
     ),
     (
         "zero_optimization.mics_shard_size",
-        _number("zero_optimization", "mics_shard_size", default=0),
+        lambda config: _number_at(config, "zero_optimization.mics_shard_size", 0) > 0,
         "Muon has not been tried with MiCS. Remove it.",
     ),
     (
         "tensor_parallel.autotp_size",
-        _number("tensor_parallel", "autotp_size", default=1),
+        lambda config: _number_at(config, "tensor_parallel.autotp_size", 1) > 1,
         "DeepSpeed cuts matrices in ways that Muon does not know. Use FSDP2 with tensor "
         "parallelism.",
     ),
