@@ -22,7 +22,7 @@ from hf_muon.integrations.deepspeed import check_deepspeed
 from hf_muon.integrations.log_values import take_waiting
 from hf_muon.integrations.names import is_ours
 from hf_muon.integrations.notice import first_line, say
-from hf_muon.integrations.report import find_muon, write_report
+from hf_muon.integrations.report import find_muon, rate_of, write_report
 from hf_muon.integrations.untrained import watch
 from hf_muon.optimizer import Muon
 from hf_muon.optimizer.auto_momentum import momenta_in_use
@@ -89,9 +89,7 @@ class MuonCallback(TrainerCallback):
                 state.global_step,
             )
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
         """Warn about parameters that have become trainable."""
         self._look_for_untrained(kwargs)
 
@@ -107,18 +105,17 @@ class MuonCallback(TrainerCallback):
             if optimizer is not None and state.is_world_process_zero:
                 write_report(optimizer, folder)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Note learning rates, of parameters without a factor, before the scheduler changes them.
 
         The Trainer does the same with the rate of the first group, whatever its factor.
         """
-        optimizer = find_muon(kwargs.get("optimizer"))
-        groups = optimizer.param_groups if optimizer is not None else []
-        rates = {"adamw/lr": rate_of("adamw", groups)}
-        if groups and "lr_multiplier" in groups[0]:
-            rates["learning_rate"] = rate_of("muon", groups)
+        self.rates, optimizer = {}, find_muon(kwargs.get("optimizer"))
+        if optimizer is None:
+            return
+        rates = {"adamw/lr": rate_of("adamw", optimizer)}
+        if "lr_multiplier" in optimizer.param_groups[0]:
+            rates["learning_rate"] = rate_of("muon", optimizer)
         self.rates = {name: rate for name, rate in rates.items() if rate is not None}
 
     def on_log(
@@ -150,15 +147,6 @@ class MuonCallback(TrainerCallback):
             if begins:
                 watched.begin(model)
             watched.look(optimizer)
-
-
-def rate_of(algorithm: str, groups: list[dict[str, Any]]) -> float | None:
-    """Return the current learning rate of one half's parameters without a factor, if any train."""
-    for group in groups:
-        factor: float = group.get("lr_multiplier", 1.0)
-        if group["algorithm"] == algorithm and factor:
-            return float(group["lr"]) / factor
-    return None
 
 
 def chosen_momenta(optimizer: Muon | None) -> dict[str, float]:

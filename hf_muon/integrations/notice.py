@@ -42,18 +42,15 @@ def first_line(optimizer: Muon, report: Path | None) -> str:
     routes = optimizer.routes
     if routes:
         total = routes["totals"]
-        muon = _of("Muon trains", total["muon_matrices"], "matrix", "matrices")
-        muon += f" ({count(total['muon_parameters'])} parameters)"
-        adamw = _of("AdamW", total["adamw_tensors"], "tensor", "tensors")
-        adamw += f" ({count(total['adamw_parameters'])})"
-        others = total["adamw_tensors"]
+        matrices, others = total["muon_matrices"], total["adamw_tensors"]
+        of_muon = f" ({count(total['muon_parameters'])} parameters)"
+        of_adamw = f" ({count(total['adamw_parameters'])})"
     else:
-        groups = optimizer.param_groups
-        matrices = [len(inside) for g in groups for inside in g.get("matrices", ())]
+        groups, of_muon, of_adamw = optimizer.param_groups, "", ""
+        matrices = sum(len(inside) for g in groups for inside in g.get("matrices", ()))
         others = sum(len(g["params"]) for g in groups if g["algorithm"] == "adamw")
-        muon = _of("Muon trains", sum(matrices), "matrix", "matrices")
-        adamw = _of("AdamW", others, "tensor", "tensors")
-    text = f"{muon}, {adamw}" if others else muon
+    text = _of("Muon trains", matrices, "matrix", "matrices") + of_muon
+    text += f", {_of('AdamW', others, 'tensor', 'tensors')}{of_adamw}" if others else ""
     return f"{text}; details in {report}" if report else text
 
 

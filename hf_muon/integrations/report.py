@@ -46,7 +46,7 @@ def build_report(optimizer: Muon) -> dict[str, Any]:
         "groups": [
             {
                 **{key: _plain(value) for key, value in group.items() if key not in _LEFT_OUT},
-                "lr": _rate(group),
+                "lr": float(group.get("initial_lr", group["lr"])),
                 "scheduled_lr": float(group["lr"]),
                 "parameters": len(group["params"]),
             }
@@ -105,8 +105,8 @@ def describe(optimizer: Muon) -> str:
     """Describe the optimizer in a sentence: rule, filter and window, polar factor, AdamW half."""
     group = optimizer.param_groups[0]
     text = f"Muon (hf_muon {_version('hf-muon')}) with order={group['order']}"
-    others = {key: value for key, value in _RULE.items() if group[key] != value}
-    text += "".join(f", {key}={group[key]}{_number_of(key, group)}" for key in others)
+    for key, usual in _RULE.items():
+        text += f", {key}={group[key]}{_number_of(key, group)}" if group[key] != usual else ""
     text += ", match_update_rms=true" if group["match_update_rms"] else ""
     text += _momentum(group)
     if not rule_of(group).whole.decomposes:  # such a map takes its own SVD
@@ -115,7 +115,7 @@ def describe(optimizer: Muon) -> str:
             text += f" ({group['coefficients']}, {group['polar_steps']} steps)"
     if group["step_rule"] == "additive":  # other step rules have no step-size factor
         text += f", adjust_lr={group['adjust_lr']}"
-    text += f", lr={_rate_without_factor('muon', optimizer):g}"
+    text += f", lr={rate_of('muon', optimizer, 'initial_lr') or 0:g}"
     if group["step_rule"] != "hyperball":
         text += f", weight_decay={group['weight_decay']:g}"
     text += ", for the hidden matrices"
@@ -123,7 +123,7 @@ def describe(optimizer: Muon) -> str:
     if adamw:
         beta1, beta2 = adamw.get("momentum", adamw["betas"][0]), adamw["betas"][1]
         text += f"; AdamW with betas=({beta1:g}, {beta2:g}), eps={adamw['eps']:g}"
-        text += f", lr={_rate_without_factor('adamw', optimizer):g} for all other parameters"
+        text += f", lr={rate_of('adamw', optimizer, 'initial_lr') or 0:g} for all other parameters"
     factors = sorted({g["lr_multiplier"] for g in optimizer.param_groups if "lr_multiplier" in g})
     if factors:
         text += f"; rates times {_joined(factors, ', ')} for what lr_multipliers names"
@@ -189,17 +189,19 @@ def _joined(numbers: float | Sequence[float], by: str = ":") -> str:
     return by.join(f"{number:.4g}" for number in of)
 
 
-def _rate(group: dict[str, Any]) -> float:
-    """Return the learning rate before the scheduler changed it."""
-    return float(group.get("initial_lr", group["lr"]))
+def rate_of(algorithm: str, optimizer: Muon, key: str = "lr") -> float | None:
+    """Return the learning rate that lr_multipliers multiplies in one half, if it trains anything.
 
-
-def _rate_without_factor(algorithm: str, optimizer: Muon) -> float:
-    """Return the rate, before any schedule, that lr_multipliers multiplies in one half."""
-    groups = [group for group in optimizer.param_groups if group["algorithm"] == algorithm]
-    factors = [group.get("lr_multiplier", 1.0) for group in groups]
-    found = [_rate(group) / f for group, f in zip(groups, factors, strict=True) if f]
-    return found[0] if found else 0.0  # all factors are 0: nothing of it trains
+    Args:
+        algorithm: The half, ``muon`` or ``adamw``.
+        optimizer: The optimizer.
+        key: ``lr``, the current rate, or ``initial_lr``, that before any schedule.
+    """
+    for group in optimizer.param_groups:
+        factor: float = group.get("lr_multiplier", 1.0)
+        if group["algorithm"] == algorithm and factor:
+            return float(group.get(key, group["lr"])) / factor
+    return None
 
 
 def _version(package: str) -> str | None:
