@@ -8,7 +8,6 @@ expose its logits; it runs unchanged.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,14 +22,9 @@ _LIMIT = 2**24  # logits that are held at a time, in a block of queries: 64 MiB
 
 
 class LogitObserver:
-    """Observes the logits of some attention modules.
-
-    Args:
-        attentions: The modules.
-    """
+    """Observes the logits of some attention modules."""
 
     def __init__(self, attentions: Sequence[Attention]) -> None:
-        self._attentions = attentions
         self._known = {id(one.module): one for one in attentions}
         self._largest: dict[int, Tensor] = {}
         self._original: Callable[..., Any] | None = None
@@ -50,16 +44,18 @@ class LogitObserver:
         def get_interface(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
             attend = original(implementation, default)
 
-            @functools.wraps(attend)
             def attention(
-                module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+                module: Any,
+                query: Tensor,
+                key: Tensor,
+                value: Tensor,
+                attention_mask: Any = None,
+                **more: Any,
             ) -> Any:
-                self._see(module, query, key, mask, str(implementation), more)
-                return attend(module, query, key, value, mask, **more)
+                self._see(module, query, key, attention_mask, str(implementation), more)
+                return attend(module, query, key, value, attention_mask, **more)
 
-            return lambda module, query, key, value, attention_mask=None, **more: attention(
-                module, query, key, value, attention_mask, **more
-            )
+            return attention
 
         vars(TABLE)["get_interface"] = get_interface
 
@@ -97,21 +93,16 @@ class LogitObserver:
             device: The device on which ranks communicate.
             dtype: Of the result.
         """
-        every = torch.cat(
-            [
-                self._largest.get(id(one.module), torch.full((one.heads,), -torch.inf)).to(
-                    device, dtype
-                )
-                for one in self._attentions
-            ]
-        )
+        heads = {key: one.heads for key, one in self._known.items()}
+        each = [self._largest.get(key, torch.full((n,), -torch.inf)) for key, n in heads.items()]
+        every = torch.cat([one.to(device, dtype) for one in each])
         self._largest = {}
         # Infinity stands for NaN, because NaN has no maximum.
         every = every.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(every, op=dist.ReduceOp.MAX)
         # On the CPU, so that all ranks decide the same.
-        return list(torch.split(every.cpu(), [one.heads for one in self._attentions]))
+        return list(torch.split(every.cpu(), list(heads.values())))
 
 
 def largest_logits(
