@@ -104,10 +104,7 @@ def _rounds_alone(shape: tuple[int, int]) -> bool:
 def _apply_wide(function: Callable[[Tensor], object], batch: Tensor, tall: int) -> None:
     """The same on an accelerator, in memory where all matrices are wide and have aligned sides.
 
-    Args:
-        function: see :func:`apply_together`.
-        batch: see :func:`apply_together`.
-        tall: how many of the last matrices have more rows than columns.
+    ``tall`` is how many of the last matrices have more rows than columns.
     """
     (s, l), wide = sorted(batch.shape[1:]), len(batch) - tall  # noqa: E741
     sides = aligned(s, batch.device), aligned(l, batch.device)

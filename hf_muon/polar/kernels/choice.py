@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "torch", "triton", "quack")
 _HALF = (torch.bfloat16, torch.float16)
-# For each name: the module that implements it, its dtypes, and the distribution to install.
-_MODULES = {"triton": "triton_products", "quack": "quack_products"}
+# For each name: its dtypes, and the distribution to install.
 _DTYPES = {"triton": (*_HALF, torch.float32), "quack": _HALF}
 _DISTRIBUTIONS = {"triton": "triton", "quack": "quack-kernels"}
 # The largest relative error of a product, in units of its dtype's epsilon. In half precision an
@@ -110,13 +109,13 @@ def _unusable(name: str, problem: str) -> str:
 
 
 def _missing(name: str) -> str | None:
-    if name not in _MODULES or find_spec(name) is not None:
+    if name not in _DTYPES or find_spec(name) is not None:
         return None
     return f"{_DISTRIBUTIONS[name]} is not installed"
 
 
 def _loaded(name: str) -> Products:
-    module = importlib.import_module(f"{__package__}.{_MODULES[name]}")
+    module = importlib.import_module(f"{__package__}.{name}_products")
     found: Products = getattr(module, name.upper())
     return found
 
@@ -147,10 +146,7 @@ def problem_of(products: Products, device: torch.device, dtype: torch.dtype) -> 
     for s, l in sizes:  # noqa: E741
         X = torch.randn(3, s, l, generator=generator, device="cpu")
         X = X.div_(l**0.5).to(device, dtype)
-        A, P, Y = X.new_empty(3, s, s), X.new_empty(3, s, s), torch.empty_like(X)
-        products.gram(X, out=A)
-        products.polynomial(A, -2.0, 1.5, out=P)
-        products.general(P, X, X, beta=3.0, out=Y)
+        A, P, Y = _three(products, X)
         expected = {
             "XXᵀ": (A, X.double() @ X.double().mT),
             "bA + cA²": (P, -2.0 * A.double() + 1.5 * (A.double() @ A.double())),
@@ -167,6 +163,16 @@ def problem_of(products: Products, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
+def _three(products: Products, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one product of each kind, of the sizes that an iteration has."""
+    A = X.new_empty(*X.shape[:-1], X.shape[-2])
+    P, Y = torch.empty_like(A), torch.empty_like(X)
+    products.gram(X, out=A)
+    products.polynomial(A, -2.0, 1.5, out=P)
+    products.general(P, X, X, beta=3.0, out=Y)
+    return A, P, Y
+
+
 def _is_not_fixed(products: Products, X: Tensor, batch: tuple[Tensor, ...]) -> str | None:
     """Say how the products of a batch differ, in bits, from those of one of its matrices alone."""
     size = f"{X.shape[1]} × {X.shape[2]}"
@@ -174,11 +180,7 @@ def _is_not_fixed(products: Products, X: Tensor, batch: tuple[Tensor, ...]) -> s
         return f"symmetric products of {size} are not exactly symmetric"
     of_batch = (*(of[1] for of in batch), products.norm(X)[1].view(()))
     one = X[1].clone()
-    A, P, Y = (torch.empty_like(of[1]) for of in batch)
-    products.gram(one, out=A)
-    products.polynomial(A, -2.0, 1.5, out=P)
-    products.general(P, one, one, beta=3.0, out=Y)
-    alone = (A, P, Y, products.norm(one).view(()))
+    alone = (*_three(products, one), products.norm(one).view(()))
     if all(map(torch.equal, alone, of_batch)):
         return None
     return f"a matrix of {size} has other bits alone than in a batch"

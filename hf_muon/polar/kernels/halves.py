@@ -22,23 +22,17 @@ MOST_STRIPS = 8
 
 
 def symmetric_product(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None = None,
-    *,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-    out: Tensor,
+    A: Tensor, B: Tensor, C: Tensor | None = None, *, out: Tensor, **factors: float
 ) -> Tensor:
     """The ``Product`` of a symmetric result, in strips below the diagonal where that is faster."""
     strips = strips_of(A)
     if strips == 1:
-        return multiply(A, B, C, beta=beta, alpha=alpha, out=out)
+        return multiply(A, B, C, out=out, **factors)
     s, start = A.shape[0], 0
     for stop in (s * (strip + 1) // strips for strip in range(strips)):
         rows, left = slice(start, stop), slice(0, stop)
         block = None if C is None else C[rows, left]
-        multiply(A[rows], B[:, left], block, beta=beta, alpha=alpha, out=out[rows, left])
+        multiply(A[rows], B[:, left], block, out=out[rows, left], **factors)
         # Transposing is fast between contiguous tensors, and twice as slow between views.
         out[:start, rows] = out[rows, :start].contiguous().mT.contiguous()
         start = stop
