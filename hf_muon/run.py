@@ -10,6 +10,7 @@ from __future__ import annotations
 import runpy
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from torch.distributed import get_node_local_rank
@@ -64,8 +65,7 @@ def _say_if_ignored(arguments: list[str], stepped: set[type]) -> None:
 
 def _asked(arguments: list[str]) -> bool:
     """Return whether ``--optim`` names one of the family."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    given = [value for name, value in pairs if name == "--optim"]
+    given = [value for name, value in pairwise(arguments) if name == "--optim"]
     given += [one.partition("=")[2] for one in arguments if one.startswith("--optim=")]
     return any(value in NAMES for value in given)
 

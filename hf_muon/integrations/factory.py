@@ -55,10 +55,7 @@ def create_muon_optimizer(
     Example:
         >>> optimizer = create_muon_optimizer(model, lr=1e-3, weight_decay=0.1)
     """
-    if config is None:
-        config = MuonConfig(**overrides)
-    elif overrides:
-        config = dataclasses.replace(config, **overrides)
+    config = dataclasses.replace(config or MuonConfig(), **overrides)
     return _optimizer(model, route(model, config), config, groups, replicate_group)
 
 

@@ -116,9 +116,7 @@ class QKClip(TrainerCallback):
             logs.update(missed)
             state.log_history[-1].update(missed)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Restore the attention functions."""
         self._close()
 

@@ -49,9 +49,7 @@ class RobustAggregation(TrainerCallback):
         self._state: Robust | None = None
         self._said: set[int] = set()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """Raise for what cannot work, and wait for the first call of the wrapped model.
 
         A Trainer does not show its wrapped model to callbacks. The model's first call comes before
@@ -73,9 +71,7 @@ class RobustAggregation(TrainerCallback):
 
         self._waiting = register_module_forward_pre_hook(register)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Raise before a step whose gradients were averaged after all."""
         if self._state is None:
             self._stop_waiting()
@@ -104,9 +100,7 @@ class RobustAggregation(TrainerCallback):
             )
         self._said.update(bad)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop waiting if the model was never called."""
         self._stop_waiting()
 

@@ -89,13 +89,13 @@ def watch(optimizer: Muon, model: nn.Module) -> Watch:
 
 def untrained(model: nn.Module, optimizer: Muon) -> list[str]:
     """Return the names of parameters that need a gradient and are in no group."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    held = set(map(id, tensors))
     every = list(_parameters(model))
     if all([id(p) in held for p in every if p.requires_grad]):
         return []
     if any(id(p) in held for p in every):
         return [name for name, p in trainable(model) if id(p) not in held]
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
     if any(isinstance(p, nn.Parameter) and p.ndim > 1 for p in tensors):
         return [name for name, _ in trainable(model)]  # they are another model's, such as a copy's
     # DeepSpeed's tensors are flat, or plain ones, but the names are still there.
