@@ -185,7 +185,6 @@ def _read_report(run: Run) -> None:
 
 def _read_state(run: Run) -> None:
     """Read the logged values from the Trainer's state with the latest step."""
-    latest: dict[str, Any] = {}
     for path in (run.folder / STATE, *_states(run.folder)):
         if not path.is_file():
             continue
@@ -193,16 +192,13 @@ def _read_state(run: Run) -> None:
             state = read_json(path)
             step, history = int(state.get("global_step", 0)), state["log_history"]
             logged = _logged(history)
-            if not latest or step > latest["step"]:
-                latest = {**state, "step": step, "logged": logged}
-                seconds = [_number(one.get("train_runtime")) for one in history]
-                latest["seconds"] = next((s for s in reversed(seconds) if s is not None), None)
-    if not latest:
-        return
-    run.has_history, run.logged, run.step = True, latest["logged"], latest["step"]
-    run.max_steps = int(_number(latest.get("max_steps")) or 0) or None
-    run.tokens = _number(latest.get("num_input_tokens_seen")) or None
-    run.seconds = latest["seconds"]
+            if run.step is not None and step <= run.step:
+                continue
+            run.has_history, run.logged, run.step = True, logged, step
+            run.max_steps = int(_number(state.get("max_steps")) or 0) or None
+            run.tokens = _number(state.get("num_input_tokens_seen")) or None
+            seconds = [_number(one.get("train_runtime")) for one in history]
+            run.seconds = next((s for s in reversed(seconds) if s is not None), None)
 
 
 def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:

@@ -148,6 +148,7 @@ WRONG = {
         '{"log_history": [{"loss": 1}]}', '{"log_history": [{"step": "a", "loss": 1}]}',
         '{"log_history": [{"step": 1e999, "loss": 1}]}', '{"log_history": [], "global_step": []}',
         '{"global_step": 1}', '{"log_history": [{"step": 1, "loss": ' + "1" * 400 + "}]}",
+        '{"log_history": [], "max_steps": ' + "1" * 400 + "}",
     ],
     "results.json": ['{"train_curve": 3}', '{"eval_curve": [{"step": 1}]}', '{"eval_curve": [3]}'],
     "muon_report.json": [
