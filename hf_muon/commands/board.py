@@ -13,10 +13,9 @@ from typing import Any
 
 from hf_muon.commands import page
 from hf_muon.commands.curves import curves
-from hf_muon.commands.runs import FILES, Run, is_run, read_run
+from hf_muon.commands.runs import FILES, NOT_RECORDED, Run, is_run, read_run, runs_inside
 from hf_muon.shown import count, megabytes
 
-UNKNOWN = "not recorded"
 RESULTS = ("tokens", "tokens to target", "steps to target")
 SETTINGS = ("run", "optimizer", "order", "β", "rate of matrices", "rate of the rest")
 COSTS = ("run", "time", "optimizer's share", "optimizer's state", "energy")
@@ -87,9 +86,7 @@ def write_board(
 def _expanded(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
-        inside = []
-        if folder.is_dir() and not is_run(folder):
-            inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+        inside = runs_inside(folder) if folder.is_dir() and not is_run(folder) else []
         found += inside or [folder]  # read_run raises if it is no run
     return list(dict.fromkeys(found))
 
@@ -107,19 +104,19 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
 def _results(run: Run, kind: str, goal: float | None) -> tuple[str, ...]:
     steps = run.steps_to(goal, kind) if goal is not None else None
     there = bool(run.logged.get(kind))
-    never = "never" if there and goal is not None else UNKNOWN
+    never = "never" if there and goal is not None else NOT_RECORDED
     tokens = count(int(steps * run.tokens_per_step)) if steps and run.tokens_per_step else never
     last = run.final if kind == "eval_loss" else run.last("loss")
     return (
         _shown(last, "{:.4f}"),
-        count(int(run.tokens)) if run.tokens else UNKNOWN,
-        tokens if steps is None or run.tokens_per_step else UNKNOWN,
+        count(int(run.tokens)) if run.tokens else NOT_RECORDED,
+        tokens if steps is None or run.tokens_per_step else NOT_RECORDED,
         never if steps is None else f"{steps:,.0f}",
     )
 
 
 def _settings(run: Run) -> tuple[str, ...]:
-    optim = run.optim or ("muon" if run.config else UNKNOWN)
+    optim = run.optim or ("muon" if run.config else NOT_RECORDED)
     order = str(run.config.get("order", "–"))
     return optim, order, _beta(run.config), *(_shown(rate, "{:g}") for rate in run.rates)
 
@@ -128,7 +125,7 @@ def _costs(run: Run, watts: float | None) -> tuple[str, ...]:
     return (
         _shown(run.seconds, "{:,.0f} s"),
         _shown(run.share, "{:.1%}"),
-        megabytes(run.state_bytes) if run.state_bytes else UNKNOWN,
+        megabytes(run.state_bytes) if run.state_bytes else NOT_RECORDED,
         _energy(run, watts),
     )
 
@@ -145,7 +142,7 @@ def _energy(run: Run, watts: float | None) -> str:
     if run.joules is not None:
         return f"{run.joules / 1e3:.3g} kJ (RAPL)"
     if run.cpu_seconds is None:
-        return UNKNOWN
+        return NOT_RECORDED
     if watts is None:
         seconds = run.cpu_seconds
         return f"{seconds:,.0f} s of CPU" if seconds >= 10 else f"{seconds:.2g} s of CPU"
@@ -153,7 +150,7 @@ def _energy(run: Run, watts: float | None) -> str:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else form.format(value)
+    return NOT_RECORDED if value is None else form.format(value)
 
 
 def _points(run: Run, kind: str, *, by_tokens: bool) -> list[tuple[float, float]]:
@@ -167,7 +164,7 @@ def _common(runs: Sequence[Run]) -> list[tuple[str, str]]:
     rows = []
     for name, values in facts.items():
         known = [value for value in values if value]
-        longest = max(known, key=len, default=UNKNOWN)  # some runs describe it in more detail
+        longest = max(known, key=len, default=NOT_RECORDED)  # some runs describe it in more detail
         alike = all(longest.startswith(value) for value in known)
         shown = longest if alike else "not the same in all runs"
         unsaid = bool(known) and len(known) < len(values)

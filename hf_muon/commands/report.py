@@ -19,7 +19,7 @@ import typer
 from hf_muon.commands import page
 from hf_muon.commands.board import write_board
 from hf_muon.commands.curves import curves, svg
-from hf_muon.commands.runs import REPORT, RESULTS, STATE, Run, read_run
+from hf_muon.commands.runs import NOT_RECORDED, REPORT, RESULTS, STATE, Run, read_run
 from hf_muon.diagnostics.history import FILE_NAME
 from hf_muon.diagnostics.plots import spectra_figure
 from hf_muon.shown import count, megabytes, shape
@@ -28,7 +28,6 @@ NO_HISTORY = (
     f"Nothing was logged. Looked for {STATE}, here and in checkpoint-*, which the Trainer writes "
     f"with each checkpoint and in save_state(), and for a recipe's {RESULTS}."
 )
-NOT_RECORDED = "not recorded"
 
 
 def report(

@@ -23,6 +23,7 @@ from hf_muon.values import near_path, read_json, sentence
 STATE, RESULTS, REPORT = "trainer_state.json", "results.json", "muon_report.json"
 FILES = (STATE, RESULTS, REPORT, FILE_NAME)
 """A folder with any of these files is the folder of a run."""
+NOT_RECORDED = "not recorded"
 Points = list[tuple[float, float]]
 
 
@@ -111,6 +112,11 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES) or any(_states(folder))
 
 
+def runs_inside(folder: Path) -> list[Path]:
+    """Return the folders of runs directly inside a folder."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+
+
 def read_run(folder: str | Path) -> Run:
     """Read the files of a run.
 
@@ -122,7 +128,7 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.{near_path(folder)}")
     if not is_run(folder):
-        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+        inside = runs_inside(folder)
         raise FileNotFoundError(
             f"{folder} holds no {', '.join(FILES[:-1])} or {FILES[-1]}: give the output_dir of a "
             f"Trainer{f', such as {inside[0]}' if inside else ''}."
