@@ -103,16 +103,16 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
 
 def _results(run: Run, kind: str, goal: float | None) -> tuple[str, ...]:
     steps = run.steps_to(goal, kind) if goal is not None else None
-    there = bool(run.logged.get(kind))
-    never = "never" if there and goal is not None else NOT_RECORDED
-    tokens = count(int(steps * run.tokens_per_step)) if steps and run.tokens_per_step else never
+    if steps is None:
+        never = "never" if goal is not None and run.logged.get(kind) else NOT_RECORDED
+        reached = never, never
+    else:
+        per_step = run.tokens_per_step
+        tokens = count(int(steps * per_step)) if per_step else NOT_RECORDED
+        reached = tokens, f"{steps:,.0f}"
     last = run.final if kind == "eval_loss" else run.last("loss")
-    return (
-        _shown(last, "{:.4f}"),
-        count(int(run.tokens)) if run.tokens else NOT_RECORDED,
-        tokens if steps is None or run.tokens_per_step else NOT_RECORDED,
-        never if steps is None else f"{steps:,.0f}",
-    )
+    trained = count(int(run.tokens)) if run.tokens else NOT_RECORDED
+    return _shown(last, "{:.4f}"), trained, *reached
 
 
 def _settings(run: Run) -> tuple[str, ...]:

@@ -59,6 +59,12 @@ def test_runs_are_compared_at_the_highest_last_loss(folder):
     assert "http" not in page
 
 
+def test_a_run_may_begin_at_the_target(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results([3, 4])))
+    board(tmp_path)
+    assert rows((tmp_path.parent / "board.html").read_text())[0][3:] == ["0", "0"]
+
+
 def test_a_target_and_an_estimate_are_asked_for(folder):
     board(
         folder / "a",
