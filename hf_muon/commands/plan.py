@@ -84,17 +84,18 @@ def plan(
     if tflops is not None:
         chosen = chosen.with_tflops(tflops)
     rate = chosen.operations_per_second(in_half=True) / 1e12
-    costs = forecast_routes(routes, config, world, device=device)
+    groups, dtype = groups_of(routes), dtype_of(routes)
+    costs = forecast(groups, config, world, dtype=dtype, device=device)
     facts = costs.to_dict(rate, links)
     if device != "cpu":  # a CPU has no kernel launches, and its step runs differently
-        asked = roofline(
-            groups_of(routes), config, world, chosen, dtype=_dtype(routes), wire=costs.wire
-        )
+        asked = roofline(groups, config, world, chosen, dtype=dtype, wire=costs.wire)
         facts["roofline"] = asked.to_dict()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(costs.table(rate, links, full=full) + _asked(facts.get("roofline")))
+        typer.echo(_table(facts, full=full) + _summary(facts, rate, links))
+        if device != "cpu":
+            typer.echo(_asked(facts["roofline"]))
 
 
 @dataclass(frozen=True)
@@ -203,36 +204,6 @@ class Forecast:
             cost.exchanged, rank, range(first, first + shards)
         ) + links.milliseconds(cost.replicated, rank, copies)
 
-    def table(self, tflops: float, links: Links, *, full: bool = False) -> str:
-        """Return everything as text.
-
-        Args:
-            tflops: As in :meth:`to_dict`.
-            links: As in :meth:`to_dict`.
-            full: Whether each rank gets its own line. Default: one line for all ranks with the
-                same numbers.
-        """
-        facts = self.to_dict(tflops, links)
-        lines: dict[Any, list[int]] = defaultdict(list)
-        for one in facts["per_rank"]:
-            cells = [short(one[key] / unit) for key, unit in _COLUMNS.values()]
-            lines[(one["rank"] if full else None, *cells)].append(one["rank"])
-        table = Table("ranks", *_COLUMNS)
-        for (_, *cells), members in lines.items():
-            table.add_row(_ranks(members), *cells)
-        return text(table) + _summary(facts, tflops, links)
-
-
-_COLUMNS = {  # heading: (key, unit)
-    "matrices": ("matrices", 1),
-    "TFLOP": ("newton_schulz_flops", 1e12),
-    "MB sent": ("bytes_sent", 1e6),
-    "collectives": ("collectives", 1),
-    "MB extra": ("peak_extra_bytes", 1e6),
-    "polar ms": ("polar_ms", 1),
-    "wire ms": ("wire_ms", 1),
-}
-
 
 def forecast(
     groups: Sequence[Sequence[Parameter]],
@@ -289,13 +260,6 @@ def forecast(
     )
 
 
-def forecast_routes(
-    plan: RoutePlan, config: MuonConfig, world: World, *, device: str = "cuda"
-) -> Forecast:
-    """Return the forecast of a routed model."""
-    return forecast(groups_of(plan), config, world, dtype=_dtype(plan), device=device)
-
-
 def groups_of(plan: RoutePlan) -> list[list[Parameter]]:
     """Return the matrices of a routed model in the groups of ``RoutePlan.param_groups``."""
     groups = [
@@ -305,9 +269,10 @@ def groups_of(plan: RoutePlan) -> list[list[Parameter]]:
     return [group for group in groups if group]
 
 
-def _dtype(plan: RoutePlan) -> torch.dtype:
-    muon = [p for route, p in zip(plan.routes, plan.parameters, strict=True) if route.matrices]
-    return muon[0].dtype if muon else torch.float32
+def dtype_of(plan: RoutePlan) -> torch.dtype:
+    """Return the dtype of the first parameter of a routed model that Muon trains."""
+    both = zip(plan.routes, plan.parameters, strict=True)
+    return next(parameter.dtype for route, parameter in both if route.matrices)
 
 
 def _sums(config: MuonConfig, world: World) -> int:
@@ -315,18 +280,40 @@ def _sums(config: MuonConfig, world: World) -> int:
     rule, (replicas, shards) = config.rule, world.mesh
     following = rule.after[0] if rule.after else rule.write
     asked = [stage for stage in rule.stages if stage.statistic is not None]
-    of_pieces, of_owners = len(asked), 0
-    if following.statistic is not None and following.statistic.of_input:  # measured by owners
-        of_owners = 1
+    by_owners = following.statistic is not None and following.statistic.of_input
+    of_pieces = len(asked)
     if config.momentum_dtype == "int8":
         of_pieces += sum(buffer.sizes is not None for buffer in rule.buffers)
     of_pieces += config.skip_zero_gradients
-    return of_pieces * (shards > 1) + of_owners * (replicas > 1)
+    return of_pieces * (shards > 1) + by_owners * (replicas > 1)
 
 
 def short(number: float) -> str:
     """Format a number with three digits, or all digits before the point: ``0.0214``, ``1,710``."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+_COLUMNS = {  # heading: (key, unit)
+    "matrices": ("matrices", 1),
+    "TFLOP": ("newton_schulz_flops", 1e12),
+    "MB sent": ("bytes_sent", 1e6),
+    "collectives": ("collectives", 1),
+    "MB extra": ("peak_extra_bytes", 1e6),
+    "polar ms": ("polar_ms", 1),
+    "wire ms": ("wire_ms", 1),
+}
+
+
+def _table(facts: dict[str, Any], *, full: bool) -> str:
+    """Return a line for each rank, or one for all ranks with the same numbers."""
+    lines: dict[Any, list[int]] = defaultdict(list)
+    for one in facts["per_rank"]:
+        cells = [short(one[key] / unit) for key, unit in _COLUMNS.values()]
+        lines[(one["rank"] if full else None, *cells)].append(one["rank"])
+    table = Table("ranks", *_COLUMNS)
+    for (_, *cells), members in lines.items():
+        table.add_row(_ranks(members), *cells)
+    return text(table)
 
 
 def _ranks(members: Sequence[int]) -> str:
@@ -361,10 +348,8 @@ def _summary(facts: dict[str, Any], tflops: float, links: Links) -> str:
     )
 
 
-def _asked(facts: dict[str, Any] | None) -> str:
+def _asked(facts: dict[str, Any]) -> str:
     """Describe the work of the device in sentences."""
-    if facts is None:
-        return ""
     products, others, device, host = (
         short(facts[f"{name}_ms"]) for name in ("products", "elementwise", "device", "host")
     )
@@ -373,7 +358,7 @@ def _asked(facts: dict[str, Any] | None) -> str:
     temporaries = "" if peak is None else f", temporaries at most {peak / 1e6:,.0f} MB"
     of = "" if memory is None else f" of {memory / 1e9:,.0f} GB"
     return (
-        f"\n{who} on {facts['device']}: {facts['launches']:,} launches in "
+        f"{who} on {facts['device']}: {facts['launches']:,} launches in "
         f"{facts['operations']:,} operations, host waits {facts['host_waits']}, "
         f"{short(facts['flops'] / 1e12)} TFLOP, {short(facts['bytes_touched'] / 1e9)} GB of "
         f"memory traffic. Products, by {facts['products']}, {products} ms and the rest {others} "
