@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_muon.commands.counted import Counts, counting
+from hf_muon.commands.counted import HALF_PRECISION, Counts, counting
 from hf_muon.commands.hardware import Device
 from hf_muon.commands.imaginary import Parameter, World, planned
 from hf_muon.config import MuonConfig
@@ -126,9 +127,7 @@ def roofline(
     if world.ranks == 1:
         counts, held = of_step(groups, config, dtype)
         return Roofline(counts, held, device, is_whole=True, products=products)
-    buckets = [
-        bucket for listed in planned(groups, config, world, wire, "cuda") for bucket in listed
-    ]
+    buckets = list(chain.from_iterable(planned(groups, config, world, wire, "cuda")))
     pieces = [_pieces(bucket) for bucket in buckets]
     with _left_out() as left_out:
         counts, held = of_step(pieces, _with(config, matrix_map=left_out), dtype)
@@ -148,8 +147,9 @@ def of_step(
     """
     given = []
     for group in groups:
-        tensors = [torch.empty(one.shape, dtype=dtype, device=META) for one in group]
-        params = [torch.nn.Parameter(tensor) for tensor in tensors]
+        params = [
+            torch.nn.Parameter(torch.empty(one.shape, dtype=dtype, device=META)) for one in group
+        ]
         for parameter in params:
             parameter.grad = torch.empty_like(parameter)
         matrices = [parameter.matrices for parameter in group]
@@ -170,8 +170,7 @@ def _products(config: MuonConfig, wire: torch.dtype) -> str:
     """Return the likely implementation of products; on the device itself ``auto`` runs a check."""
     if config.polar_kernel != "auto":
         return config.polar_kernel
-    in_half = wire in (torch.bfloat16, torch.float16)
-    return "triton" if in_half and find_spec("triton") is not None else "torch"
+    return "triton" if wire in HALF_PRECISION and find_spec("triton") is not None else "torch"
 
 
 def _with(config: MuonConfig, **settings: Any) -> MuonConfig:
@@ -229,8 +228,8 @@ def _of_messages(bucket: Bucket, wire: torch.dtype) -> Counts:
 
     The elementwise work includes the packing of what it sends to other owners.
     """
-    replica, owner = _busiest(bucket)[0].owner
-    mine = [unit for unit in bucket.units if unit.owner == (replica, owner)]
+    mine = _busiest(bucket)
+    replica, owner = mine[0].owner
     others = [
         piece
         for unit in mine
