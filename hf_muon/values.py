@@ -78,13 +78,13 @@ def require_known(name: object, allowed: Iterable[str], kind: str, page: str = "
         raise ValueError(f"Unknown {kind}: {shown(name)}.{hint}{listed}")
 
 
-def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise for the value of a setting that is none of the names it may be."""
+def require_one_of(name: str, value: object, allowed: Iterable[str], advice: str = "") -> None:
+    """Raise for a setting whose value is not among the names allowed, with the nearest one."""
     names = list(allowed)
     if not (isinstance(value, str) and value in names):
-        suggestion = near(value, names) if isinstance(value, str) else ""
+        hint = near(value, names) if isinstance(value, str) else ""
         listed = ", ".join(map(repr, names))
-        raise ValueError(f"{name}={shown(value)} is not one of {listed}.{suggestion}")
+        raise ValueError(f"{name}={shown(value)} is not one of {listed}.{hint}{advice}")
 
 
 def read_json(path: str | Path, field: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_muon.config import MuonConfig
 from hf_muon.routing.plan import RoutePlan, route
-from hf_muon.values import near, near_path, read_json, sentence
+from hf_muon.values import near_path, read_json, require_one_of, sentence
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -75,10 +75,11 @@ def build(source: str, auto: str | None = None, base: str | None = None) -> nn.M
     Raises:
         ValueError: The source cannot be read, or names no model that transformers can build.
     """
-    if auto is not None and auto not in AUTO_CLASSES:
-        raise ValueError(
-            f"auto={auto!r} is not one of {', '.join(AUTO_CLASSES)}.{near(auto, AUTO_CLASSES)}"
-        )
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if auto is not None:
+        require_one_of("auto", auto, AUTO_CLASSES)
     if adapter := find_adapter(Path(source)):
         return _with_adapter(*adapter, auto, base)
     config = _config(source)

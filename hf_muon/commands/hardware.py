@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from hf_muon.values import near
+from hf_muon.values import require_one_of
 
 PRODUCTS_SHARE = 0.7
 """Share of the peak rate that large matrix products reach: cuBLAS at 8192³ reaches 0.65 to 0.8."""
@@ -90,11 +90,8 @@ def device_of(name: str) -> Device:
     Raises:
         ValueError: No device has that name.
     """
-    if name not in DEVICES:
-        raise ValueError(
-            f"device={name!r} is not one of {', '.join(DEVICES)}.{near(name, tuple(DEVICES))} "
-            "Take cuda with --tflops and --gbps for another one."
-        )
+    advice = " Take cuda with --tflops and --gbps for another one."
+    require_one_of("device", name, DEVICES, advice)
     return DEVICES[name]
 
 

@@ -22,7 +22,7 @@ from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_b
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.distributed.zero import FlatTensor, Span
 from hf_muon.optimizer.step import returned_dtype, wire_dtype
-from hf_muon.values import near
+from hf_muon.values import require_one_of
 
 KINDS = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
@@ -66,10 +66,7 @@ class World:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"layout={self.kind!r} is not one of {', '.join(KINDS)}.{near(self.kind, KINDS)}"
-            )
+        require_one_of("layout", self.kind, KINDS)
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks}: at least one is needed.")
         if self.kind != "hsdp" and self.replicas is not None:

@@ -27,7 +27,7 @@ from hf_muon.diagnostics.replay import Filter, Stages, stages, through
 from hf_muon.optimizer.momentum import single
 from hf_muon.polar import in_own_dtype
 from hf_muon.stages import Momentum
-from hf_muon.values import near
+from hf_muon.values import require_one_of
 
 Proxy = Literal["held_out", "in_buffer", "both"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -64,10 +64,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         """Check what the metrics do not check; ``MuonConfig`` checks orders and momenta."""
-        if self.proxy not in get_args(Proxy):
-            allowed = get_args(Proxy)
-            hint = near(self.proxy, allowed)
-            raise ValueError(f"proxy={self.proxy!r} is not one of {', '.join(allowed)}.{hint}")
+        require_one_of("proxy", self.proxy, get_args(Proxy))
         if self.flips < 2:
             raise ValueError(f"flips={self.flips!r}: the spread of the null takes 2 or more.")
         if not self.orders or not self.momenta:
