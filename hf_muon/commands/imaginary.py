@@ -18,7 +18,7 @@ import torch
 
 from hf_muon.config import MuonConfig
 from hf_muon.distributed.buckets import Bucket, bucket_elements, plan_buckets
-from hf_muon.distributed.layout import ALONE, Layout, Matrix, Ranks, pieces_in_box
+from hf_muon.distributed.layout import Layout, Matrix, Ranks, pieces_in_box
 from hf_muon.distributed.owners import owning_pays
 from hf_muon.distributed.zero import FlatTensor, Span
 from hf_muon.optimizer.step import returned_dtype, wire_dtype
@@ -178,8 +178,8 @@ def _rows_of_a_mesh(parameter: Parameter, replicas: int, shards: int) -> Layout:
         pieces.append(
             tuple(pieces_in_box(matrix, parameter.shape, held) for matrix in parameter.matrices)
         )
-    shard = Ranks(tuple(range(shards))) if shards > 1 else ALONE
-    replicate = Ranks(tuple(range(0, replicas * shards, shards))) if replicas > 1 else ALONE
+    shard = Ranks(tuple(range(shards)))
+    replicate = Ranks(tuple(range(0, replicas * shards, shards)))
     shapes = tuple((matrix.rows, matrix.cols) for matrix in parameter.matrices)
     return Layout(shapes, tuple(pieces), shard, replicate)
 
@@ -223,5 +223,5 @@ def _flat_slices(parameters: Sequence[Parameter], members: list[int], ranks: int
 
 
 def _flat_tensor(members: Iterable[int], spans: list[list[Span]]) -> FlatTensor:
-    ranks = Ranks(tuple(range(len(spans)))) if len(spans) > 1 else ALONE
+    ranks = Ranks(tuple(range(len(spans))))
     return FlatTensor(tuple(members), tuple(map(tuple, spans)), ranks)
