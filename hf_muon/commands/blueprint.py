@@ -37,9 +37,6 @@ def routed(source: str, optim_args: str, auto: str | None) -> tuple[RoutePlan, M
     Raises:
         ValueError: As in :func:`build`; or a setting is wrong.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config = MuonConfig.from_optim_args(optim_args or None)
     return route(build(source, auto), config), config
 

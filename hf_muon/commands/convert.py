@@ -136,9 +136,6 @@ def _configured(before: dict[str, Any], optim_args: str, to: str) -> MuonConfig:
 
     Settings that ``optim_args`` does not give are those of the run.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     groups = before["param_groups"]
     is_muon = any("algorithm" in group for group in groups)
     if is_muon == (to == "muon"):
