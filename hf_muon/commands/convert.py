@@ -232,13 +232,7 @@ def _write(checkpoint: Path, target: Path, after: dict[str, Any], schedule: dict
 
 
 def _kept(to: str, groups: list[Group], of_muon: list[Group]) -> str:
-    """Describe how the new state was made.
-
-    Args:
-        to: The optimizer to continue with.
-        groups: Its groups.
-        of_muon: Muon's groups, from before or after the conversion.
-    """
+    """Describe how the new groups of ``to`` were made; Muon's are among the old or the new ones."""
     tensors = sum(len(group["params"]) for group in of_muon if group["algorithm"] == "muon")
     others = sum(len(group["params"]) for group in groups) - tensors
     if not keeps_average(of_muon[0]):
