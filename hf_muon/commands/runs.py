@@ -134,10 +134,17 @@ def read_run(folder: str | Path) -> Run:
             f"Trainer{f', such as {inside[0]}' if inside else ''}."
         )
     run = Run(folder)
-    _read_report(run)
-    _read_state(run)
-    _read_results(run)
-    _read_config(run)
+    configs = (folder / "config.json", *sorted(folder.glob("checkpoint-*/config.json")))
+    parts = (
+        (_read_report, [folder / REPORT]),
+        (_read_state, [folder / STATE, *_states(folder)]),
+        (_read_results, [folder / RESULTS]),
+        (_read_config, [path for path in configs if path.is_file()][:1]),
+    )
+    for read, paths in parts:
+        for path in filter(Path.is_file, paths):
+            with reading(path):
+                read(run, read_json(path))
     path = folder / FILE_NAME
     if path.is_file():
         with reading(path):
@@ -169,42 +176,32 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_report(run: Run) -> None:
-    path = run.folder / REPORT
-    if not path.is_file():
+def _read_report(run: Run, about: dict[str, Any]) -> None:
+    run.optimizer = f"{about['optimizer'].removesuffix('.')}."
+    run.config = dict(about.get("config") or {})
+    run.routes = [
+        {**route, "shape": list(map(int, route["shape"])), "name": str(route["name"])}
+        for route in (about.get("routing") or {}).get("routes", [])
+    ]
+    run.versions = {str(name): str(text) for name, text in about.get("versions", {}).items()}
+    by = {group["algorithm"]: float(group["lr"]) for group in about.get("groups", [])[::-1]}
+    run.rates = (by.get("muon"), by.get("adamw"))
+    trained = sum(math.prod(route["shape"]) for route in run.routes)
+    if trained:
+        run.model = f"{count(trained)} trained parameters in {len(run.routes)} tensors"
+
+
+def _read_state(run: Run, state: dict[str, Any]) -> None:
+    """Read the logged values from a Trainer's state, unless one of a later step was read."""
+    step, history = int(state.get("global_step", 0)), state["log_history"]
+    logged = _logged(history)
+    if run.step is not None and step <= run.step:
         return
-    with reading(path):
-        about = read_json(path)
-        run.optimizer = f"{about['optimizer'].removesuffix('.')}."
-        run.config = dict(about.get("config") or {})
-        run.routes = [
-            {**route, "shape": list(map(int, route["shape"])), "name": str(route["name"])}
-            for route in (about.get("routing") or {}).get("routes", [])
-        ]
-        run.versions = {str(name): str(text) for name, text in about.get("versions", {}).items()}
-        by = {group["algorithm"]: float(group["lr"]) for group in about.get("groups", [])[::-1]}
-        run.rates = (by.get("muon"), by.get("adamw"))
-        trained = sum(math.prod(route["shape"]) for route in run.routes)
-        if trained:
-            run.model = f"{count(trained)} trained parameters in {len(run.routes)} tensors"
-
-
-def _read_state(run: Run) -> None:
-    """Read the logged values from the Trainer's state with the latest step."""
-    for path in (run.folder / STATE, *_states(run.folder)):
-        if not path.is_file():
-            continue
-        with reading(path):
-            state = read_json(path)
-            step, history = int(state.get("global_step", 0)), state["log_history"]
-            logged = _logged(history)
-            if run.step is not None and step <= run.step:
-                continue
-            run.has_history, run.logged, run.step = True, logged, step
-            run.max_steps = int(_number(state.get("max_steps")) or 0) or None
-            run.tokens = _number(state.get("num_input_tokens_seen")) or None
-            seconds = [_number(one.get("train_runtime")) for one in history]
-            run.seconds = next((s for s in reversed(seconds) if s is not None), None)
+    run.has_history, run.logged, run.step = True, logged, step
+    run.max_steps = int(_number(state.get("max_steps")) or 0) or None
+    run.tokens = _number(state.get("num_input_tokens_seen")) or None
+    seconds = [_number(one.get("train_runtime")) for one in history]
+    run.seconds = next((s for s in reversed(seconds) if s is not None), None)
 
 
 def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:
@@ -219,39 +216,34 @@ def _logged(history: Sequence[dict[str, Any]]) -> dict[str, Points]:
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
-def _read_results(run: Run) -> None:
+def _read_results(run: Run, found: dict[str, Any]) -> None:
     """Read a recipe's results: sizes and times, and curves if the Trainer's state is missing."""
-    path = run.folder / RESULTS
-    if not path.is_file():
-        return
-    with reading(path):
-        found = read_json(path)
-        curves = {"loss": found.get("train_curve", []), "eval_loss": found.get("eval_curve", [])}
-        read = {
-            name: [(int(one["step"]), float(one["loss"])) for one in curve]
-            for name, curve in curves.items()
-        }
-        if not run.has_history:
-            run.has_history = "train_curve" in found or "eval_curve" in found
-            run.logged = {name: sorted(points) for name, points in read.items() if points}
-        numbers = {name: _number(value) for name, value in found.items()}
-        run.step = run.step or int(numbers.get("steps") or 0) or None
-        run.tokens = numbers.get("tokens") or run.tokens
-        run.seconds = run.seconds or numbers.get("wall_seconds")
-        run.speed, run.share = numbers.get("tokens_per_second"), numbers.get("optimizer_share")
-        run.state_bytes = numbers.get("optimizer_state_bytes")
-        run.joules, run.cpu_seconds = numbers.get("joules"), numbers.get("cpu_seconds")
-        run.final = numbers.get("final_validation_loss", numbers.get("validation_loss"))
-        run.optim = str(found["optim"]) if "optim" in found else None
-        if run.optimizer is None and run.optim:
-            rate, other = numbers.get("learning_rate"), numbers.get("other_learning_rate")
-            run.rates = (rate, rate if other is None else other)
-            run.optimizer = _other_optimizer(run.optim, rate, other)
-        run.model = _model(found, numbers) or run.model
-        run.data = _data(found)
-        if not run.versions:
-            versions = found.get("versions") or {}
-            run.versions = {str(name): str(text) for name, text in versions.items() if text}
+    curves = {"loss": found.get("train_curve", []), "eval_loss": found.get("eval_curve", [])}
+    read = {
+        name: [(int(one["step"]), float(one["loss"])) for one in curve]
+        for name, curve in curves.items()
+    }
+    if not run.has_history:
+        run.has_history = "train_curve" in found or "eval_curve" in found
+        run.logged = {name: sorted(points) for name, points in read.items() if points}
+    numbers = {name: _number(value) for name, value in found.items()}
+    run.step = run.step or int(numbers.get("steps") or 0) or None
+    run.tokens = numbers.get("tokens") or run.tokens
+    run.seconds = run.seconds or numbers.get("wall_seconds")
+    run.speed, run.share = numbers.get("tokens_per_second"), numbers.get("optimizer_share")
+    run.state_bytes = numbers.get("optimizer_state_bytes")
+    run.joules, run.cpu_seconds = numbers.get("joules"), numbers.get("cpu_seconds")
+    run.final = numbers.get("final_validation_loss", numbers.get("validation_loss"))
+    run.optim = str(found["optim"]) if "optim" in found else None
+    if run.optimizer is None and run.optim:
+        rate, other = numbers.get("learning_rate"), numbers.get("other_learning_rate")
+        run.rates = (rate, rate if other is None else other)
+        run.optimizer = _other_optimizer(run.optim, rate, other)
+    run.model = _model(found, numbers) or run.model
+    run.data = _data(found)
+    if not run.versions:
+        versions = found.get("versions") or {}
+        run.versions = {str(name): str(text) for name, text in versions.items() if text}
 
 
 def _other_optimizer(optim: str, rate: float | None, other: float | None) -> str:
@@ -291,16 +283,11 @@ def _data(found: dict[str, Any]) -> str | None:
     return ", ".join(words) or None
 
 
-def _read_config(run: Run) -> None:
+def _read_config(run: Run, config: dict[str, Any]) -> None:
     """Read the name of the architecture from the model's configuration."""
-    paths = (run.folder / "config.json", *sorted(run.folder.glob("checkpoint-*/config.json")))
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return
-    with reading(path):
-        names = read_json(path).get("architectures") or []
-        if names:
-            run.model = ", ".join(filter(None, (str(names[0]), run.model)))
+    names = config.get("architectures") or []
+    if names:
+        run.model = ", ".join(filter(None, (str(names[0]), run.model)))
 
 
 def _number(value: Any) -> float | None:
