@@ -329,9 +329,8 @@ def _of_lists(name: str, args: Sequence[Any], kwargs: Any) -> int:
     counterparts in the other lists; a copy may convert from one dtype to another.
     """
     values = [*args, *kwargs.values()]
-    lists = [list(v) for v in values if isinstance(v, list | tuple) and any(True for _ in v)]
-    scalars = [one for one in lists if not isinstance(one[0], Tensor)]
-    lists = [one for one in lists if isinstance(one[0], Tensor)]
+    given = [one for one in values if isinstance(one, list | tuple) and one]
+    lists = [one for one in given if isinstance(one[0], Tensor)]
     if not lists:
         return 0
     is_copy = name.startswith("_foreach_copy")
@@ -345,7 +344,7 @@ def _of_lists(name: str, args: Sequence[Any], kwargs: Any) -> int:
     is_norm = name == "_foreach_norm"  # fills with zeros first, and sums over chunks at the end
     depth = len(lists) + (not name.endswith("_") and not is_norm)
     sizes = [tensor.numel() for tensor in lists[0]]
-    return launches_of(sizes, depth, with_scalars=bool(scalars)) + 2 * is_norm
+    return launches_of(sizes, depth, with_scalars=len(lists) < len(given)) + 2 * is_norm
 
 
 def launches_of(sizes: Sequence[int], lists: int, *, with_scalars: bool = False) -> int:
