@@ -8,16 +8,16 @@ and draw no random numbers. Layers other than ``nn.Linear``, or with partial inp
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_muon.diagnostics.gradients import parameter_of
+from hf_muon.diagnostics.whole import on_first_rank
 from hf_muon.polar import in_own_dtype
 from hf_muon.routing.survey import named_modules
 
@@ -36,7 +36,7 @@ class Activations:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         matrices: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            matrices[re.sub(r"\[\d+\]$", "", name)].append(name)
+            matrices[parameter_of(name)].append(name)
         self._layers = [
             (module, matrices[f"{name}.weight"])
             for _, name, module in named_modules(model)
@@ -73,7 +73,11 @@ class Activations:
             for name in names
         }
         self._inputs = []
-        return _mean_over_ranks(found)
+        together: dict[str, list[float]] = defaultdict(list)
+        for part in on_first_rank(found):
+            for name, rank in part.items():
+                together[name].append(rank)
+        return {name: sum(ranks) / len(ranks) for name, ranks in together.items()}
 
 
 class _Inputs:
@@ -131,15 +135,3 @@ def rank_of_rows(A: Tensor) -> float | None:
         gram = A @ A.mT if len(A) < A.shape[1] else A.mT @ A
     rank: float = (gram.trace() / torch.linalg.eigvalsh(gram)[-1]).item()
     return rank
-
-
-def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(values, parts)
-    together: dict[str, list[float]] = defaultdict(list)
-    for part in parts or []:
-        for name, value in part.items():
-            together[name].append(value)
-    return {name: sum(ranks) / len(ranks) for name, ranks in together.items()}

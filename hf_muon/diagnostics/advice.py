@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,17 +130,18 @@ def best_window(drift: float, now: Leading) -> float:
     return float((noise / (8 * drift**2)) ** (1 / 3))
 
 
+def typical(name: str, samples: Sequence[dict[str, Any]]) -> float | None:
+    """Return the median of a number over the samples that have it; None if none has."""
+    values = [sample[name] for sample in samples if name in sample]
+    return median(values) if values else None
+
+
 def in_words(samples: Sequence[dict[str, float]]) -> str:
     """Summarize the advice of some samples, by the median of each number."""
-
-    def typical(name: str) -> float | None:
-        values = [sample[name] for sample in samples if name in sample]
-        return median(values) if values else None
-
-    text = f"{typical('visible_rank') or 0:.0f} directions stand above the noise"
-    if (smallest := typical("t_min")) is not None:
+    text = f"{typical('visible_rank', samples) or 0:.0f} directions stand above the noise"
+    if (smallest := typical("t_min", samples)) is not None:
         text += f"; they would from a window of {smallest:.3g} steps on"
-    if (momentum := typical("suggested_momentum")) is not None:
-        drift = typical("drift")
+    if (momentum := typical("suggested_momentum", samples)) is not None:
+        drift = typical("drift", samples)
         text += f"; turning by {drift:.2g} radians a step, they ask for momentum={momentum:.4f}"
     return text

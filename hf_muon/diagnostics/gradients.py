@@ -30,7 +30,7 @@ def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -
         layers: Regexes, one of which must match in the name. Default: all matrices.
 
     Returns:
-        Parameter and region of each; the second matrix of a stack is called ``name[1]``.
+        Parameter and region of each.
 
     Raises:
         ValueError: Nothing is routed to Muon, or a pattern matches none of the matrices.
@@ -39,10 +39,21 @@ def muon_matrices(model: nn.Module, layers: str | Sequence[str] | None = None) -
     plan.require_matrices()
     found: Sources = {}
     for one, parameter in zip(plan.routes, plan.parameters, strict=True):
-        for index, matrix in enumerate(one.matrices):
-            suffix = f"[{index}]" if len(one.matrices) > 1 else ""
-            found[one.name + suffix] = (parameter, matrix)
+        for name, matrix in zip(names_of(one.name, one.matrices), one.matrices, strict=True):
+            found[name] = (parameter, matrix)
     return {name: found[name] for name in matching(found, layers)}
+
+
+def names_of(parameter: str, matrices: Sequence[object]) -> list[str]:
+    """Name the matrices inside a parameter; the second of a stack is ``name[1]``."""
+    if len(matrices) == 1:
+        return [parameter]
+    return [f"{parameter}[{number}]" for number in range(len(matrices))]
+
+
+def parameter_of(name: str) -> str:
+    """Return the name of the parameter that contains a matrix."""
+    return re.sub(r"\[\d+\]$", "", name)
 
 
 def matching(names: Collection[str], layers: str | Sequence[str] | None) -> list[str]:

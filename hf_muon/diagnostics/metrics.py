@@ -172,9 +172,7 @@ def filtering_ratio(M: Tensor, G: Tensor) -> Tensor:
         ValueError: The shapes differ.
     """
     M, G = _prepared(M, G)
-    sigma = torch.linalg.svdvals(G)
-    ratio = torch.linalg.svdvals(M) / sigma
-    return torch.where(sigma > rounding_threshold(sigma, max(G.shape[-2:])), ratio, torch.nan)
+    return ratios(torch.linalg.svdvals(M), torch.linalg.svdvals(G), max(G.shape[-2:]))
 
 
 def noise_suppression(G: Tensor, M: Tensor, S: Tensor | None = None) -> Tensor:
@@ -334,13 +332,18 @@ def nuclear_energy(sigma: Tensor) -> Tensor:
     return result
 
 
-def rounding_threshold(sigma: Tensor, longer_side: int) -> Tensor:
+def ratios(over: Tensor, under: Tensor, longer_side: int) -> Tensor:
+    """Return the ratios of two spectra, (…, s); NaN where the lower one is zero up to rounding."""
+    return torch.where(under > _rounding_threshold(under, longer_side), over / under, torch.nan)
+
+
+def _rounding_threshold(sigma: Tensor, longer_side: int) -> Tensor:
     """Return the size up to which singular values are rounding errors, as in ``svd_polar``."""
     return longer_side * torch.finfo(sigma.dtype).eps * sigma[..., :1]
 
 
 def _numerical_rank(sigma: Tensor, longer_side: int) -> int:
-    ranks = set((sigma > rounding_threshold(sigma, longer_side)).sum(-1).flatten().tolist())
+    ranks = set((sigma > _rounding_threshold(sigma, longer_side)).sum(-1).flatten().tolist())
     if len(ranks) != 1 or 0 in ranks:
         raise ValueError(f"Signals have numerical ranks {sorted(ranks)}; give one to compare.")
     return int(ranks.pop())
@@ -348,7 +351,7 @@ def _numerical_rank(sigma: Tensor, longer_side: int) -> int:
 
 def _truncated_polar(X: Tensor, rank: int) -> Tensor:
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    kept = sigma.gt(rounding_threshold(sigma, max(X.shape[-2:]))).to(X.dtype)[..., None, :rank]
+    kept = sigma.gt(_rounding_threshold(sigma, max(X.shape[-2:]))).to(X.dtype)[..., None, :rank]
     with in_own_dtype(X.device.type):
         factor: Tensor = (U[..., :rank] * kept) @ Vh[..., :rank, :]
     return factor

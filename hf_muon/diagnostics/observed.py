@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hf_muon.diagnostics.advice import typical
+from hf_muon.diagnostics.gradients import parameter_of
+
 # The most layer numbers in one pattern; with more, it would exceed the limit for a setting.
 _MOST_NUMBERS = 100
 
@@ -47,7 +50,7 @@ class Observed:
     @property
     def parameter(self) -> str:
         """The parameter that contains the matrix; patterns match its name."""
-        return re.sub(r"\[\d+\]$", "", self.layer)
+        return parameter_of(self.layer)
 
     @property
     def spectral(self) -> bool | None:
@@ -95,11 +98,6 @@ def observe(records: Iterable[dict[str, Any]]) -> list[Observed]:
 
 def _observed(layer: str, samples: Sequence[dict[str, Any]]) -> Observed:
     later = samples[len(samples) // 2 :]
-
-    def typical(name: str) -> float | None:
-        values = [sample[name] for sample in later if name in sample]
-        return median(values) if values else None
-
     ratios = [
         sample["gradient_nuclear_rank"] / sample["input_stable_rank"]
         for sample in later
@@ -112,13 +110,13 @@ def _observed(layer: str, samples: Sequence[dict[str, Any]]) -> Observed:
     return Observed(
         layer=layer,
         samples=len(later),
-        nuclear_rank=typical("gradient_nuclear_rank"),
-        input_rank=typical("input_stable_rank"),
+        nuclear_rank=typical("gradient_nuclear_rank", later),
+        input_rank=typical("input_stable_rank", later),
         ratio=median(ratios) if ratios else None,
-        stable_rank=typical("gradient_stable_rank"),
-        visible_rank=typical("visible_rank"),
+        stable_rank=typical("gradient_stable_rank", later),
+        visible_rank=typical("visible_rank", later),
         noise_to_signal=noise / signal if signal > 0 else None,
-        smallest_window=typical("t_min"),
+        smallest_window=typical("t_min", later),
     )
 
 

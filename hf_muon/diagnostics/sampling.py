@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_muon.diagnostics.advice import advise, is_far_enough
 from hf_muon.diagnostics.averages import Averages, is_kept_by_optimizer
 from hf_muon.diagnostics.spectra import Leading, StepMatrices, measure, turned
 from hf_muon.diagnostics.watched import Watch, Watched
-from hf_muon.diagnostics.whole import whole_matrices
+from hf_muon.diagnostics.whole import on_first_rank, whole_matrices
 from hf_muon.distributed.buckets import Unit
 from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
@@ -78,7 +77,10 @@ class Sampler:
         """Return the measurements, on rank 0; none if the step was skipped. All ranks must call."""
         self._step = None
         self._weights.clear()
-        return dict(sorted(_on_first_rank(self._values).items()))
+        found: Values = {}
+        for of_rank in on_first_rank(self._values):
+            found |= of_rank
+        return dict(sorted(found.items()))
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
@@ -170,15 +172,6 @@ class Sampler:
         values.update(advise(far[-1] if far else None, now, momentum))
         self._leading[name] = [*far[-1:], *earlier[len(far) :], now]
         return values
-
-
-def _on_first_rank(values: Values) -> Values:
-    """Gather the values of all ranks on rank 0."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(values, parts)
-    return {name: found for part in parts or [] for name, found in part.items()}
 
 
 def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str]:

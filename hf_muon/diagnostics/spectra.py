@@ -17,7 +17,7 @@ from hf_muon.diagnostics.metrics import (
     energies,
     nuclear_energy,
     orthogonality_error,
-    rounding_threshold,
+    ratios,
     subspace_angles,
 )
 from hf_muon.diagnostics.noise_edge import Noise, noise_in, powers_in, signal_strength
@@ -110,7 +110,7 @@ def measure(
     values = {
         **_numbered("gradient_sigma", sigma_g, count),
         **_numbered("average_sigma", sigma_m, count),
-        **_numbered("filtering_ratio", _ratio(sigma_m, sigma_g, max(at.gradient.shape)), count),
+        **_numbered("filtering_ratio", ratios(sigma_m, sigma_g, max(at.gradient.shape)), count),
         "gradient_nuclear_rank": nuclear_energy(sigma_g).item(),
         "gradient_stable_rank": (1 / energies(sigma_g)[0]).item(),
         "noise_suppression": (sigma_g.quantile(0.5) / sigma_m.quantile(0.5)).item(),
@@ -157,11 +157,6 @@ def _powers(at: StepMatrices, momentum: float) -> dict[str, float]:
 
 def _numbered(name: str, values: Tensor, count: int) -> dict[str, float]:
     return {f"{name}_{k}": value for k, value in enumerate(values[:count].tolist(), start=1)}
-
-
-def _ratio(sigma_m: Tensor, sigma_g: Tensor, longer_side: int) -> Tensor:
-    above = sigma_g > rounding_threshold(sigma_g, longer_side)
-    return torch.where(above, sigma_m / sigma_g, torch.nan)
 
 
 def _shape_of(name: str, X: Tensor) -> dict[str, float]:

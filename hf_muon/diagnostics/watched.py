@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_muon.diagnostics.gradients import matching, spread_evenly
+from hf_muon.diagnostics.gradients import matching, names_of, spread_evenly
 from hf_muon.diagnostics.whole import some_of
 from hf_muon.distributed.buckets import Bucket, Unit, plan_buckets
 from hf_muon.distributed.find import replicate_ranks
@@ -24,13 +24,11 @@ _LIMIT = 2**24
 
 
 def matrix_names(group: Group) -> list[list[str]]:
-    """Name each matrix of each parameter of a group; the second of a stack is ``name[1]``."""
+    """Name each matrix of each parameter of a group."""
     inside = group["matrices"]
     unnamed = [f"group {group['group_id']} parameter {index}" for index in range(len(inside))]
-    return [
-        [f"{name}[{number}]" if len(matrices) > 1 else name for number in range(len(matrices))]
-        for name, matrices in zip(group.get("param_names", unnamed), inside, strict=True)
-    ]
+    names = group.get("param_names", unnamed)
+    return [names_of(name, matrices) for name, matrices in zip(names, inside, strict=True)]
 
 
 def chosen_matrices(

@@ -1,4 +1,4 @@
-"""Whole matrices from the pieces that ranks hold, for diagnostics.
+"""Whole matrices from the pieces that ranks hold, for diagnostics; and the results of all ranks.
 
 In: buckets of the matrices in question, and functions that read a piece of a gradient, a weight or
 a momentum. Out: the whole matrices, each on one rank, so that diagnostics are divided among ranks
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_muon.distributed.buckets import Bucket, Unit
@@ -45,6 +46,15 @@ def whole_matrices(
         gathered = [_result_of(gather(bucket, reading(bucket, read), dtype)) for read in reads]
         for unit in bucket.mine:
             yield unit, [whole[unit] for whole in gathered]
+
+
+def on_first_rank(values: _T) -> list[_T]:
+    """Return the values of every rank on rank 0, and nothing elsewhere; all ranks must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [values]
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(values, parts)
+    return parts or []
 
 
 def _result_of(steps: Generator[None, None, _T]) -> _T:
