@@ -8,6 +8,7 @@ orthogonality error of the polar factors. matplotlib is imported only when a fig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def spectra_figure(samples: Sequence[Record]) -> Figure:
     figure = new_figure(10.5, 6.6)
     (sigma, rank), (size, quality) = figure.subplots(2, 2, sharex=True)
     layers = _by_layer(samples)
-    for number, (color, (label, series)) in enumerate(zip(_cycle(samples), layers, strict=False)):
+    for number, (color, (label, series)) in enumerate(zip(cycle(COLORS), layers, strict=False)):
         # Later lines are thinner, so that one on top of another leaves its rim visible.
         width = 3.2 - 2.2 * number / len(layers)
         _draw(sigma, series, "average_sigma_1", color=color, label=label, linewidth=width)
@@ -111,10 +112,6 @@ def _by_layer(samples: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 def _shared(parts: list[list[str]]) -> int:
     """Return how many leading parts all names have in common."""
     return next((i for i, at in enumerate(zip(*parts, strict=False)) if len(set(at)) > 1), 0)
-
-
-def _cycle(samples: Sequence[Record]) -> list[str]:
-    return list(COLORS) * (1 + len(samples) // len(COLORS))
 
 
 def _draw(axes: Axes, series: list[Record], name: str, *, color: str, **style: Any) -> None:
