@@ -106,14 +106,17 @@ def spiked_stream(
     generator = torch.Generator(device=device or "cpu").manual_seed(seed)
     draw = _Draw(generator, tuple(batch), dtype)
     values = torch.tensor(list(strengths), dtype=dtype, device=generator.device)
-    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {
-        "gaussian": lambda: _gaussian(draw, (m, n)),
-        "student_t": lambda: _student_t(draw, (m, n), degrees_of_freedom),
-        "arch": lambda: _arch(draw, (m, n), arch),
-    }
     left, right = (draw.orthonormal(side, room) for side in (m, n))
     signals = _signals(left, right, values, drift)
-    return _observed(signals, kinds[noise](), sigma, steps)
+    noises = {  # iterators, which draw nothing yet
+        "gaussian": _gaussian(draw, (m, n)),
+        "student_t": _student_t(draw, (m, n), degrees_of_freedom),
+        "arch": _arch(draw, (m, n), arch),
+    }[noise]
+    return (
+        Observation(S + sigma * xi, S, U, V)
+        for _, (S, U, V), xi in zip(range(steps), signals, noises, strict=False)
+    )
 
 
 def _require(holds: bool, given: str, allowed: str) -> None:
@@ -192,16 +195,6 @@ def _arch(draw: _Draw, shape: tuple[int, int], alpha: float) -> Iterator[Tensor]
         yield xi
         h = (1 - alpha) + alpha * xi.square()
         xi = h.sqrt() * draw.normal(*shape)
-
-
-def _observed(
-    signals: Iterator[tuple[Tensor, Tensor, Tensor]],
-    noises: Iterator[Tensor],
-    sigma: float,
-    steps: int,
-) -> Iterator[Observation]:
-    for _, (S, U, V), xi in zip(range(steps), signals, noises, strict=False):
-        yield Observation(S + sigma * xi, S, U, V)
 
 
 class Descent(NamedTuple):
