@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "spectra.jsonl"
+_BEGIN = '{"begin"'
 
 Record = dict[str, Any]
 
@@ -59,24 +60,15 @@ def _records(path: Path) -> list[Record]:
     path = path / FILE_NAME if path.is_dir() else path
     found: list[Record] = []
     lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        record = _parsed(line, path, number, ends_part=_begins(lines[number : number + 1]))
+    for number, (line, after) in enumerate(zip(lines, [*lines[1:], _BEGIN], strict=True), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if after.startswith(_BEGIN):  # a crash cut the last line of a part short
+                continue
+            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
         if "begin" in record:
             found = [one for one in found if one["step"] <= record["begin"]]
         elif record:
             found.append(record)
     return found
-
-
-def _begins(lines: list[str]) -> bool:
-    return not lines or lines[0].startswith('{"begin"')
-
-
-def _parsed(line: str, path: Path, number: int, *, ends_part: bool) -> Record:
-    try:
-        record: Record = json.loads(line)
-    except json.JSONDecodeError as error:
-        if ends_part:
-            return {}
-        raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-    return record
