@@ -71,11 +71,9 @@ def stationary_probe(
     buffers = gradient_buffers(model, batches, loss, sources)
     if held_out is None:
         half = (len(next(iter(buffers.values()))) + 1) // 2
-        others = {name: buffer[half:] for name, buffer in buffers.items()}
-        buffers = {name: buffer[:half] for name, buffer in buffers.items()}
-    else:
-        others = gradient_buffers(model, held_out, loss, sources)
-    return probe_buffers(asked, buffers, others)
+        return probe_buffers(asked, {name: (b[:half], b[half:]) for name, b in buffers.items()})
+    others = gradient_buffers(model, held_out, loss, sources)
+    return probe_buffers(asked, {name: (b, others[name]) for name, b in buffers.items()})
 
 
 class TrajectoryProbe:
@@ -151,9 +149,7 @@ class TrajectoryProbe:
                 f"{len(self._buffer)} steps are recorded; a report takes window + held_out = "
                 f"{self.window + self.held_out}."
             )
-        recorded = {name: torch.stack([g[name] for g in self._buffer]) for name in self._sources}
+        steps = {name: torch.stack([g[name] for g in self._buffer]) for name in self._sources}
         return probe_buffers(
-            asked,
-            {name: steps[: self.window] for name, steps in recorded.items()},
-            {name: steps[self.window :] for name, steps in recorded.items()},
+            asked, {name: (b[: self.window], b[self.window :]) for name, b in steps.items()}
         )

@@ -96,26 +96,26 @@ def _filters(config: MuonConfig) -> bool:
 
 
 def probe_buffers(
-    settings: ProbeSettings, buffers: dict[str, Tensor], others: dict[str, Tensor]
+    settings: ProbeSettings, buffers: Mapping[str, tuple[Tensor, Tensor]]
 ) -> ProbeReport:
     """Compute readings of gradient buffers, whatever their source.
 
     Args:
         settings: What to replay.
-        buffers: Gradients to replay, (K, m, n) by name, oldest first.
-        others: Held-out gradients, (H, m, n), under the same names.
+        buffers: By name, the gradients to replay, (K, m, n), oldest first, and the held-out ones,
+            (H, m, n).
 
     Raises:
         ValueError: A buffer has fewer than two gradients.
     """
     readings: list[Reading] = []
-    for name, buffer in buffers.items():
-        if min(len(buffer), len(others[name])) < 2:
+    for name, (buffer, others) in buffers.items():
+        if min(len(buffer), len(others)) < 2:
             raise ValueError(
-                f"{len(buffer)} gradients to replay and {len(others[name])} held out: two or more "
-                "of either are needed. Give more batches."
+                f"{len(buffer)} gradients to replay and {len(others)} held out: two or more of "
+                "either are needed. Give more batches."
             )
-        readings += _readings(settings, name, buffer, others[name])
+        readings += _readings(settings, name, buffer, others)
     return ProbeReport(tuple(readings))
 
 
@@ -223,10 +223,8 @@ class Flipped:
         if self._factors is None:
             self._factors = chosen.polar(self.gradients)
         update = _last(through(self._steps(self._factors), chosen.after))
-        return (update if chosen.after else self._raw_last()), update
-
-    def _raw_last(self) -> Tensor:
-        return self.signs[:, -1, None, None] * self.gradients[-1]
+        passed = update if chosen.after else self.signs[:, -1, None, None] * self.gradients[-1]
+        return passed, update
 
 
 def _last(stream: Iterable[Tensor]) -> Tensor:
