@@ -39,7 +39,7 @@ def show(run: Path, *, as_json: bool) -> None:
     layers = observe(_records(run))
     earlier, routed = _as_it_was(run)
     sent = euclidean_parameters(layers)
-    patterns = (*earlier, *patterns_of(name for name in sent))
+    patterns = (*earlier, *patterns_of(sent))
     if as_json:
         typer.echo(json.dumps(_plain(layers, patterns), indent=2))
         return

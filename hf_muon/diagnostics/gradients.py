@@ -124,12 +124,11 @@ def gradient_buffers(
         ValueError: There are no batches.
         FloatingPointError: A gradient is NaN or infinite.
     """
-    parameters = list(model.parameters())
-    kept = [parameter.grad for parameter in parameters]
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     taken: list[dict[str, Tensor]] = []
     try:
         for number, batch in enumerate(batches):
-            _put(parameters, [None] * len(parameters))
+            model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss(model, batch).backward()  # type: ignore[no-untyped-call]
             taken.append(read_gradients(sources))
@@ -137,15 +136,11 @@ def gradient_buffers(
                 if not gradient.isfinite().all():
                     raise FloatingPointError(f"Batch {number} gives {name} a gradient with NaN.")
     finally:
-        _put(parameters, kept)
+        for parameter, before in kept:
+            parameter.grad = before
     if not taken:
         raise ValueError("There are no batches to take gradients of.")
     return {name: torch.stack([one[name] for one in taken]) for name in sources}
-
-
-def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
