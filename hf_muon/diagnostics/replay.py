@@ -110,14 +110,11 @@ def stages(
     """
     settings = vars(config)
     rule = rule_of(settings)
-
-    def streams(of: Sequence[Stage]) -> list[Filter]:
-        return [streamed(stage, settings, dtype) for stage in of]
-
+    as_filter = partial(streamed, settings=settings, dtype=dtype)
     return Stages(
-        before=(*([before] if before else ()), *streams(rule.before)),
+        before=(*([before] if before else ()), *map(as_filter, rule.before)),
         polar=_mapping(rule.whole, settings),
-        after=(*streams(rule.after), *([after] if after else ())),
+        after=(*map(as_filter, rule.after), *([after] if after else ())),
     )
 
 

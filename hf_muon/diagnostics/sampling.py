@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hf_muon.diagnostics.spectra import Leading, StepMatrices, measure, turned
 from hf_muon.diagnostics.watched import Watch, Watched
 from hf_muon.diagnostics.whole import on_first_rank, whole_matrices
 from hf_muon.distributed.buckets import Unit
+from hf_muon.distributed.exchange import Read
 from hf_muon.distributed.find import local, local_gradient
 from hf_muon.distributed.layout import Piece
 from hf_muon.optimizer import Muon
@@ -104,23 +106,14 @@ class Sampler:
 
     def _measure(self, step: int, call: Watched) -> None:
         """Measure the matrices of this call that this rank owns."""
-        weights = [local(entry.tensor) for entry in call.entries]
-        gradients = [local_gradient(entry.tensor) for entry in call.entries]
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-
-        def gradient(unit: Unit, piece: Piece) -> Tensor:
-            return piece.of_local(gradients[unit.parameter])
-
-        def average(unit: Unit, piece: Piece) -> Tensor:
-            return self._averages.piece(call, unit, piece)
-
-        def weight(unit: Unit, piece: Piece) -> Tensor:
-            return piece.of_local(weights[unit.parameter])
+        dtype = torch.promote_types(call.entries[0].tensor.dtype, torch.float32)
+        gradient = _pieces_of([local_gradient(entry.tensor) for entry in call.entries])
+        weight = _pieces_of([local(entry.tensor) for entry in call.entries])
 
         def update(unit: Unit, piece: Piece) -> Tensor:
             return weight(unit, piece).to(dtype) - self._weights[call.name(unit), piece].to(dtype)
 
-        reads = (gradient, average, weight, update)
+        reads = (gradient, partial(self._averages.piece, call), weight, update)
         for unit, (G, M, W, change) in whole_matrices(call.buckets, reads, dtype):
             entry, name = call.entries[unit.parameter], call.name(unit)
             if not self._averages.has_run_in(name):
@@ -172,6 +165,10 @@ class Sampler:
         values.update(advise(far[-1] if far else None, now, momentum))
         self._leading[name] = [*far[-1:], *earlier[len(far) :], now]
         return values
+
+
+def _pieces_of(tensors: Sequence[Tensor]) -> Read:
+    return lambda unit, piece: piece.of_local(tensors[unit.parameter])
 
 
 def left_out(groups: Sequence[dict[str, Any]], *, resumed: bool) -> Iterator[str]:
