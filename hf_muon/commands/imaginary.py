@@ -121,12 +121,7 @@ def planned(
 ) -> Iterator[list[Bucket]]:
     """Yield the buckets of a step, in the lists that run one after another.
 
-    Args:
-        groups: The parameters of each Muon group, in the optimizer's order.
-        config: Provides the polar settings, ``distribute`` and ``bucket_mb``.
-        world: The ranks.
-        wire: Dtype on the wire.
-        device_type: ``cuda`` or ``cpu``.
+    The groups are those of Muon, in the optimizer's order.
     """
     limit, alone = bucket_elements(config.bucket_mb, wire.itemsize)
     device = torch.device(device_type)
@@ -143,10 +138,7 @@ def wires_of(
 ) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes on the wire, to the owner and back, without access to the device.
 
-    Args:
-        config: Provides the polar settings.
-        dtype: Dtype of the parameters.
-        device_type: ``cuda`` (assumed to have bfloat16 instructions) or ``cpu`` (this one).
+    ``cuda`` is assumed to have instructions for bfloat16; ``cpu`` is this one.
     """
     requested = config.polar_dtype
     if device_type == "cuda" and requested == "auto" and config.polar_method != "svd":

@@ -29,10 +29,6 @@ WIDTH = 100
 def show(run: Path, *, as_json: bool) -> None:
     """Print the numbers of a run and the suggestion for the next one.
 
-    Args:
-        run: The output folder, or its ``spectra.jsonl``.
-        as_json: Whether to print JSON instead of a table.
-
     Raises:
         ValueError: The run recorded nothing.
     """

@@ -110,15 +110,9 @@ def roofline(
     dtype: torch.dtype,
     wire: torch.dtype,
 ) -> Roofline:
-    """Count the work of a step.
+    """Count the work of a step on each rank's device.
 
-    Args:
-        groups: The parameters of each Muon group.
-        config: The settings.
-        world: The ranks.
-        device: The device of each rank.
-        dtype: Dtype of the parameters and their gradients.
-        wire: Dtype of the polar factors.
+    ``dtype`` is that of the parameters and their gradients, ``wire`` that of the polar factors.
     """
     name = str(wire).removeprefix("torch.")
     config = _with(config, polar_dtype=name, compile=False, cuda_graph=False, lr=config.lr or 1e-3)
