@@ -116,7 +116,7 @@ ERRORS = {
     "missing file": (["nowhere/config.json"], "'nowhere/config.json' does not exist."),
     "misspelt file": (["{path}/confg.json"], "Did you mean 'config.json'?"),
     "unknown id": (["no-such/model-anywhere"], "gives no model config"),
-    "unknown auto class": (["{path}", "--auto", "cat"], "auto='cat' is not one of causal-lm"),
+    "unknown auto class": (["{path}", "--auto", "cat"], "auto='cat' is not one of 'causal-lm'"),
     "misspelt auto class": (["{path}", "--auto", "causal_lm"], "Did you mean 'causal-lm'?"),
     "unfit auto class": (["{path}", "--auto", "masked-lm"], "has no class for 'llama'"),
     "unknown setting": (["{path}", "--optim-args", "ordr=x"], "Did you mean 'order'?"),

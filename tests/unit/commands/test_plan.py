@@ -165,7 +165,7 @@ ERRORS = {
     ),
     "unknown device": (
         ["--device", "tpu"],
-        "device='tpu' is not one of h100, h200, b200, a100, l40s, l4, 4090, cuda, cpu",
+        "device='tpu' is not one of 'h100', 'h200', 'b200', 'a100', 'l40s', 'l4', '4090'",
     ),
 }
 

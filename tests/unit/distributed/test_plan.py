@@ -247,7 +247,7 @@ def test_more_memory_is_held_where_buckets_are_larger():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fsdp", 2), "'fsdp' is not one of ddp, fsdp2"),
+        (("fsdp", 2), "'fsdp' is not one of 'ddp', 'fsdp2'"),
         (("ddp", 0), "ranks=0"),
         (("hsdp", 4), "needs replicas"),
         (("hsdp", 4, 3), "replicas=3 does not divide ranks=4"),
