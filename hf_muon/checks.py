@@ -177,6 +177,12 @@ def _check_combinations(config: Any) -> None:
             f"prefilter='norm' has no effect under order={config.order!r}: a polar factor has no "
             "scale. Choose 'pre_polar', or prefilter='clip'."
         )
+    if config.prefilter == "norm" and config.lora_update == "tangent":
+        raise ValueError(
+            "prefilter='norm' with lora_update='tangent', which compares the gradients of A and B "
+            "and would get each divided by another number: choose prefilter='clip', or "
+            "lora_update='product'."
+        )
     if config.map_power and config.matrix_map != "soft":
         raise ValueError(
             f"map_power={config.map_power!r} needs matrix_map='soft', not {config.matrix_map!r}: "

@@ -82,7 +82,7 @@ class Agreement:
         settings, key = _settings(groups), hash(tuple(entries))
         flags = [int(entry.tensor.grad is not None) for entry in entries]
         number = entries[0].group["group_id"]
-        compares, known = self._compared.get(entries[0]) != key, self._flags.get(number)
+        compares, known = int(self._compared.get(entries[0]) != key), self._flags.get(number)
         if known is not None:
             # A rank that has to compare, perhaps alone, sends as many flags as the others expect.
             said = [1, *[0] * known] if compares else [0, *flags]

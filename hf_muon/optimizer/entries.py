@@ -61,6 +61,11 @@ class Entry:
         return compute_device(self.tensor, self.flat is not None)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether a plain tensor is trained, or was until it got its gradient."""
+        return self.tensor.requires_grad or self.tensor.grad is not None
+
+    @property
     def owners(self) -> list[str]:
         """The name of the parameter that each of :attr:`matrices` belongs to."""
         inside = self.group["matrices"]

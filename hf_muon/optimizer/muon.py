@@ -34,7 +34,7 @@ from hf_muon.optimizer.launcher import (
     was_loaded,
     with_own_settings,
 )
-from hf_muon.optimizer.pairs import check_decay, moves_pairs, taking_part
+from hf_muon.optimizer.pairs import check_decay, check_trained, moves_pairs, taking_part
 from hf_muon.optimizer.plans import Plan, Plans, momenta_of
 from hf_muon.optimizer.step import bucket_step
 from hf_muon.polar import Workspace, check_kernel, polar_factor
@@ -100,6 +100,7 @@ class Muon(Optimizer):
         self.replicate_group = replicate_group
         self._origins = Origins()
         self._settings: list[Group] = []
+        self._agreement = Agreement()
         self._forget()
         self.routes: dict[str, Any] | None = None  # set if a model was routed; for reports
         defaults = {"lr": self.config.muon_group()["lr"]}
@@ -112,6 +113,7 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or load; forget the plans made for other parameters."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_agreement", Agreement())
         self._forget()
         self.__dict__.setdefault("replicate_group", None)
         self._every_group = self.param_groups
@@ -126,7 +128,7 @@ class Muon(Optimizer):
     def _forget(self) -> None:
         """Plan and agree again before the next step."""
         self._plans, self._workspace, self._graphed = Plans(), Workspace(), Graphed()
-        self.__dict__.setdefault("_agreement", Agreement()).forget()
+        self._agreement.forget()
         self._is_checked = False  # whether a step has checked state that others may have edited
 
     @property
@@ -200,6 +202,8 @@ class Muon(Optimizer):
             self._create_state()
             for entries in groups:
                 of_muon = entries if entries and entries[0].group["algorithm"] == "muon" else []
+                if of_muon and moves_pairs(of_muon[0].group):
+                    check_trained(of_muon)
                 plans.append(self._plan(_trained(of_muon)))
         except Exception as error:  # the other ranks would wait
             return plans, error
@@ -281,7 +285,7 @@ class Muon(Optimizer):
         facts: dict[str, Any] = {}
         for entries in filter(None, groups):
             group, states = entries[0].group, [self.state[entry.tensor] for entry in entries]
-            counts = {int(state["step"]) for state in states if "step" in state}
+            counts = sorted({int(state["step"]) for state in states if "step" in state})
             facts[f"earlier steps of {group['algorithm']} group {group['group_id']}"] = counts
         for plan in filter(None, plans):
             facts.update(plan.facts())
@@ -373,8 +377,7 @@ def _trained(entries: list[Entry]) -> list[Entry]:
     first = entries[0] if entries else None
     if first is None or moves_pairs(first.group) or first.flat is not None or first.is_copy:
         return entries
-    tensors = [(entry, entry.tensor) for entry in entries]
-    return [entry for entry, t in tensors if t.requires_grad or t.grad is not None]
+    return [entry for entry in entries if entry.is_trained]
 
 
 def _warn_of_low_precision(groups: list[Group]) -> None:

@@ -81,6 +81,25 @@ def check_decay(groups: Iterable[Group]) -> None:
                 )
 
 
+def check_trained(entries: Iterable[Entry]) -> None:
+    """Raise if one factor of a pair is frozen while the other is trained.
+
+    Raises:
+        ValueError: Names the frozen one.
+    """
+    entries = [entry for entry in entries if entry.flat is None and not entry.is_copy]
+    frozen = {entry.indices[0]: entry for entry in entries if not entry.is_trained}
+    trained = len(entries) > len(frozen)
+    for index, entry in frozen.items() if trained else ():
+        if partners(entry.group)[index] not in frozen:
+            update = entry.group["lora_update"]
+            raise ValueError(
+                f"{entry.name} was frozen after the optimizer was made, and lora_update={update!r} "
+                "moves both factors of an adapter. Freeze its partner as well, or make the "
+                "optimizer with lora_update='factor'. No parameter and no state was changed."
+            )
+
+
 def taking_part(entries: Sequence[Entry], active: Container[Entry]) -> list[Entry]:
     """Return the entries of a group that a step trains: A or B also if only its partner is active.
 

@@ -34,7 +34,7 @@ class Adapter:
         factor: ``A`` or ``B`` of W₀ + cBA.
         partner: The other one, if both are trained.
         scaling: c.
-        is_dora: Whether the layer normalizes W₀ + cBA.
+        beyond: Why the layer does not compute W₀ + cBA, so that A and B do not move as a product.
     """
 
     reason: str
@@ -42,7 +42,7 @@ class Adapter:
     factor: Factor | None = None
     partner: Tensor | None = None
     scaling: float | None = None
-    is_dora: bool = False
+    beyond: str = ""
 
 
 def adapters(model: nn.Module) -> dict[int, Adapter]:
@@ -81,21 +81,21 @@ def _of_tuner_layer(layer: nn.Module) -> dict[int, Adapter]:
         for name, parameter in layer.named_parameters()
         if (container := name.split(".")[0]) not in ("base_layer", "original_module")
     }
-    for a, b, scaling, is_dora in _pairs(layer):
+    for a, b, scaling, beyond in _pairs(layer):
         cut_a, cut_b = _factor_matrices(layer, a, b)
         paired = cut_a and cut_b and a.requires_grad and b.requires_grad
         of_a, of_b = (b, a) if paired else (None, None)
         if cut_a:
-            found[id(a)] = Adapter("adapter: LoRA factor A", cut_a, "A", of_a, scaling, is_dora)
+            found[id(a)] = Adapter("adapter: LoRA factor A", cut_a, "A", of_a, scaling, beyond)
         if cut_b:
-            found[id(b)] = Adapter("adapter: LoRA factor B", cut_b, "B", of_b, scaling, is_dora)
+            found[id(b)] = Adapter("adapter: LoRA factor B", cut_b, "B", of_b, scaling, beyond)
         if not cut_a and not cut_b:
             found[id(a)] = found[id(b)] = Adapter(f"adapter: {OF_RANK_ONE}")
     return found
 
 
-def _pairs(layer: Any) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
-    """Yield A, B, the scaling, and whether it is DoRA, for each linear adapter of a LoRA layer.
+def _pairs(layer: Any) -> Iterator[tuple[Tensor, Tensor, float, str]]:
+    """Yield A, B, the scaling, and what is beyond W₀ + cBA, for each linear adapter of a layer.
 
     AdaLoRA derives from LoRA, but its A and B are singular vectors that a penalty keeps orthogonal;
     they are not free matrices.
@@ -107,8 +107,11 @@ def _pairs(layer: Any) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
     for adapter in layer.lora_A:
         first, second = layer.lora_A[adapter], layer.lora_B[adapter]
         if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-            scaling, is_dora = float(layer.scaling[adapter]), bool(layer.use_dora.get(adapter))
-            yield first.weight, second.weight, scaling, is_dora
+            variant = getattr(layer, "lora_variant", {}).get(adapter)
+            beyond = "DoRA normalizes W + cBA" if layer.use_dora.get(adapter) else ""
+            if type(variant).__name__.startswith("Kasa"):
+                beyond = "KaSA has a trained diagonal between B and A"
+            yield first.weight, second.weight, float(layer.scaling[adapter]), beyond
 
 
 def _factor_matrices(layer: Any, first: Tensor, second: Tensor) -> tuple[Matrices, Matrices]:

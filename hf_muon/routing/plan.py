@@ -30,7 +30,7 @@ from hf_muon.routing.rules import Context, Decision, decide
 from hf_muon.routing.survey import WRAPPERS, Survey, survey, trainable
 from hf_muon.routing.table import render
 from hf_muon.rules import kept_by
-from hf_muon.values import near
+from hf_muon.values import near, shown
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class RoutePlan:
         frozen: Number of parameters that are not trained.
         remedy: Why nothing went to Muon and what to do about it, if known; else empty.
         headless: Whether no output layer was recognized in a model that may have one.
+        config: The settings that the parameters were routed with.
     """
 
     routes: tuple[Route, ...]
@@ -56,6 +57,7 @@ class RoutePlan:
     frozen: int = 0
     remedy: str = field(repr=False, compare=False, default="")
     headless: bool = field(repr=False, compare=False, default=False)
+    config: MuonConfig = field(repr=False, compare=False, default_factory=MuonConfig)
 
     @property
     def fingerprint(self) -> str:
@@ -167,11 +169,12 @@ class RoutePlan:
             of the partner, ``A`` or ``B``, and c; these are empty or 0 for other parameters.
 
         Raises:
-            ValueError: No parameter was routed to Muon; a given parameter that needs a gradient is
-                not in the plan; or a given group does not determine the learning rate of its AdamW
-                part.
+            ValueError: No parameter was routed to Muon; the settings ask for other routes; a given
+                parameter that needs a gradient is not in the plan; or a given group does not
+                determine the learning rate of its AdamW part.
         """
         self.require_matrices()
+        _check_same_routing(self.config, config)
         _log_fallbacks(self.muon, config.lora_update)
         last = max(n for n, one in enumerate(self.routes) if one.algorithm == "muon")
         is_named = any("adamw_params" in one.reason for one in self.routes[last:])
@@ -190,7 +193,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
     Args:
         model: Any module, also wrapped by DDP, ``torch.compile`` or PEFT.
         config: Gives ``muon_params``, ``adamw_params``, ``conv``, ``split_fused``,
-            ``split_heads`` and ``lr_multipliers``. Default: none of them.
+            ``split_heads``, ``lr_multipliers`` and ``lora_update``. Default: none of them.
 
     Returns:
         The plan. Its Muon half may be empty; :meth:`RoutePlan.param_groups` then raises.
@@ -238,6 +241,7 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         )
     _check_rates_of_pairs(routes)
     return RoutePlan(
+        config=config,
         routes=routes,
         parameters=tuple(candidate.parameter for candidate in facts.candidates),
         frozen=len(facts.frozen),
@@ -246,13 +250,27 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
     )
 
 
+_ROUTED_BY = (
+    "muon_params", "adamw_params", "conv", "split_fused", "split_heads", "lr_multipliers",
+    "lora_update",
+)  # fmt: skip
+
+
+def _check_same_routing(routed: MuonConfig, config: MuonConfig) -> None:
+    """Raise if settings ask for other routes than those of a plan that was made before."""
+    for name in _ROUTED_BY:
+        before, now = getattr(routed, name), getattr(config, name)
+        if before != now:
+            raise ValueError(
+                f"{name}={shown(now)} is set, and the plan was made with {shown(before)}. Give it "
+                f"to both: plan=hf_muon.route(model, MuonConfig({name}={shown(now)}))."
+            )
+
+
 def _of_factor(made: Route, adapter: Adapter, pair: str | None, lora_update: LoraUpdate) -> Route:
     """Return the route of LoRA's A or B; its reason says if it is not updated as asked for."""
-    obstacle = ""
-    if lora_update != "factor" and adapter.is_dora:
-        obstacle = "DoRA normalizes W + cBA"
-    elif lora_update != "factor" and pair is None:
-        obstacle = "Muon does not train its partner"
+    obstacle = adapter.beyond or ("" if pair else "Muon does not train its partner")
+    obstacle = obstacle if lora_update != "factor" else ""
     return dataclasses.replace(
         made,
         reason=f"{made.reason}{_ON_ITS_OWN}{obstacle}" if obstacle else made.reason,

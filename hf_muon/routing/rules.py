@@ -92,8 +92,14 @@ def decide(context: Context) -> Decision:
     return next(found for rule in RULES if (found := rule(context)))  # the last takes everything
 
 
+def shared_memory(context: Context) -> Decision | None:
+    """Two parameters in one memory are both written; by one algorithm, as under any AdamW."""
+    other = context.survey.sharing.get(id(context.candidate.parameter))
+    return adamw(f"shared memory: also in {other}") if other else None
+
+
 def user_override(context: Context) -> Decision | None:
-    """The user's patterns come first; an AdamW pattern may make exceptions to a Muon pattern."""
+    """The user's patterns come before kinds; those for AdamW make exceptions to those for Muon."""
     if context.adamw_pattern is not None:
         return adamw(f"user: adamw_params {context.adamw_pattern!r}")
     if context.muon_pattern is None:
@@ -211,6 +217,7 @@ def unknown(context: Context) -> Decision | None:
 
 
 RULES: tuple[Rule, ...] = (
+    shared_memory,
     user_override,
     adapter,
     embedding_or_head,

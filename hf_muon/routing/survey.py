@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from hf_muon.distributed.find import is_dtensor
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 # Child names that a wrapper inserts, by the wrapper's class. A user's own module called "module"
@@ -56,11 +58,12 @@ class Candidate:
 
 @dataclass
 class Survey:
-    """The facts that the rules need; sets hold ``id()`` values."""
+    """The facts that the rules need; sets, and keys of ``sharing``, are ``id()`` values."""
 
     candidates: list[Candidate] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    sharing: dict[int, str] = field(default_factory=dict)
     embeddings: set[int] = field(default_factory=set)
     heads: set[int] = field(default_factory=set)
     outside_backbone: set[int] = field(default_factory=set)
@@ -83,6 +86,7 @@ def survey(model: nn.Module) -> Survey:
     """Walk through a model once and collect what the rules need."""
     base, facts = _base(model), Survey()
     _walk(model, facts)
+    facts.sharing = _sharing(facts.candidates)
     for module in model.modules():
         if isinstance(module, EMBEDDINGS):
             facts.embeddings.update(map(id, module.parameters(recurse=False)))
@@ -182,6 +186,17 @@ def _walk(model: nn.Module, facts: Survey) -> None:
                     modules=above,
                 )
             )
+
+
+def _sharing(candidates: Iterable[Candidate]) -> dict[int, str]:
+    """Return, for parameters that are others' memory, the name of another one of that memory."""
+    of_memory: dict[tuple[int, int], list[Candidate]] = {}
+    for one in candidates:
+        if one.parameter.numel() and not is_dtensor(one.parameter):
+            storage = one.parameter.untyped_storage()._cdata
+            of_memory.setdefault((storage, one.parameter.storage_offset()), []).append(one)
+    groups = [group for group in of_memory.values() if len(group) > 1]
+    return {id(one.parameter): group[one is group[0]].name for group in groups for one in group}
 
 
 def _base(model: nn.Module) -> nn.Module:

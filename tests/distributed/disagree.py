@@ -10,7 +10,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from hf_muon import create_muon_optimizer
 from hf_muon.distributed.find import local
 from hf_muon.polar import factor, precision
 from tests.distributed import layouts
@@ -116,6 +119,14 @@ def cases(kind):
         yield "hardware", outcome_of_first(make, kind, {"polar_dtype": "auto"})
     precision.has_native_bfloat16.cache_clear()
 
+    if make is Plain:
+        yield "steps", resumed(kind)
+        yield "one rank compares", reloads(kind)
+        yield "one rank has more", grows(kind)
+    if kind == "fsdp":
+        yield "copies beside shards", beside_shards(averaged=False)
+        yield "equal copies beside shards", beside_shards(averaged=True)
+
     run = make(kind)
     run.step()
     if mine:
@@ -129,6 +140,47 @@ def cases(kind):
     if make is Plain:  # DeepSpeed's engine is not made to go on after an error
         run.step()
         yield "svd, after it", [bool(torch.isfinite(run.tensors()[0]).all())]
+
+
+def resumed(kind):
+    """The second rank alone has loaded the state of a first step."""
+    first, run = Plain(kind), Plain(kind)
+    first.step()
+    if dist.get_rank() == 1:
+        run.optimizer.load_state_dict(first.optimizer.state_dict())
+    return outcome(run.step, run.tensors)
+
+
+def reloads(kind):
+    """The second rank alone loads, between two steps, the state that it has."""
+    run = Plain(kind)
+    run.step()
+    if dist.get_rank() == 1:
+        run.optimizer.load_state_dict(run.optimizer.state_dict())
+    return outcome(run.step, run.tensors)
+
+
+def grows(kind):
+    """The second rank alone gets another group between two steps."""
+    run = Plain(kind)
+    run.step()
+    if dist.get_rank() == 1:
+        more = torch.nn.Parameter(torch.ones(4, 4))
+        run.optimizer.add_param_group({"params": [("more", more)]})
+    return outcome(run.step, run.tensors)
+
+
+def beside_shards(*, averaged):
+    """FSDP2 leaves one parameter to the user, who has averaged its gradient or not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params={model[0].weight})
+    optimizer = create_muon_optimizer(model, lr=0.1, replicate_group="world")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model[0].weight.grad *= 1 if averaged else 1 + dist.get_rank()
+    return outcome(optimizer.step, lambda: list(map(local, model.parameters())))
 
 
 def outcome_of_first(make, kind, settings):

@@ -15,8 +15,13 @@ NAMED = {
     "matrices": "matrices and owners of muon group 0",
     "parameters": "parameters of muon group 0: 23 on rank 0, 22 on rank 1",
     "hardware": "wire dtype of muon group 0: ['float32'] on rank 0, ['bfloat16'] on rank 1",
+    "steps": "earlier steps of muon group 0: [0] on rank 0, [1] on rank 1",
+    "one rank has more": "lr of muon group 2: None on rank 0, 0.02 on rank 1",
+    "copies beside shards": "copies of the model but different gradients, of norm",
     "lr, later": "lr of muon group 0: 0.02 on rank 0, 0.01 on rank 1",
 }
+
+FINE = ("one rank compares", "equal copies beside shards")  # controls: both ranks step
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero"])
@@ -26,6 +31,10 @@ def test_every_rank_says_what_differs_and_nothing_changes(kind, tmp_path):
     for (layout, case), found in results.items():
         if case == "svd, after it":
             assert found == [True]
+            continue
+        if case in FINE:
+            assert [message for message, _, _ in found] == [None, None], (layout, case)
+            assert not any(same for _, _, same in found), (layout, case)
             continue
         for message, seconds, same in found:
             assert message is not None, (layout, case)

@@ -59,6 +59,7 @@ WRONG = [
     ),
     ({"lora_damping": 0.0}, ["lora_damping=0.0", "1e-08 ≤ lora_damping"]),
     ({"tangent_iterations": 0}, ["tangent_iterations=0", "1 ≤ tangent_iterations < 100"]),
+    ({"lora_update": "tangent", "prefilter": "norm"}, ["prefilter=", "'tangent'", "'clip'"]),
     *[
         ({name: value}, [f"{name}=", "is out of range", f"{name} < "])
         for name, value in {

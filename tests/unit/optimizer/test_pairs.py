@@ -19,6 +19,25 @@ def optimizer_of(named, update, **settings):
     )
 
 
+@UPDATES
+@pytest.mark.parametrize("earlier", [0, 2], ids=["at once", "later"])
+def test_a_pair_of_which_one_factor_is_frozen_later_stops_the_step(update, earlier):
+    named = parameters()
+    optimizer = optimizer_of(named, update)
+    steps_of(named, optimizer, earlier)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for one, gradient in gradients(named, 5).items():
+        named[one].grad = gradient
+    named["up_A"].requires_grad_(False).grad = None
+    with pytest.raises(ValueError, match="up_A was frozen after the optimizer was made"):
+        optimizer.step()
+    assert all(torch.equal(p, before[one]) for one, p in named.items())
+    named["up_B"].requires_grad_(False).grad = None
+    optimizer.step()  # with both frozen the others move
+    for name in ("up_A", "up_B", "down_A", "down_B"):
+        assert torch.equal(named[name], before[name]) == name.startswith("up")
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("update", "every"), [("product", 0), ("tangent", 0), ("tangent", 2)])
 def test_ten_steps_equal_a_loop_over_the_pure_update_bitwise(update, every, nesterov):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from zoo import SIZES, built
 
 from hf_muon import Muon, create_muon_optimizer
 from hf_muon.config import MuonConfig
+from hf_muon.integrations.factory import MuonOptimizerFactory
 from hf_muon.routing import route
 
 PRODUCT = MuonConfig(lora_update="product", lr=0.1)
@@ -29,6 +31,28 @@ def test_pairs_move_together_in_a_group_of_their_own():
     assert muon["scalings"] == (2.0,) * 4
     assert "lora_update" not in adamw
     assert Muon(plan.param_groups(PRODUCT), lr=0.1).param_groups[0]["lora_update"] == "product"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_update": "product"},
+        {"lr_multipliers": ("layers.0:0.1",)},
+        {"adamw_params": ("down_proj",)},
+        {"conv": "flatten"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_plan_is_not_for_settings_that_ask_for_other_routes(settings):
+    (name,) = settings
+    model = adapted(lora())
+    plan, config = route(model), MuonConfig(lr=0.1, **settings)
+    with pytest.raises(ValueError, match=rf"{name}=.* is set, and the plan was made with"):
+        plan.param_groups(config)
+    with pytest.raises(ValueError, match=rf"route\(model, MuonConfig\({name}="):
+        MuonOptimizerFactory(list(model.parameters()), lr=0.1, plan=plan, **settings)
+    route(model, MuonConfig(**settings)).param_groups(config)
+    plan.param_groups(MuonConfig(lr=0.2, order="post_polar", weight_decay=0.1))
 
 
 def test_by_default_every_factor_is_on_its_own_and_reasons_are_short():
@@ -78,10 +102,13 @@ def test_dora_and_single_factors_fall_back_with_a_reason_and_a_log(caplog):
     assert "pairs" not in groups[0]
     assert "1 LoRA factors are updated one by one" in caplog.text
 
-    plan = route(adapted(lora(use_dora=True)), PRODUCT)
-    factors = [r for r in plan.muon if r.factor]
-    assert {r.lora_update for r in factors} == {"factor"}
-    assert all("because DoRA normalizes W + cBA" in r.reason and r.pair for r in factors)
+    others = {"DoRA normalizes W + cBA": {"use_dora": True}}
+    others["KaSA has a trained diagonal between B and A"] = {"kasa_config": peft.KasaConfig()}
+    for reason, settings in others.items():
+        plan = route(adapted(lora(**settings)), PRODUCT)
+        factors = [r for r in plan.muon if r.factor]
+        assert {r.lora_update for r in factors} == {"factor"}
+        assert all(f"because {reason}" in r.reason and r.pair for r in factors)
 
 
 def test_a_factor_that_the_user_sends_to_adamw_leaves_its_partner_on_its_own():

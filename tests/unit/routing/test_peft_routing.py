@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -74,6 +76,19 @@ def test_lora_on_embedding_goes_to_adamw_and_on_the_head_to_muon():
     assert {r.algorithm for n, r in routes.items() if "lora_embedding" in n} == {"adamw"}
     assert {r.algorithm for n, r in routes.items() if "lm_head.lora" in n} == {"muon"}
     assert sum("lora_embedding" in n for n in routes) == 2
+
+
+def test_factors_that_are_the_memory_of_two_layers_go_to_adamw():
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    tied = route(adapted(lora(**settings), tie_word_embeddings=True))
+    shared = [r for r in tied.routes if r.kind == "shared memory"]
+    assert len(shared) == 4
+    assert set(shared) == {r for r in tied.adamw if re.search("lm_head|embed", r.name)}
+    for one in shared:  # each names the other of its pair
+        other = one.reason.rpartition(" ")[2]
+        assert ("embed_tokens" in one.name) == ("lm_head" in other)
+    assert all(r.pair for r in tied.muon)
+    assert {r.name.split(".")[-4] for r in tied.muon} == {"q_proj"}
 
 
 def test_dora_magnitudes_and_biases_go_to_adamw():
