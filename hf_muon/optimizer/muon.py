@@ -197,6 +197,7 @@ class Muon(Optimizer):
         """Return the plan of each Muon group, with its state created and checked; or the error."""
         plans: list[Plan | None] = []
         try:
+            self._check_copies(chain(*groups))
             check_decay(self.param_groups)
             self._check_momentum()
             self._create_state()
@@ -208,6 +209,19 @@ class Muon(Optimizer):
         except Exception as error:  # the other ranks would wait
             return plans, error
         return plans, None
+
+    def _check_copies(self, entries: Iterable[Entry]) -> None:
+        """Raise if ranks hold plain tensors, and nobody said whether they are copies."""
+        if self.replicate_group is not None or not _several_ranks():
+            return
+        for entry in entries:
+            plain, group = entry.flat is None and not is_dtensor(entry.tensor), entry.group
+            if plain and group["algorithm"] == "muon" and group["distribute"] != "redundant":
+                raise ValueError(
+                    "Several ranks train plain tensors. If all hold the same ones (DDP), pass "
+                    "replicate_group=torch.distributed.group.WORLD, so that they share the "
+                    "work; if not, distribute='redundant', so that each does its own."
+                )
 
     def _check_momentum(self) -> None:
         """Raise if a scheduler that cycles momentum has replaced several β by one."""
@@ -259,22 +273,8 @@ class Muon(Optimizer):
             raise error
 
     def _members(self, groups: list[list[Entry]]) -> list[Ranks]:
-        """Return the groups of several ranks that must agree on a step, each once.
-
-        Raises:
-            ValueError: Several ranks hold plain tensors, and nobody said whether they are copies.
-        """
-        entries = [entry for of_group in groups for entry in of_group]
-        if self.replicate_group is None and _several_ranks():
-            for entry in entries:
-                plain = entry.flat is None and not is_dtensor(entry.tensor)
-                group = entry.group
-                if plain and group["algorithm"] == "muon" and group["distribute"] != "redundant":
-                    raise ValueError(
-                        "Several ranks train plain tensors. If all hold the same ones (DDP), pass "
-                        "replicate_group=torch.distributed.group.WORLD, so that they share the "
-                        "work; if not, distribute='redundant', so that each does its own."
-                    )
+        """Return the groups of several ranks that must agree on a step, each once."""
+        entries = list(chain(*groups))
         replicate = replicate_ranks(self.replicate_group)
         found = sharing_ranks([entry.tensor for entry in entries], replicate)
         found += [entry.flat.ranks for entry in entries if entry.flat is not None]
