@@ -194,7 +194,7 @@ def _sharing(candidates: Iterable[Candidate]) -> dict[int, str]:
     for one in candidates:
         if one.parameter.numel() and not is_dtensor(one.parameter):
             storage = one.parameter.untyped_storage()._cdata
-            of_memory.setdefault((storage, one.parameter.storage_offset()), []).append(one)
+            of_memory.setdefault((storage, int(one.parameter.storage_offset())), []).append(one)
     groups = [group for group in of_memory.values() if len(group) > 1]
     return {id(one.parameter): group[one is group[0]].name for group in groups for one in group}
 
