@@ -22,7 +22,7 @@ from hf_muon.integrations.model_card import describe_in_model_cards
 from hf_muon.integrations.untrained import untrained, watch
 from hf_muon.optimizer import Muon
 from hf_muon.routing import RoutePlan, route
-from hf_muon.routing.route import as_groups
+from hf_muon.routing.route import as_groups, with_routing
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def _optimizer(
     given: Iterable[Any] | None,
     replicate_group: ProcessGroup | str | None,
 ) -> Muon:
+    config = with_routing(config, plan.config)
     groups = plan.param_groups(config, given)
     optimizer = Muon(groups, replicate_group=replicate_group, config=config)
     if given is not None:

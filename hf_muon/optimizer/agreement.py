@@ -2,8 +2,9 @@
 
 In: the entries of all param groups, and any error in preparing the step. Out: the entries that have
 a gradient on some rank; or an error on all ranks. One message covers missing gradients, unusable
-gradients, and settings: ranks compare a hash of the settings at every step, and the settings
-themselves at the first step and wherever the hashes differ.
+gradients, and settings: ranks compare a hash of the settings at every step. They compare the
+settings themselves, parameters and copies before the first step, after a load or another change of
+the tensors on any of them, and the settings wherever the hashes differ.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from hf_muon.distributed.find import agreed, is_dtensor, local, locals_of, sent_to
 from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.auto_momentum import MOMENTA
-from hf_muon.optimizer.copies import check_copies
+from hf_muon.optimizer.copies import of_unequal_copies
 from hf_muon.optimizer.entries import Entry
 from hf_muon.optimizer.groups import STRUCTURE
 from hf_muon.rules import rule_of
@@ -88,8 +89,10 @@ class Agreement:
             said = [1, *[0] * known] if compares else [0, *flags]
             small, compares, *active = _told(rank, settings, said)
         if compares:
-            _told(rank, {**settings, **facts()}, [])  # ranks may have other numbers of entries
-            check_copies(entries, replicate, rank.device)
+            _told(rank, settings if problem else {**settings, **facts()}, [])
+            unequal = of_unequal_copies(entries, replicate, rank.device)
+            if unequal is not None:
+                rank = rank._replace(problem=unequal, fine=[])
             small, _, *active = _told(rank, settings, [0, *flags])
         self._say(groups, [False, bool(small)])
         self._compared[entries[0]], self._flags[number] = key, len(flags)

@@ -1,4 +1,4 @@
-"""A check at the first step: ranks that hold copies of a tensor have the same gradient for it.
+"""Ranks that hold copies of a tensor have the same gradient for it: a check when they compare.
 
 In: the entries of all param groups, with gradients. Out: nothing, or an error on all ranks before
 anything is written. Without averaged gradients the copies drift apart; and if the ranks divide the
@@ -16,8 +16,10 @@ from hf_muon.distributed.layout import Ranks
 from hf_muon.optimizer.entries import Entry
 
 
-def check_copies(entries: Sequence[Entry], replicate: Ranks, device: torch.device) -> None:
-    """Raise on all ranks if the gradients of whole tensors were not averaged.
+def of_unequal_copies(
+    entries: Sequence[Entry], replicate: Ranks, device: torch.device
+) -> ValueError | None:
+    """Return an error, on all ranks with copies, if the gradients of these were not averaged.
 
     Averaged gradients agree bit by bit, so their norms differ at most in the last few bits. The
     norm over all parameters would not do, because clipping makes it equal. Shards are skipped, and
@@ -28,12 +30,12 @@ def check_copies(entries: Sequence[Entry], replicate: Ranks, device: torch.devic
         replicate: The ranks that hold copies of the plain tensors among them.
         device: Where messages are sent from.
 
-    Raises:
-        ValueError: Names the first parameter whose gradients differ.
+    Returns:
+        The error, which names the first parameter whose gradients differ; or None.
     """
     entries = [e for e in entries if e.flat is None and not is_dtensor(e.tensor)]
     if replicate.size == 1 or not entries:
-        return
+        return None
     norms = torch.zeros(len(entries), dtype=torch.float32, device="cpu")
     given = {n: e.tensor.grad for n, e in enumerate(entries) if e.tensor.grad is not None}
     if given:
@@ -43,14 +45,15 @@ def check_copies(entries: Sequence[Entry], replicate: Ranks, device: torch.devic
     told = agreed(sent_to(device, torch.cat([bits, -bits]).tolist()), [replicate]).cpu()
     most, least = told.chunk(2)
     other = ((most + least > 2**7) & (least < 0)).nonzero().flatten().tolist()
-    if other:
-        entry, norm = entries[other[0]], norms[other[0]]
-        raise ValueError(
-            "The ranks have copies of the model but different gradients, of norm "
-            f"{norm:.6g} here in {entry.name}: nobody has averaged them, and each rank would train "
-            "on its own. Call the model that DistributedDataParallel has wrapped, not the one "
-            "inside, and leave no_sync() for the last part of a batch. FSDP2 averages none of its "
-            "ignored_params: do that before the step. With the Trainer do not evaluate or predict "
-            "before train(): transformers (5.23) then trains without DDP. No parameter and no "
-            "state was changed."
-        )
+    if not other:
+        return None
+    entry, norm = entries[other[0]], norms[other[0]]
+    return ValueError(
+        f"The ranks have copies of the model but different gradients, of norm {norm:.6g} here in "
+        f"{entry.name}: nobody has averaged them, and each rank would train on its own. Call the "
+        "model that DistributedDataParallel has wrapped, not the one inside, and leave no_sync() "
+        "for the last part of a batch. What FSDP2 leaves out as ignored_params, and whole tensors "
+        "beside tensor-parallel ones, average before the step. With the Trainer do not evaluate "
+        "or predict before train(): transformers (5.23) then trains without DDP. No parameter and "
+        "no state was changed."
+    )

@@ -35,7 +35,7 @@ from hf_muon.optimizer.launcher import (
     with_own_settings,
 )
 from hf_muon.optimizer.pairs import check_decay, check_trained, moves_pairs, taking_part
-from hf_muon.optimizer.plans import Plan, Plans, momenta_of
+from hf_muon.optimizer.plans import Plan, Plans, facts_of, momenta_of
 from hf_muon.optimizer.step import bucket_step
 from hf_muon.polar import Workspace, check_kernel, polar_factor
 from hf_muon.rules import check_rule, rule_of
@@ -175,7 +175,7 @@ class Muon(Optimizer):
         if groups:
             members = self._members(groups)
             plans, problem = self._prepared(groups)
-            facts = partial(self._facts, groups, plans)
+            facts = partial(facts_of, groups, self.state, plans)
             replicate = replicate_ranks(self.replicate_group)
             active = self._agreement.reach(groups, members, replicate, problem, facts)
             trained = [taking_part(entries, active) for entries in groups]
@@ -279,17 +279,6 @@ class Muon(Optimizer):
         found = sharing_ranks([entry.tensor for entry in entries], replicate)
         found += [entry.flat.ranks for entry in entries if entry.flat is not None]
         return [ranks for ranks in dict.fromkeys(found) if ranks.size > 1]
-
-    def _facts(self, groups: list[list[Entry]], plans: Iterable[Plan | None]) -> dict[str, Any]:
-        """Return what must be the same on all ranks, besides the settings."""
-        facts: dict[str, Any] = {}
-        for entries in filter(None, groups):
-            group, states = entries[0].group, [self.state[entry.tensor] for entry in entries]
-            counts = sorted({int(state["step"]) for state in states if "step" in state})
-            facts[f"earlier steps of {group['algorithm']} group {group['group_id']}"] = counts
-        for plan in filter(None, plans):
-            facts.update(plan.facts())
-        return facts
 
     def _create_state(self) -> None:
         """Create the state of every trained tensor at the first step, with or without a gradient.

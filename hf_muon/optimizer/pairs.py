@@ -89,9 +89,9 @@ def check_trained(entries: Iterable[Entry]) -> None:
     """
     entries = [entry for entry in entries if entry.flat is None and not entry.is_copy]
     frozen = {entry.indices[0]: entry for entry in entries if not entry.is_trained}
-    trained = len(entries) > len(frozen)
-    for index, entry in frozen.items() if trained else ():
-        if partners(entry.group)[index] not in frozen:
+    partner = partners(entries[0].group) if frozen else []
+    for index, entry in frozen.items():
+        if partner[index] not in frozen:
             update = entry.group["lora_update"]
             raise ValueError(
                 f"{entry.name} was frozen after the optimizer was made, and lora_update={update!r} "

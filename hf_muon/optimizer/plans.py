@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -168,22 +168,36 @@ class Plan:
         return [(tensor, tensor.clone()) for tensor in written]
 
     def facts(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, besides the settings."""
+        """Return what must be the same on all ranks about the matrices."""
         where = f"of muon group {self.group['group_id']}"
-        names = [(entry.name, tuple(entry.tensor.shape)) for entry in self.entries]
         owners = [
             (unit.parameter, unit.matrix, unit.shape, unit.owner)
             for bucket in self.buckets
             for unit in bucket.units
         ]
         return {
-            f"parameters {where}": len(names),
             f"wire dtype {where}": sorted({_there_and_back(bucket) for bucket in self.buckets}),
             f"products of polar factors {where}": self._products,
             f"momenta {where}": self.group.get("momenta"),
-            **{f"shape of {name}": shape for name, shape in names},
             f"matrices and owners {where}": zlib.crc32(repr(owners).encode()),
         }
+
+
+def facts_of(
+    groups: Iterable[Sequence[Entry]], state: Mapping[Tensor, State], plans: Iterable[Plan | None]
+) -> dict[str, Any]:
+    """Return what must be the same on all ranks before a step, besides the settings."""
+    facts: dict[str, Any] = {}
+    for entries in filter(None, groups):
+        states = [state.get(entry.tensor) for entry in entries]
+        where = f"of {entries[0].group['algorithm']} group {entries[0].group['group_id']}"
+        facts[f"earlier steps {where}"] = sorted({int(of["step"]) for of in states if of})
+        facts[f"parameters {where}"] = len(entries)
+        whole = [entry for entry in entries if entry.flat is None]
+        facts.update({f"shape of {one.name}": tuple(one.tensor.shape) for one in whole})
+    for plan in filter(None, plans):
+        facts.update(plan.facts())
+    return facts
 
 
 class Plans:

@@ -25,12 +25,12 @@ from torch.distributed import get_node_local_rank
 
 from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.routing.adapters import OF_RANK_ONE, Adapter, adapters
-from hf_muon.routing.route import Route, param_groups
+from hf_muon.routing.route import Route, param_groups, with_routing
 from hf_muon.routing.rules import Context, Decision, decide
 from hf_muon.routing.survey import WRAPPERS, Survey, survey, trainable
 from hf_muon.routing.table import render
 from hf_muon.rules import kept_by
-from hf_muon.values import near, shown
+from hf_muon.values import near
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class RoutePlan:
                 determine the learning rate of its AdamW part.
         """
         self.require_matrices()
-        _check_same_routing(self.config, config)
+        config = with_routing(config, self.config)
         _log_fallbacks(self.muon, config.lora_update)
         last = max(n for n, one in enumerate(self.routes) if one.algorithm == "muon")
         is_named = any("adamw_params" in one.reason for one in self.routes[last:])
@@ -248,23 +248,6 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> RoutePlan:
         remedy=_flat_parameters(model),
         headless=not facts.knows_heads and not any(r.kind == "head" or r.factor for r in routes),
     )
-
-
-_ROUTED_BY = (
-    "muon_params", "adamw_params", "conv", "split_fused", "split_heads", "lr_multipliers",
-    "lora_update",
-)  # fmt: skip
-
-
-def _check_same_routing(routed: MuonConfig, config: MuonConfig) -> None:
-    """Raise if settings ask for other routes than those of a plan that was made before."""
-    for name in _ROUTED_BY:
-        before, now = getattr(routed, name), getattr(config, name)
-        if before != now:
-            raise ValueError(
-                f"{name}={shown(now)} is set, and the plan was made with {shown(before)}. Give it "
-                f"to both: plan=hf_muon.route(model, MuonConfig({name}={shown(now)}))."
-            )
 
 
 def _of_factor(made: Route, adapter: Adapter, pair: str | None, lora_update: LoraUpdate) -> Route:

@@ -6,6 +6,7 @@ client built. Out: a :class:`Route`; groups of plain values, Muon's first, none 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from hf_muon.config import LoraUpdate, MuonConfig
 from hf_muon.distributed.layout import Matrix
 from hf_muon.routing.adapters import Factor
 from hf_muon.routing.rules import Algorithm
+from hf_muon.values import shown
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,29 @@ class Route:
         """Return the route as plain values, for JSON."""
         matrices = list(map(tuple, self.matrices))
         return {**vars(self), "shape": list(self.shape), "matrices": matrices}
+
+
+_ROUTED_BY = (
+    "muon_params", "adamw_params", "conv", "split_fused", "split_heads", "lr_multipliers",
+    "lora_update",
+)  # fmt: skip
+
+
+def with_routing(config: MuonConfig, routed: MuonConfig) -> MuonConfig:
+    """Return settings with those that a plan was made with.
+
+    Raises:
+        ValueError: One of these is set to something else.
+    """
+    default = MuonConfig()
+    for name in _ROUTED_BY:
+        before, now = getattr(routed, name), getattr(config, name)
+        if now not in (before, getattr(default, name)):
+            raise ValueError(
+                f"{name}={shown(now)} is set, and the plan was made with {shown(before)}. Give "
+                f"it to the plan: hf_muon.route(model, MuonConfig({name}={shown(now)}))."
+            )
+    return dataclasses.replace(config, **{name: getattr(routed, name) for name in _ROUTED_BY})
 
 
 Bound = tuple[Route, nn.Parameter]

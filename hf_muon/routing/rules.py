@@ -95,6 +95,12 @@ def decide(context: Context) -> Decision:
 def shared_memory(context: Context) -> Decision | None:
     """Two parameters in one memory are both written; by one algorithm, as under any AdamW."""
     other = context.survey.sharing.get(id(context.candidate.parameter))
+    if other and context.adamw_pattern is None and context.muon_pattern is not None:
+        raise ValueError(
+            f"muon_params holds {context.muon_pattern!r}, which matches {context.candidate.name}: "
+            f"it shares its memory with {other}, and what is written twice goes to AdamW. Make "
+            "them one parameter, or leave both out of muon_params."
+        )
     return adamw(f"shared memory: also in {other}") if other else None
 
 

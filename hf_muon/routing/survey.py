@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -192,7 +193,8 @@ def _sharing(candidates: Iterable[Candidate]) -> dict[int, str]:
     """Return, for parameters that are others' memory, the name of another one of that memory."""
     of_memory: dict[tuple[int, int], list[Candidate]] = {}
     for one in candidates:
-        if one.parameter.numel() and not is_dtensor(one.parameter):
+        has_storage = one.parameter.layout is torch.strided and not is_dtensor(one.parameter)
+        if has_storage and one.parameter.numel():
             storage = one.parameter.untyped_storage()._cdata
             of_memory.setdefault((storage, int(one.parameter.storage_offset())), []).append(one)
     groups = [group for group in of_memory.values() if len(group) > 1]

@@ -122,7 +122,8 @@ def cases(kind):
     if make is Plain:
         yield "steps", resumed(kind)
         yield "one rank compares", reloads(kind)
-        yield "one rank has more", grows(kind)
+        yield "one rank has more" if kind == "ddp" else "copies or not", grows(kind)
+        yield "broken state", breaks(kind)
     if kind == "fsdp":
         yield "copies beside shards", beside_shards(averaged=False)
         yield "equal copies beside shards", beside_shards(averaged=True)
@@ -167,6 +168,16 @@ def grows(kind):
     if dist.get_rank() == 1:
         more = torch.nn.Parameter(torch.ones(4, 4))
         run.optimizer.add_param_group({"params": [("more", more)]})
+    return outcome(run.step, run.tensors)
+
+
+def breaks(kind):
+    """The second rank's state cannot be used."""
+    first, run = Plain(kind), Plain(kind)
+    first.step()
+    run.optimizer.load_state_dict(first.optimizer.state_dict())
+    if dist.get_rank() == 1:
+        next(iter(run.optimizer.state.values()))["step"] = torch.ones(2)
     return outcome(run.step, run.tensors)
 
 

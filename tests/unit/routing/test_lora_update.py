@@ -51,8 +51,18 @@ def test_a_plan_is_not_for_settings_that_ask_for_other_routes(settings):
         plan.param_groups(config)
     with pytest.raises(ValueError, match=rf"route\(model, MuonConfig\({name}="):
         MuonOptimizerFactory(list(model.parameters()), lr=0.1, plan=plan, **settings)
-    route(model, MuonConfig(**settings)).param_groups(config)
     plan.param_groups(MuonConfig(lr=0.2, order="post_polar", weight_decay=0.1))
+    other = route(model, MuonConfig(**settings))
+    expected = other.param_groups(config)
+    for more in (settings, {}):  # what the plan was made with need not be repeated
+        optimizer = MuonOptimizerFactory(list(model.parameters()), lr=0.1, plan=other, **more)
+        assert getattr(optimizer.config, name) == getattr(config, name)
+        assert [g["param_names"] for g in optimizer.param_groups] == [
+            [name for name, _ in group["params"]] for group in expected
+        ]
+        assert [g.get("lora_update") for g in optimizer.param_groups] == [
+            group.get("lora_update") for group in expected
+        ]
 
 
 def test_by_default_every_factor_is_on_its_own_and_reasons_are_short():

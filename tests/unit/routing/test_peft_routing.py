@@ -80,7 +80,8 @@ def test_lora_on_embedding_goes_to_adamw_and_on_the_head_to_muon():
 
 def test_factors_that_are_the_memory_of_two_layers_go_to_adamw():
     settings = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
-    tied = route(adapted(lora(**settings), tie_word_embeddings=True))
+    model = adapted(lora(**settings), tie_word_embeddings=True)
+    tied = route(model)
     shared = [r for r in tied.routes if r.kind == "shared memory"]
     assert len(shared) == 4
     assert set(shared) == {r for r in tied.adamw if re.search("lm_head|embed", r.name)}
@@ -89,6 +90,8 @@ def test_factors_that_are_the_memory_of_two_layers_go_to_adamw():
         assert ("embed_tokens" in one.name) == ("lm_head" in other)
     assert all(r.pair for r in tied.muon)
     assert {r.name.split(".")[-4] for r in tied.muon} == {"q_proj"}
+    with pytest.raises(ValueError, match=r"shares its memory with .*, and what is written twice"):
+        route(model, MuonConfig(muon_params=("lm_head",)))
 
 
 def test_dora_magnitudes_and_biases_go_to_adamw():

@@ -206,3 +206,9 @@ def test_routes_and_plans_are_plain_and_comparable(llama):
     assert route(llama) == route(llama)
     assert Route("w", (2, 2), "adamw", "x: y").kind == "x"
     assert RoutePlan(()).totals()["muon_matrices"] == 0
+
+
+def test_a_parameter_without_a_storage_is_routed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.eye(4).to_sparse())
+    assert "0.weight" in {r.name for r in route(model).routes}
