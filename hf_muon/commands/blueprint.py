@@ -7,6 +7,7 @@ model repository never runs.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from hf_muon.config import MuonConfig
 from hf_muon.routing.plan import RoutePlan, route
 from hf_muon.values import near_path, read_json, require_one_of, sentence
+
+logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -90,12 +93,15 @@ def build(source: str, auto: str | None = None, base: str | None = None) -> nn.M
 
 
 def find_adapter(folder: Path) -> tuple[Path, str] | None:
-    """Return where the only adapter in a folder is, and its name; None if a model is there."""
+    """Return where the adapter in a folder is, and its name; None if a model or several are."""
     if (folder / "config.json").is_file():
         return None
+    named = sorted(folder.glob("*/adapter_config.json"))
     if (folder / "adapter_config.json").is_file():
+        if named:
+            others = ", ".join(path.parent.name for path in named)
+            logger.warning("%s has other adapters, left out here: %s.", folder, others)
         return folder, "default"
-    named = list(folder.glob("*/adapter_config.json"))
     # PEFT saves a named adapter in a subfolder of that name.
     return (named[0].parent, named[0].parent.name) if len(named) == 1 else None
 

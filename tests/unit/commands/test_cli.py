@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -79,7 +80,7 @@ def test_long_plans_are_folded_unless_asked(folder):
     assert "model.layers.15.mlp.up_proj.weight" in run(path, "--full").output
 
 
-def test_an_adapter_folder_shows_the_adapter(folder, tmp_path):
+def test_an_adapter_folder_shows_the_adapter(folder, tmp_path, caplog):
     pytest.importorskip("peft")
     base = folder()
     adapter = tmp_path / "adapter"
@@ -97,6 +98,12 @@ def test_an_adapter_folder_shows_the_adapter(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "LoRA factor A" in result.output
     assert "4 matrices of 4 tensors" in result.output
+    assert "other adapters" not in caplog.text
+    shutil.copytree(adapter, tmp_path / "second")
+    (tmp_path / "second").rename(adapter / "second")
+    assert "4 matrices of 4 tensors" in run(adapter).output
+    assert "has other adapters, left out here: second." in caplog.text
+    shutil.rmtree(adapter / "second")
     # PEFT saves an adapter that is not called "default" in a folder of its name.
     (tmp_path / "run").mkdir()
     adapter.rename(tmp_path / "run" / "mine")
