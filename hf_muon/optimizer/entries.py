@@ -61,11 +61,6 @@ class Entry:
         return compute_device(self.tensor, self.flat is not None)
 
     @property
-    def is_trained(self) -> bool:
-        """Whether a plain tensor is trained, or was until it got its gradient."""
-        return self.tensor.requires_grad or self.tensor.grad is not None
-
-    @property
     def owners(self) -> list[str]:
         """The name of the parameter that each of :attr:`matrices` belongs to."""
         inside = self.group["matrices"]
@@ -94,6 +89,12 @@ class Entry:
         if "param_names" in self.group:
             return str(self.group["param_names"][index])
         return f"parameter {index} of shape {tuple(self.tensor.shape)}"
+
+
+def trained_of(entries: Iterable[Entry]) -> list[Entry]:
+    """Return those whose plain tensors are trained, or were until they got their gradients."""
+    # Without a call for each, because every step asks.
+    return [one for one in entries if one.tensor.requires_grad or one.tensor.grad is not None]
 
 
 class Origins:

@@ -24,7 +24,7 @@ from hf_muon.optimizer.adamw import adamw_step
 from hf_muon.optimizer.agreement import Agreement, agree_on_failure, check_placement
 from hf_muon.optimizer.buffers import check_fit, check_state, new_state, restore
 from hf_muon.optimizer.checkpoint import checked
-from hf_muon.optimizer.entries import Entry, Group, Origins
+from hf_muon.optimizer.entries import Entry, Group, Origins, trained_of
 from hf_muon.optimizer.graphed import Graphed
 from hf_muon.optimizer.groups import complete_group, make_plain, named_groups
 from hf_muon.optimizer.launcher import (
@@ -366,7 +366,7 @@ def _trained(entries: list[Entry]) -> list[Entry]:
     first = entries[0] if entries else None
     if first is None or moves_pairs(first.group) or first.flat is not None or first.is_copy:
         return entries
-    return [entry for entry in entries if entry.is_trained]
+    return trained_of(entries)
 
 
 def _warn_of_low_precision(groups: list[Group]) -> None:

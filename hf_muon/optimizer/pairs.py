@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Sequence
 
 from hf_muon.distributed.buckets import Place
 from hf_muon.distributed.layout import Matrix
-from hf_muon.optimizer.entries import Entry, Group
+from hf_muon.optimizer.entries import Entry, Group, trained_of
 from hf_muon.optimizer.lora import pair_step_size
 from hf_muon.rules import rule_of
 
@@ -88,7 +88,8 @@ def check_trained(entries: Iterable[Entry]) -> None:
         ValueError: Names the frozen one.
     """
     entries = [entry for entry in entries if entry.flat is None and not entry.is_copy]
-    frozen = {entry.indices[0]: entry for entry in entries if not entry.is_trained}
+    trained = set(trained_of(entries))
+    frozen = {entry.indices[0]: entry for entry in entries if entry not in trained}
     partner = partners(entries[0].group) if frozen else []
     for index, entry in frozen.items():
         if partner[index] not in frozen:

@@ -152,7 +152,7 @@ def test_ranks_with_the_same_numbers_share_a_line_unless_asked(config):
 ERRORS = {
     "unknown layout": (
         ["--layout", "fsdp"],
-        "fsdp2, hsdp, zero1, zero2, zero3. Did you mean 'fsdp2'?",
+        "'fsdp2', 'hsdp', 'zero1', 'zero2', 'zero3'. Did you mean 'fsdp2'?",
     ),
     "no ranks": (["--ranks", "0"], "ranks=0"),
     "replicas of nothing": (["--replicas", "2"], "only for hsdp"),

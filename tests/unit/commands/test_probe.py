@@ -95,7 +95,7 @@ ERRORS = {
     ),
     "unknown order": ([*SMALL, "--order", "pre"], "order='pre'"),
     "momentum out of range": ([*SMALL, "--momentum", "1.5"], "momentum=1.5"),
-    "unknown proxy": ([*SMALL, "--proxy", "buffer"], "held_out, in_buffer, both"),
+    "unknown proxy": ([*SMALL, "--proxy", "buffer"], "'held_out', 'in_buffer', 'both'"),
     "no such matrix": ([*SMALL, "--layers", "q_porj"], "Did you mean 'q_proj'?"),
     "no regular expression": ([*SMALL, "--layers", "q_proj("], "not a regular expression"),
     "a pattern without end": ([*SMALL, "--layers", "(a+)+$"], "may take forever"),

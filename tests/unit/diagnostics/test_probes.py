@@ -228,7 +228,7 @@ def test_the_report_is_plain_data():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"proxy": "heldout"}, "proxy='heldout'.*held_out, in_buffer, both"),
+        ({"proxy": "heldout"}, "proxy='heldout'.*'held_out', 'in_buffer', 'both'"),
         ({"orders": ("pre",)}, "order='pre'"),
         ({"orders": ()}, r"orders=\(\)"),
         ({"momenta": (1.0,)}, "momentum=1.0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_muon.distributed.offload import fetched, staged
-from hf_muon.optimizer import plans
+from hf_muon.optimizer import entries
 from hf_muon.polar import devices
 from tests.elsewhere import CROSSED, DEVICE, elsewhere
 from tests.every_rule import PAIRS, RULES, run_of
@@ -102,7 +102,7 @@ OTHER = {
 def trained(name, monkeypatch, there, copies=1):
     """Whole weights after three steps, and what crossed in the last, by way."""
     optimizer, weights, given = run_of(name, copies)
-    monkeypatch.setattr(plans, "compute_device", lambda *_: there)
+    monkeypatch.setattr(entries, "compute_device", lambda *_: there)
     monkeypatch.setattr(devices, "is_cpu", lambda device: False)  # the same kernels on both
     with elsewhere():
         for step in given:
