@@ -39,6 +39,11 @@ def fewer_parameters():
     return mock.patch.dict(layouts.VECTORS, {"tiny": (5, 40)})
 
 
+def more_vectors():
+    """The second rank's AdamW has one more."""
+    return mock.patch.dict(layouts.VECTORS, {"more": (7,)})
+
+
 def other_hardware():
     """The second rank has instructions for bfloat16, the first one has none."""
     precision.has_native_bfloat16.cache_clear()
@@ -111,7 +116,7 @@ def cases(kind):
 
     for name, settings in SETTINGS.items():
         yield name, outcome_of_first(make, kind, settings if mine else {})
-    contexts = {"matrices": other_matrices, "parameters": fewer_parameters}
+    contexts = {"matrices": other_matrices, "parameters": fewer_parameters, "more": more_vectors}
     for name, context in contexts.items() if make is Plain else ():
         with context() if mine else mock.patch.dict(layouts.VECTORS):
             yield name, outcome_of_first(make, kind, {})

@@ -14,6 +14,7 @@ NAMED = {
     "polar_dtype": "polar_dtype of muon group 0: 'float32' on rank 0, 'bfloat16' on rank 1",
     "matrices": "matrices and owners of muon group 0",
     "parameters": "parameters of muon group 0: 23 on rank 0, 22 on rank 1",
+    "more": "parameters of adamw group 1: 2 on rank 0, 3 on rank 1",
     "hardware": "wire dtype of muon group 0: ['float32'] on rank 0, ['bfloat16'] on rank 1",
     "steps": "earlier steps of muon group 0: [0] on rank 0, [1] on rank 1",
     "one rank has more": "lr of muon group 2: None on rank 0, 0.02 on rank 1",
