@@ -75,9 +75,9 @@ def build(source: str, auto: str | None = None, base: str | None = None) -> nn.M
     Raises:
         ValueError: The source cannot be read, or names no model that transformers can build.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import set_verbosity_error
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    set_verbosity_error()  # type: ignore[no-untyped-call]
     if auto is not None:
         require_one_of("auto", auto, AUTO_CLASSES)
     if adapter := find_adapter(Path(source)):
@@ -93,15 +93,12 @@ def build(source: str, auto: str | None = None, base: str | None = None) -> nn.M
 
 
 def find_adapter(folder: Path) -> tuple[Path, str] | None:
-    """Return where the adapter in a folder is, and its name; None if a model or several are."""
+    """Return where the default or only adapter in a folder is, and its name; else None."""
     if (folder / "config.json").is_file():
         return None
-    named = sorted(folder.glob("*/adapter_config.json"))
     if (folder / "adapter_config.json").is_file():
-        if named:
-            others = ", ".join(path.parent.name for path in named)
-            logger.warning("%s has other adapters, left out here: %s.", folder, others)
         return folder, "default"
+    named = list(folder.glob("*/adapter_config.json"))
     # PEFT saves a named adapter in a subfolder of that name.
     return (named[0].parent, named[0].parent.name) if len(named) == 1 else None
 
@@ -158,6 +155,8 @@ def _with_adapter(path: Path, name: str, auto: str | None, base: str | None) -> 
         config = peft.PeftConfig.from_pretrained(str(path))
     except Exception as error:  # an unreadable file and a wrong field raise different errors
         raise ValueError(f"{str(path)!r} holds no readable adapter: {sentence(error)}") from error
+    if others := sorted(one.parent.name for one in path.glob("*/adapter_config.json")):
+        logger.warning("%s has other adapters, left out here: %s.", path, ", ".join(others))
     named = base or config.base_model_name_or_path
     if not named:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 In: the entries of all param groups, and any error in preparing the step. Out: the entries that have
 a gradient on some rank; or an error on all ranks. One message covers missing gradients, unusable
-gradients, and settings: ranks compare a hash of the settings at every step. They compare the
-settings themselves, parameters and copies before the first step, after a load or another change of
-the tensors on any of them, and the settings wherever the hashes differ.
+gradients, and settings, of which ranks compare a hash; where it differs, they compare the settings.
+At the first step, and whenever the tensors of some rank have changed (a load, a new group), they
+also compare parameters, numbers of earlier steps, and the gradients of copies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks that hold copies of a tensor have the same gradient for it: a check when they compare.
+"""A check when ranks compare: those that hold copies of a tensor have the same gradient for it.
 
 In: the entries of all param groups, with gradients. Out: nothing, or an error on all ranks before
 anything is written. Without averaged gradients the copies drift apart; and if the ranks divide the
@@ -52,8 +52,8 @@ def of_unequal_copies(
         f"The ranks have copies of the model but different gradients, of norm {norm:.6g} here in "
         f"{entry.name}: nobody has averaged them, and each rank would train on its own. Call the "
         "model that DistributedDataParallel has wrapped, not the one inside, and leave no_sync() "
-        "for the last part of a batch. What FSDP2 leaves out as ignored_params, and whole tensors "
-        "beside tensor-parallel ones, average before the step. With the Trainer do not evaluate "
-        "or predict before train(): transformers (5.23) then trains without DDP. No parameter and "
-        "no state was changed."
+        "for the last part of a batch. Average the gradients of what FSDP2 leaves out "
+        "(ignored_params), and of whole tensors beside tensor-parallel ones, before the step. With "
+        "the Trainer do not evaluate or predict before train(): transformers (5.23) then trains "
+        "without DDP. No parameter and no state was changed."
     )

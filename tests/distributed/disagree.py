@@ -126,8 +126,8 @@ def cases(kind):
 
     if make is Plain:
         yield "steps", resumed(kind)
-        yield "one rank compares", reloads(kind)
-        yield "one rank has more" if kind == "ddp" else "copies or not", grows(kind)
+        yield "one rank compares", changed(kind, reload)
+        yield "one rank has more" if kind == "ddp" else "copies or not", changed(kind, grow)
         yield "broken state", breaks(kind)
     if kind == "fsdp":
         yield "copies beside shards", beside_shards(averaged=False)
@@ -157,23 +157,22 @@ def resumed(kind):
     return outcome(run.step, run.tensors)
 
 
-def reloads(kind):
-    """The second rank alone loads, between two steps, the state that it has."""
+def changed(kind, change):
+    """The second rank alone changes its optimizer between two steps."""
     run = Plain(kind)
     run.step()
     if dist.get_rank() == 1:
-        run.optimizer.load_state_dict(run.optimizer.state_dict())
+        change(run.optimizer)
     return outcome(run.step, run.tensors)
 
 
-def grows(kind):
-    """The second rank alone gets another group between two steps."""
-    run = Plain(kind)
-    run.step()
-    if dist.get_rank() == 1:
-        more = torch.nn.Parameter(torch.ones(4, 4))
-        run.optimizer.add_param_group({"params": [("more", more)]})
-    return outcome(run.step, run.tensors)
+def reload(optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def grow(optimizer):
+    more = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer.add_param_group({"params": [("more", more)]})
 
 
 def breaks(kind):
