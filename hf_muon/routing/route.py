@@ -81,15 +81,18 @@ def with_routing(config: MuonConfig, routed: MuonConfig) -> MuonConfig:
     Raises:
         ValueError: One of these is set to something else.
     """
-    default = MuonConfig()
+    kept = {}
     for name in _ROUTED_BY:
         before, now = getattr(routed, name), getattr(config, name)
-        if now not in (before, getattr(default, name)):
+        if now == before:
+            continue
+        if now != getattr(MuonConfig, name):  # the default
             raise ValueError(
                 f"{name}={shown(now)} is set, and the plan was made with {shown(before)}. Give "
                 f"it to the plan: hf_muon.route(model, MuonConfig({name}={shown(now)}))."
             )
-    return dataclasses.replace(config, **{name: getattr(routed, name) for name in _ROUTED_BY})
+        kept[name] = before
+    return dataclasses.replace(config, **kept) if kept else config
 
 
 Bound = tuple[Route, nn.Parameter]
